@@ -1,0 +1,1 @@
+"""The daemon, its client library, configuration and command line."""

@@ -1,0 +1,1 @@
+"""Expert workers: checkpoint reading, kernels, and the process that computes experts."""

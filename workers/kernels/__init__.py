@@ -1,0 +1,1 @@
+"""Numba kernels over ternary and 8-bit weights."""
