@@ -1,0 +1,64 @@
+# make demo    write a story with the model that comes along (the first run sets everything up)
+# make serve   run the daemon in the foreground
+# make test    all checks of .ci/run: ruff, mypy, pytest
+# make lint    ruff and mypy only
+# make clean   remove caches and build products; the environment .venv stays
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+READY := .venv/.installed
+# The newest interpreter that works; a pyenv shim may stand on PATH without one behind it.
+PYTHONS := python3.13 python3.12 python3.11 python3
+PYTHON_OK := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help demo serve test lint clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+demo: $(READY)
+	@$(BIN)/sterna generate "Once upon a time" --temperature 0.7 --max-tokens 200
+
+serve: $(READY)
+	@$(BIN)/sterna serve
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not bench"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Both ways end in the same environment; uv is faster where it is at hand.
+$(READY): pyproject.toml
+	@if [ ! -x $(BIN)/python ]; then \
+	  if command -v uv >/dev/null; then \
+	    uv venv --quiet --python '>=3.11,<3.14' .venv; \
+	  else \
+	    python=; \
+	    for each in $(PYTHONS); do \
+	      if "$$each" -c '$(PYTHON_OK)' 2>/dev/null; then python=$$each; break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	      found=$$(python3 -V 2>/dev/null || echo 'no python3'); \
+	      echo "Sterna needs Python 3.11 or newer; PATH has $$found." >&2; \
+	      exit 1; \
+	    fi; \
+	    "$$python" -m venv .venv; \
+	  fi; \
+	fi
+	@echo "Installing Sterna and its development tools into .venv ..."
+	@if command -v uv >/dev/null; then \
+	  uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
+	else \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+	fi
+	@touch $@

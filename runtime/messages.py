@@ -1,0 +1,292 @@
+"""The messages between clients and the daemon, as typed structures, and nothing else.
+
+In here: one frozen `msgspec.Struct` per message with its ranges, and a registry per direction. Not in here:
+bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon.py`).
+
+    client -> daemon                 daemon -> client
+    hello                            welcome | refused
+    generate                         accepted, tokens..., finished | failed
+    cancel                           finished (reason "cancelled") | failed
+    ping                             pong
+    status                           report
+    tokenize, detokenize             tokenized, detokenized
+    drain                            drained
+                                     going_away (unasked)
+
+Ranges are checked by `codec.decode_*` and `codec.build`, not by calling the class: `Generate(id="", ...)`
+runs no range check. Only rules between fields are checked in both cases.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from ..shm.errors import BadRequest
+
+MAX_ID_CHARS = 64
+MAX_STOP_BYTES = 256
+
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0)]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that lies in a body; its tag is the class name in snake case."""
+
+
+# ---- client -> daemon ----
+
+
+class Hello(Message):
+    """First message of every connection; `client` is the key of the session over reconnects."""
+
+    client: Id
+    version: Annotated[str, Meta(max_length=64)]
+
+
+class Generate(Message):
+    """Ask for an answer to exactly one of `prompt` and `token_ids`.
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
+    many alternatives to report for each token (0: only the chosen one). `add_bos` None: as the model says.
+    """
+
+    id: Id
+    prompt: str | None = None
+    token_ids: list[TokenId] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 256
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.7
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 40
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)] = []
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    prompt_logprobs: bool = False
+    ignore_eos: bool = False
+    add_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no single field's range can say; raises BadRequest."""
+        if (self.prompt is None) == (self.token_ids is None):
+            found = "neither" if self.prompt is None else "both"
+            raise BadRequest(f"prompt, token_ids: expected exactly one of the two, found {found}")
+        for i, text in enumerate(self.stop):
+            # A lone surrogate has no UTF-8 form; it is counted here and refused by the codec.
+            n_bytes = len(text.encode("utf-8", "surrogatepass"))
+            if n_bytes > MAX_STOP_BYTES:
+                raise BadRequest(f"stop[{i}]: expected at most {MAX_STOP_BYTES} bytes, found {n_bytes}")
+
+
+class Cancel(Message):
+    """End the request of that id; what was generated so far comes back with `finished`."""
+
+    id: Id
+
+
+class Ping(Message):
+    """Ask whether the daemon is alive; `nonce` comes back in `pong`."""
+
+    nonce: Count
+
+
+class Status(Message):
+    """Ask for the daemon's state."""
+
+    id: Id
+
+
+class Tokenize(Message):
+    """Turn text into token ids; `special` reads control tokens out of the text."""
+
+    id: Id
+    text: str
+    add_bos: bool | None = None
+    special: bool = False
+
+
+class Detokenize(Message):
+    """Turn token ids into text."""
+
+    id: Id
+    token_ids: list[TokenId]
+
+
+class Drain(Message):
+    """Finish what runs, take nothing new, then stop."""
+
+    id: Id
+
+
+# ---- daemon -> client ----
+
+
+class ModelFacts(Message):
+    """What a client may know about the model that is served."""
+
+    name: str
+    path: str
+    architecture: str
+    context_length: Count
+    vocab_size: Count
+
+
+class Limits(Message):
+    """What the daemon accepts."""
+
+    max_frame_bytes: Count
+    max_queue: Count
+    max_sequences: Count
+
+
+class Welcome(Message):
+    """Answer to `hello`."""
+
+    version: str
+    model: ModelFacts
+    limits: Limits
+
+
+class Refused(Message):
+    """Answer to a `hello` that the daemon does not take."""
+
+    code: str
+    text: str
+
+
+class Accepted(Message):
+    """The request is in the queue, `queue_position` requests are before it."""
+
+    id: Id
+    prompt_token_ids: list[TokenId]
+    queue_position: Count
+
+
+class TokenLogprob(Message):
+    """Natural logarithm of one token's probability and the most probable alternatives, best first."""
+
+    token_id: TokenId
+    logprob: float
+    top: list[tuple[TokenId, float]]
+
+
+class TokenItem(Message):
+    """New tokens of one request; `index` is the number of the first of them within the answer."""
+
+    id: Id
+    index: Count
+    token_ids: list[TokenId]
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Tokens(Message):
+    """What one step of the engine brought for this client, one item per request."""
+
+    items: list[TokenItem]
+
+
+class Usage(Message):
+    """How many tokens were read and written."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+
+
+class Timings(Message):
+    """Where the time of a request went."""
+
+    queue_s: Seconds
+    prefill_s: Seconds
+    decode_s: Seconds
+
+
+class Finished(Message):
+    """The answer is complete; `text` is the rest that was held back for stop strings or split characters."""
+
+    id: Id
+    reason: FinishReason
+    text: str
+    usage: Usage
+    timings: Timings
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    prompt_logprobs: list[float | None] | None = None
+
+
+class Failed(Message):
+    """A request failed, or the connection if `id` is None."""
+
+    id: Id | None
+    code: str
+    text: str
+    retryable: bool
+    retry_after_s: Seconds | None = None
+
+
+class Pong(Message):
+    """Answer to `ping`."""
+
+    nonce: Count
+
+
+class Report(Message):
+    """Answer to `status`; `body` is free of bytes and non-finite numbers, nested at most a few levels."""
+
+    id: Id
+    body: dict[str, Any]
+
+
+class Tokenized(Message):
+    """Answer to `tokenize`."""
+
+    id: Id
+    token_ids: list[TokenId]
+
+
+class Detokenized(Message):
+    """Answer to `detokenize`."""
+
+    id: Id
+    text: str
+
+
+class Drained(Message):
+    """Answer to `drain`: nothing runs any more."""
+
+    id: Id
+
+
+class GoingAway(Message):
+    """The daemon stops; running requests are finished or fail with `shutting_down`."""
+
+    text: str
+
+
+Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | Drain
+Reply = (
+    Welcome | Refused | Accepted | Tokens | Finished | Failed
+    | Pong | Report | Tokenized | Detokenized | Drained | GoingAway
+)  # fmt: skip
+
+
+def tag_of(message: type[Message]) -> str:
+    """Return the tag of a message class: `GoingAway` is `going_away`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
+
+
+REQUESTS: dict[str, type[Message]] = {
+    tag_of(cls): cls for cls in (Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, Drain)
+}
+REPLIES: dict[str, type[Message]] = {
+    tag_of(cls): cls
+    for cls in (
+        Welcome, Refused, Accepted, Tokens, Finished, Failed,
+        Pong, Report, Tokenized, Detokenized, Drained, GoingAway,
+    )
+}  # fmt: skip

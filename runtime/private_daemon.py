@@ -1,0 +1,96 @@
+"""A daemon for one command: started on a socket of its own, stopped at the end.
+
+In here: starting, waiting for its ready line, stopping; only by the process id that was started. Not in here:
+the daemon (`daemon.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..shm.errors import StartFailed
+
+STOP_TIMEOUT_S = 15.0
+_READY = b"ready socket="
+
+
+@contextlib.contextmanager
+def private_daemon(arguments: list[str], start_timeout_s: float) -> Iterator[str]:
+    """Run `sterna serve ARGUMENTS` on a private socket and yield its URL; it is stopped on leaving.
+
+    Raises StartFailed, with the daemon's last words, if it dies or is not ready in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="sterna-", ignore_cleanup_errors=True) as folder:
+        url = f"ipc://{folder}/sterna.sock"
+        stderr_path = Path(folder) / "stderr"
+        command = [sys.executable, "-m", "sterna.runtime.cli", "serve", *arguments]
+        with stderr_path.open("wb") as stderr:
+            child = subprocess.Popen(
+                [*command, "--socket", url, "--exit-with-parent", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                # A Ctrl-C is for the command, which cancels its request first.
+                process_group=0,
+            )
+        try:
+            _await_ready(child, start_timeout_s, stderr_path)
+            yield url
+        finally:
+            _stop(child)
+
+
+def _await_ready(child: subprocess.Popen[bytes], timeout_s: float, stderr_path: Path) -> None:
+    if child.stdout is None:
+        raise StartFailed("the daemon was started without a pipe for its output")
+    until_s = time.monotonic() + timeout_s
+    seen = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while not any(line.startswith(_READY) for line in seen.split(b"\n")[:-1]):
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise StartFailed(f"the daemon was not ready after {timeout_s:g} s{_last_words(stderr_path)}")
+            if not selector.select(left_s):
+                continue
+            part = os.read(child.stdout.fileno(), 4096)
+            if not part:
+                raise StartFailed(_death(child, stderr_path))
+            seen = seen[-65536:] + part
+
+
+def _death(child: subprocess.Popen[bytes], stderr_path: Path) -> str:
+    try:
+        code = child.wait(5)
+    except subprocess.TimeoutExpired:
+        return f"the daemon closed its output before it was ready{_last_words(stderr_path)}"
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"the daemon {how} before it was ready{_last_words(stderr_path)}"
+
+
+def _last_words(stderr_path: Path) -> str:
+    with stderr_path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {last.removeprefix('sterna: error: ')}" if last else ""
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait(STOP_TIMEOUT_S)
+    if child.stdout is not None:
+        child.stdout.close()

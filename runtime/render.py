@@ -1,0 +1,70 @@
+"""Text for people: tables, statistics, and model output that cannot command a terminal. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .results import Result
+
+# Everything that moves a cursor, sets a title or answers back; tab and newline stay.
+_CONTROLS = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
+
+
+def for_terminal(text: str) -> str:
+    """Return a text that a terminal only shows: control characters are replaced."""
+    return text.translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """Return an error text as one line."""
+    return " ".join(for_terminal(text).split())
+
+
+def table(body: dict[str, Any]) -> str:
+    """Return a nested report as aligned lines `path  value`; lists of plain values stay on one line."""
+    rows = list(_rows("", body))
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(for_terminal(f"{name:<{width}}  {value}") for name, value in rows)
+
+
+def statistics(result: Result) -> str:
+    """Return one line on an answer: tokens and speeds of both phases, the wait, the end and the seed."""
+    used, times = result.usage, result.timings
+    parts = [
+        f"prompt {used.prompt_tokens} tokens{_rate(used.prompt_tokens, times.prefill_s)}",
+        # The first token of the answer comes out of the prefill.
+        f"answer {used.completion_tokens} tokens{_rate(used.completion_tokens - 1, times.decode_s)}",
+        f"queued {times.queue_s:.2f} s",
+        f"ended by {result.finish_reason}",
+        f"seed {result.seed}",
+    ]
+    return ", ".join(parts)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f" at {tokens / seconds:.1f} tok/s" if tokens > 0 and seconds > 0 else ""
+
+
+def _rows(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _rows(f"{prefix}.{key}" if prefix else str(key), item)
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        for i, item in enumerate(value):
+            yield from _rows(f"{prefix}[{i}]", item)
+    else:
+        yield prefix, _shown(value)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value in ({}, []):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_shown(item) for item in value)
+    return str(value)

@@ -1,0 +1,40 @@
+"""What a client gets back: parts of an answer and the whole of it. No behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .messages import FinishReason, Timings, TokenLogprob, Usage
+
+__all__ = ["Chunk", "FinishReason", "Result", "Timings", "TokenLogprob", "Usage"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """New tokens of an answer. `text` may lag behind `token_ids`: a character can span tokens.
+
+    The last chunk may have text only: what was held back because it could have begun a stop string.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A whole answer. `logprobs` has one entry per token of `token_ids`; None where it was not asked for.
+
+    `prompt_logprobs` has one entry per token of `prompt_token_ids`, the first is None. The same `seed` gives
+    the same answer again.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[float | None, ...] | None
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int

@@ -1,0 +1,40 @@
+"""MoeBatchScheduler: which experts a batch needs, and for which tokens, without allocating."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workers.kernels.routing import group_by_expert
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """All (token, rank) pairs of a batch, sorted by expert.
+
+    Pairs of expert e are ends[e]:ends[e + 1] of `tokens` and `ranks` (int32), tokens in input order;
+    `experts` lists the experts that have any, ascending. Views: valid until the next `schedule`.
+    """
+
+    ends: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    ranks: npt.NDArray[np.int32]
+    experts: npt.NDArray[np.intp]
+
+
+class MoeBatchScheduler:
+    """Counting sort of routed tokens by expert, on buffers allocated once."""
+
+    def __init__(self, num_experts: int, top_k: int, max_tokens: int) -> None:
+        self._ends = np.zeros(num_experts + 1, np.int32)
+        self._tokens = np.zeros(max_tokens * top_k, np.int32)
+        self._ranks = np.zeros(max_tokens * top_k, np.int32)
+
+    def schedule(self, selected: npt.NDArray[np.int32], count: int) -> ExpertGroups:
+        """Group the first `count` rows of `selected` (int32 (tokens, top_k)) by expert."""
+        group_by_expert(selected, count, self._ends, self._tokens, self._ranks)
+        pairs = count * selected.shape[1]
+        experts = np.flatnonzero(self._ends[1:] > self._ends[:-1])
+        return ExpertGroups(self._ends, self._tokens[:pairs], self._ranks[:pairs], experts)

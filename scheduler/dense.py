@@ -1,0 +1,208 @@
+"""Dense weights: filling the arena once, and the linear layers over it.
+
+The arena belongs to the daemon. Its first 64 bytes say whether it is complete, so that a scheduler
+that replaces a dead one finds the weights there and loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
+from ..workers.checkpoint.gguf import GgufFile
+from ..workers.checkpoint.packing import pack_matrix
+from ..workers.checkpoint.types import dequantize
+from ..workers.kernels.activations import QuantizedRows
+from ..workers.kernels.ffn import feed_forward, multiply
+from .model.plan import DenseTensor, ModelPlan
+
+HEADER_NBYTES = 64
+_COMPLETE = 1
+
+
+def dense_arena_nbytes(plan: ModelPlan) -> int:
+    """Return the size of the dense arena of `plan`."""
+    return HEADER_NBYTES + plan.dense_nbytes
+
+
+def fill_dense(
+    plan: ModelPlan, file: GgufFile, memory: npt.NDArray[np.uint8], progress: Callable[[int, int], None]
+) -> None:
+    """Copy and pack all dense tensors, unless a predecessor did; reports (done, total) tensors."""
+    if memory[0] == _COMPLETE:
+        return
+    weights = memory[HEADER_NBYTES:]
+    for done, entry in enumerate(plan.dense.values(), 1):
+        raw = file.data(entry.tensor)
+        if entry.shape is not None:
+            pack_matrix(raw, entry.tensor.type, entry.shape, weights, entry.at)
+        elif entry.kind == "vector":
+            values = dequantize(entry.tensor.type, raw, entry.tensor.shape)
+            weights[entry.at : entry.at + entry.nbytes] = values.view(np.uint8)
+        else:
+            weights[entry.at : entry.at + entry.nbytes] = raw
+        progress(done, len(plan.dense))
+    memory[0] = _COMPLETE
+
+
+class Rows:
+    """Activation rows (float32) and their int8 forms, each made at most once per filling.
+
+    `x` is (capacity, width). After writing to it call `changed()`.
+    """
+
+    def __init__(self, capacity: int, width: int) -> None:
+        self.x = np.zeros((capacity, width), np.float32)
+        self.width = width
+        self._quantized: dict[ActivationKind, QuantizedRows] = {}
+        self._fresh: set[ActivationKind] = set()
+        self._none = QuantizedRows.allocate(1, 1, 1)
+
+    def changed(self) -> None:
+        """Say that `x` holds new values."""
+        self._fresh.clear()
+
+    def as_kind(self, kind: ActivationKind, count: int) -> QuantizedRows:
+        """Return the first `count` rows quantised as `kind` (empty buffers for FLOAT)."""
+        if kind is ActivationKind.FLOAT:
+            return self._none
+        if kind not in self._quantized:
+            self._quantized[kind] = QuantizedRows.allocate(len(self.x), self.width, int(kind))
+        rows = self._quantized[kind]
+        if kind not in self._fresh:
+            rows.fill(self.x, count)
+            self._fresh.add(kind)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix of the dense arena: `apply` computes out[t] = W @ rows[index[t]]."""
+
+    weights: npt.NDArray[np.uint8]
+    shape: MatrixShape
+    at: int
+
+    @property
+    def kind(self) -> ActivationKind:
+        """What it reads."""
+        return activation_kind(self.shape.form)
+
+    @property
+    def padded(self) -> int:
+        """Width of its output rows: `rows` rounded up to 16."""
+        return self.shape.groups * 16
+
+    def apply(
+        self,
+        rows: Rows,
+        index: npt.NDArray[np.int32],
+        count: int,
+        out: npt.NDArray[np.float32],
+        *,
+        used: int | None = None,
+    ) -> None:
+        """Write `count` rows of `padded` float32 to `out` (contiguous rows of that width).
+
+        `used`: how many rows of `rows` are filled, if more than `count`.
+        """
+        codes_at, scales_at = self.shape.place(self.at)
+        q = rows.as_kind(self.kind, used or count)
+        multiply(
+            int(self.shape.form), self.weights, codes_at, scales_at, self.shape.groups, self.shape.columns,
+            rows.x, q.q, q.scales, q.sums, index, count, out, 0, self.padded,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLinear:
+    """One matrix per head, lying under each other: head h reads rows t * heads + h."""
+
+    linear: Linear
+    heads: int
+
+    def apply(
+        self,
+        rows: Rows,
+        index: npt.NDArray[np.int32],
+        count: int,
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """Write (count, heads, rows per head) float32 to `out`.
+
+        `rows` holds (count * heads, columns); `index` is (heads, capacity): index[h, t] = t * heads + h.
+        """
+        matrix = self.linear
+        per_head = MatrixShape(
+            form=matrix.shape.form, rows=matrix.shape.rows // self.heads, columns=matrix.shape.columns
+        )
+        codes_at, scales_at = matrix.shape.place(matrix.at)
+        q = rows.as_kind(matrix.kind, count * self.heads)
+        for h in range(self.heads):
+            multiply(
+                int(per_head.form), matrix.weights, codes_at + h * per_head.codes_nbytes,
+                scales_at + h * per_head.scales_nbytes, per_head.groups, per_head.columns,
+                rows.x, q.q, q.scales, q.sums, index[h], count, out, h * per_head.rows,
+                self.heads * per_head.rows,
+            )  # fmt: skip
+
+
+class FeedForward:
+    """Gate, up and down of a dense layer or of the shared experts, over the dense arena."""
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear, capacity: int) -> None:
+        self._weights = gate.weights
+        self._kind = gate.kind
+        self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
+        places = [(int(m.shape.form), *m.shape.place(m.at)) for m in (gate, up, down)]
+        self._matrices = np.array([places], np.int64)
+        self._gate = np.zeros((capacity, self._d_ff), np.float32)
+        self._up = np.zeros((capacity, self._d_ff), np.float32)
+        self._middle = QuantizedRows.allocate(capacity, self._d_ff, 32 if self._d_ff % 32 == 0 else self._d_ff)
+
+    def apply(
+        self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
+    ) -> None:
+        """Write down(silu(gate x) * up x) of the first `count` rows to `out` (count, d_model)."""
+        q = rows.as_kind(self._kind, count)
+        m = self._middle
+        feed_forward(
+            self._weights, self._matrices, 0, self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums,
+            index, count, self._gate, self._up, m.q, m.scales, m.sums, index, out, 0, self._d_model,
+        )  # fmt: skip
+
+
+class DenseWeights:
+    """Looks tensors of the dense arena up by their key in the plan."""
+
+    def __init__(self, plan: ModelPlan, memory: npt.NDArray[np.uint8]) -> None:
+        self._plan = plan
+        self._weights = memory[HEADER_NBYTES:]
+
+    def entry(self, key: str) -> DenseTensor:
+        """Return the plan's entry of `key`."""
+        return self._plan.dense[key]
+
+    def linear(self, key: str) -> Linear:
+        """Return the matrix `key`."""
+        entry = self.entry(key)
+        if entry.shape is None:
+            raise KeyError(f"{key} is not a matrix")
+        return Linear(self._weights, entry.shape, entry.at)
+
+    def vector(self, key: str) -> npt.NDArray[np.float32]:
+        """Return the float32 vector `key`."""
+        return self.raw(key).view(np.float32)
+
+    def raw(self, key: str) -> npt.NDArray[np.uint8]:
+        """Return the bytes of `key`."""
+        entry = self.entry(key)
+        return self._weights[entry.at : entry.at + entry.nbytes]
+
+    def has(self, key: str) -> bool:
+        """Return whether the model has a tensor `key`."""
+        return key in self._plan.dense

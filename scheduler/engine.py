@@ -1,0 +1,133 @@
+"""The engine: turns a planned step into tokens. Knows arrays and the lane, no sockets or clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..shm.errors import InternalError
+from ..workers.kernels.norms import first_bad_row
+from .dense import DenseWeights
+from .kv import StreamMemory
+from .lane import Lane
+from .messages import StreamStep, Submit
+from .mixture import Mixture
+from .model.deepseek2 import Deepseek2, TokenBatch
+from .model.plan import ModelPlan
+from .sampling import choose, log_normaliser, score
+from .state import Segment
+
+LOGIT_ROWS = 32  # rows of logits computed at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One row of logits: `row` of the batch; what follows is `token`, or is to be sampled."""
+
+    row: int
+    segment: int
+    token: int | None
+
+
+class Engine:
+    """One model over dense arena, stream memory and lane."""
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        dense: npt.NDArray[np.uint8],
+        streams: StreamMemory,
+        lane: Lane,
+        owners: dict[tuple[int, int], int],
+        max_batch_tokens: int,
+    ) -> None:
+        weights = DenseWeights(plan, dense)
+        self._plan = plan
+        self._streams = streams
+        self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
+        self._mixture = Mixture(plan, weights, lane, owners, max_batch_tokens)
+        self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
+
+    def step(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[StreamStep]:
+        """Compute `segments` as one batch; request i belongs to segment i.
+
+        Sampled tokens are also written to the stream memory, behind the known ones. Raises WorkerLost
+        or InternalError; nothing that counts has changed then and the step can be repeated.
+        """
+        batch = self._batch(segments)
+        self._model.forward(batch, self._mixture)
+        if (row := first_bad_row(self._model.x, len(batch.ids), self._plan.hyper.d_model)) >= 0:
+            raise InternalError(f"position {batch.positions[row]}: the hidden state is not finite")
+        wanted = self._wanted(segments, requests)
+        prompt: list[list[float]] = [[] for _ in segments]
+        results: list[StreamStep | None] = [None] * len(segments)
+        for start in range(0, len(wanted), LOGIT_ROWS):
+            part = wanted[start : start + LOGIT_ROWS]
+            self._model.logits(np.array([w.row for w in part], np.int32), self._logits)
+            for w, row_logits in zip(part, self._logits[:, : self._plan.vocab_size], strict=False):
+                if w.token is not None:
+                    prompt[w.segment].append(float(row_logits[w.token]) - log_normaliser(row_logits))
+                else:
+                    results[w.segment] = self._sample(segments[w.segment], requests[w.segment], row_logits)
+        return [
+            _with_prompt(result or _computed(segment), segment, request, scores)
+            for result, segment, request, scores in zip(results, segments, requests, prompt, strict=True)
+        ]
+
+    def _batch(self, segments: Sequence[Segment]) -> TokenBatch:
+        """Gather the segments' tokens; a stream's rows lie one after the other."""
+        ids, streams, positions = [], [], []
+        for s in segments:
+            end = s.start + s.count
+            ids.append(self._streams.tokens[s.stream, s.start : end])
+            streams.append(np.full(s.count, s.stream, np.int32))
+            positions.append(np.arange(s.start, end, dtype=np.int32))
+        return TokenBatch(np.concatenate(ids), np.concatenate(streams), np.concatenate(positions))
+
+    def _wanted(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[_Wanted]:
+        """List the rows whose logits are needed: the last of a sampling segment, or a whole prompt's."""
+        wanted = []
+        row = 0
+        for number, (s, request) in enumerate(zip(segments, requests, strict=True)):
+            if request.prompt_logprobs:
+                known = min(s.start + s.count, request.prompt_length - 1)
+                tokens = self._streams.tokens[s.stream, s.start + 1 : known + 1].tolist()
+                wanted.extend(_Wanted(row + i, number, token) for i, token in enumerate(tokens))
+            row += s.count
+            if s.sample:
+                wanted.append(_Wanted(row - 1, number, None))
+        return wanted
+
+    def _sample(self, segment: Segment, request: Submit, logits: npt.NDArray[np.float32]) -> StreamStep:
+        position = segment.start + segment.count
+        token = choose(logits, request.sampling, position)
+        if position < self._streams.shape.context:
+            self._streams.tokens[segment.stream, position] = token
+        return StreamStep(
+            stream=segment.stream,
+            serial=segment.serial,
+            computed=position,
+            token=token,
+            score=None if request.logprobs is None else score(logits, token, request.logprobs),
+        )
+
+
+def _computed(segment: Segment) -> StreamStep:
+    return StreamStep(stream=segment.stream, serial=segment.serial, computed=segment.start + segment.count)
+
+
+def _with_prompt(step: StreamStep, segment: Segment, request: Submit, scores: list[float]) -> StreamStep:
+    if not request.prompt_logprobs or not scores:
+        return step
+    return StreamStep(
+        stream=step.stream,
+        serial=step.serial,
+        computed=step.computed,
+        token=step.token,
+        score=step.score,
+        prompt_from=segment.start + 1,
+        prompt_logprobs=scores,
+    )

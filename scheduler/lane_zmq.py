@@ -1,0 +1,205 @@
+"""The lane over ZeroMQ: one ROUTER here, one DEALER in each worker, blocking sockets.
+
+A worker is known by its index and by the process it said it is; its pidfd is polled beside the
+socket, so that a death is seen at once and needs no heartbeat.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from ..shm.errors import InternalError, ProtocolError, WorkerLost, request_error
+from ..workers.messages import (
+    Compute,
+    Hello,
+    Outputs,
+    Paged,
+    PageIn,
+    ToScheduler,
+    Trouble,
+    decode_for_scheduler,
+    encode,
+)
+from .lane import WorkerBatch
+
+SLICE_MS = 200
+
+
+@dataclass(slots=True)
+class _Peer:
+    index: int
+    identity: bytes
+    pid: int
+    pidfd: int
+
+
+class ZmqLane:
+    """Workers behind a ROUTER socket bound to `url`; owns the socket and the workers' pidfds."""
+
+    def __init__(self, url: str, d_model: int, timeout_s: float) -> None:
+        self._context = zmq.Context.instance()
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.bind(url)
+        self._d_model = d_model
+        self._timeout_s = timeout_s
+        self._peers: dict[int, _Peer] = {}
+        self._joined: list[int] = []
+        self._seq = 0
+
+    def close(self) -> None:
+        """Close the socket and all pidfds."""
+        for index in list(self._peers):
+            self._forget(index)
+        self.socket.close()
+
+    # ---- workers coming and going ----
+
+    def poll_hello(self) -> list[int]:
+        """Take hellos that have arrived and return the indices of workers that joined."""
+        while self.socket.poll(0, zmq.POLLIN):
+            frames = self.socket.recv_multipart()
+            message = self._decode(frames)
+            if isinstance(message, Hello):
+                self._join(frames[0], message)
+        joined, self._joined = self._joined, []
+        return joined
+
+    def poll_lost(self) -> list[int]:
+        """Return the workers that died since the last call and forget them."""
+        lost = [peer.index for peer in self._peers.values() if _ended(peer.pidfd)]
+        for index in lost:
+            self._forget(index)
+        return lost
+
+    def _join(self, identity: bytes, hello: Hello) -> None:
+        self._forget(hello.index)
+        try:
+            pidfd = os.pidfd_open(hello.pid)
+        except ProcessLookupError:
+            return  # died right after its hello; the daemon starts another one
+        self._peers[hello.index] = _Peer(hello.index, identity, hello.pid, pidfd)
+        self._joined.append(hello.index)
+
+    def _forget(self, index: int) -> None:
+        peer = self._peers.pop(index, None)
+        if peer is not None:
+            os.close(peer.pidfd)
+
+    # ---- work ----
+
+    def exchange_all(
+        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], None]
+    ) -> list[npt.NDArray[np.float32]]:
+        """See `Lane.exchange_all`."""
+        waiting: dict[int, int] = {}
+        for position, batch in enumerate(batches):
+            self._seq += 1
+            waiting[self._seq] = position
+            message = Compute(
+                seq=self._seq,
+                layer=batch.layer,
+                kind=batch.kind,
+                tokens=len(batch.activations[0]),
+                experts=batch.experts,
+                starts=batch.starts,
+            )
+            self._send(batch.worker, [encode(message), *batch.activations, batch.rows])
+        meanwhile()
+        outputs: list[npt.NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(batches)
+        deadline = time.monotonic() + self._timeout_s
+        while waiting:
+            silent = {batches[position].worker for position in waiting.values()}
+            message, frames = self._receive(silent, deadline, f"layer {batches[0].layer}")
+            if not isinstance(message, Outputs) or message.seq not in waiting:
+                continue  # of a step that was given up
+            position = waiting.pop(message.seq)
+            pairs = batches[position].starts[-1]
+            if len(frames) != 3 or len(frames[2]) != pairs * self._d_model * 4:
+                raise InternalError(f"worker {batches[position].worker}: an answer of the wrong size")
+            outputs[position] = np.frombuffer(frames[2], np.float32).reshape(pairs, self._d_model)
+        return outputs
+
+    def page_in(
+        self, experts: dict[int, list[tuple[int, int, int]]], progress: Callable[[int, int], None]
+    ) -> None:
+        """See `Lane.page_in`; the time limit holds between two experts."""
+        total = sum(len(wanted) for wanted in experts.values())
+        done = 0
+        for worker, wanted in experts.items():
+            self._seq += 1
+            self._send(worker, [encode(PageIn(seq=self._seq, experts=wanted))])
+        while done < total:
+            deadline = time.monotonic() + self._timeout_s
+            message, _ = self._receive(set(experts), deadline, "reading experts")
+            if isinstance(message, Paged):
+                done += 1
+                progress(done, total)
+
+    def _send(self, worker: int, frames: list[bytes | npt.NDArray[np.generic]]) -> None:
+        peer = self._peers.get(worker)
+        if peer is None:
+            raise WorkerLost(f"worker {worker} is gone")
+        try:
+            self.socket.send_multipart([peer.identity, *frames], flags=zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            raise WorkerLost(f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}") from None
+
+    def _receive(
+        self, workers: set[int], deadline: float, awaited: str
+    ) -> tuple[ToScheduler, list[bytes]]:
+        """Return the next message; raises when one of `workers` died or `deadline` passed."""
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        for index in workers & self._peers.keys():
+            poller.register(self._peers[index].pidfd, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(SLICE_MS))
+            if self.socket in ready:
+                frames = self.socket.recv_multipart()
+                message = self._decode(frames)
+                if isinstance(message, Trouble):
+                    raise request_error(message.code, message.text)
+                if not isinstance(message, Hello):
+                    return message, frames
+                self._join(frames[0], message)
+                if message.index in workers:
+                    raise WorkerLost(f"worker {message.index} died and was replaced ({awaited})")
+            for index in workers:
+                peer = self._peers.get(index)
+                if peer is None or _ended(peer.pidfd):
+                    raise WorkerLost(f"worker {index} died ({awaited})")
+            if time.monotonic() > deadline:
+                self._stop_late(workers)
+                names = ", ".join(str(index) for index in sorted(workers))
+                raise WorkerLost(f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed")
+
+    def _stop_late(self, workers: set[int]) -> None:
+        """Kill workers that hang; the daemon sees them end and starts new ones."""
+        for index in workers:
+            peer = self._peers.get(index)
+            if peer is not None and not _ended(peer.pidfd):
+                signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
+
+    def _decode(self, frames: list[bytes]) -> ToScheduler:
+        try:
+            return decode_for_scheduler(frames[1])
+        except (msgspec.MsgspecError, ValueError, IndexError) as error:
+            raise ProtocolError(f"a worker sent a frame that is not a lane message: {error}") from error
+
+
+def _ended(pidfd: int) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))

@@ -1,0 +1,145 @@
+"""What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
+
+    daemon -> scheduler   submit, cancel, worker_lost, drain, query
+    scheduler -> daemon   loading, ready, step, stats, trouble
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all: the tag is the class name."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a token is chosen: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+
+
+class Submit(EngineMessage):
+    """Run the stream in record `stream`; its prompt already lies in the stream memory.
+
+    committed: tokens known so far, prompt included (more than prompt_length after a restart);
+    max_length: prompt and answer together; logprobs: how many alternatives to report, None for none.
+    """
+
+    stream: int
+    serial: int
+    prompt_length: int
+    committed: int
+    max_length: int
+    sampling: Sampling
+    stop_ids: list[int]
+    logprobs: int | None
+    prompt_logprobs: bool
+
+
+class Cancel(EngineMessage):
+    """Forget the stream, if it is still that submission."""
+
+    stream: int
+    serial: int
+
+
+class WorkerGone(EngineMessage):
+    """The worker `index` ended; `text` says how."""
+
+    index: int
+    text: str
+
+
+class Drain(EngineMessage):
+    """Take nothing new; answer `drained` in the stats when nothing runs."""
+
+
+class Query(EngineMessage):
+    """Ask for `stats`."""
+
+    nonce: int
+
+
+class Loading(EngineMessage):
+    """Progress of loading: `done` of `total` steps of `what`."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Ready(EngineMessage):
+    """The engine can run steps."""
+
+    seconds: float
+
+
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the chosen token and of the most likely ones, natural logarithm."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class StreamStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did for one stream.
+
+    computed: tokens that now have their KV; token: the sampled one or None inside a prompt;
+    prompt_logprobs: those of the prompt tokens after position `prompt_from`.
+    """
+
+    stream: int
+    serial: int
+    computed: int
+    token: int | None = None
+    score: TokenScore | None = None
+    finish: str | None = None  # "stop" or "length"
+    prompt_from: int = 0
+    prompt_logprobs: list[float] | None = None
+
+
+class Step(EngineMessage):
+    """One step has ended."""
+
+    number: int
+    busy_ns: int
+    streams: list[StreamStep]
+
+
+class StreamsFailed(EngineMessage):
+    """These streams ended with an error."""
+
+    streams: list[tuple[int, int]]
+    code: str
+    text: str
+
+
+class Stats(EngineMessage):
+    """Answer to `query`."""
+
+    nonce: int
+    steps: int
+    running: int
+    free_blocks: int
+    workers: list[int]
+    resident_experts: int
+
+
+class Trouble(EngineMessage):
+    """The engine cannot go on (while loading, or for ever)."""
+
+    code: str
+    text: str
+
+
+ToScheduler = Submit | Cancel | WorkerGone | Drain | Query
+ToDaemon = Loading | Ready | Step | StreamsFailed | Stats | Trouble
+
+encode = msgspec.msgpack.Encoder().encode
+decode_for_scheduler = msgspec.msgpack.Decoder(ToScheduler).decode
+decode_for_daemon = msgspec.msgpack.Decoder(ToDaemon).decode

@@ -1,0 +1,204 @@
+"""What a model file becomes in memory: the dense arena and the slot of one expert. No numba.
+
+Daemon, scheduler and workers each compute the same plan from the same file, so that nothing about
+addresses has to travel between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...shm.errors import ModelFileError
+from ...shm.layout import align
+from ...workers.checkpoint import names
+from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind, format_of
+from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.names import Slab
+from .hyper import Hyperparameters
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTensor:
+    """One tensor of the dense arena: `at` is its first byte.
+
+    kind "matrix": packed as `shape`; "vector": float32; "raw": the file's own bytes.
+    """
+
+    tensor: TensorInfo
+    kind: str
+    at: int
+    nbytes: int
+    shape: MatrixShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMatrix:
+    """One projection of one layer's experts: `at` is its first byte within a slot."""
+
+    role: str
+    shape: MatrixShape
+    at: int
+
+
+@dataclass(slots=True)
+class ModelPlan:
+    """All of a model's tensors, checked and placed."""
+
+    hyper: Hyperparameters
+    vocab_size: int
+    dense: dict[str, DenseTensor] = field(default_factory=dict)
+    dense_nbytes: int = 0
+    experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
+    slot_nbytes: int = 0
+
+    @classmethod
+    def from_file(cls, file: GgufFile) -> ModelPlan:
+        """Check that `file` holds every tensor of its architecture, in the right shape.
+
+        Raises ModelFileError naming the tensor and what was expected.
+        """
+        hyper = Hyperparameters.from_gguf(file)
+        embedding = names.find(file, "token_embd")
+        if embedding is None or len(embedding.shape) != 2:
+            raise ModelFileError(f"{file.path}: token_embd.weight is missing or not a matrix")
+        plan = cls(hyper=hyper, vocab_size=embedding.shape[0])
+        planner = _Planner(file, plan)
+        planner.model()
+        return plan
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        """Return the slot of an expert when every expert has one."""
+        return (layer - self.hyper.dense_layers) * self.hyper.experts + expert
+
+    @property
+    def num_slots(self) -> int:
+        """Slots needed to hold every routed expert."""
+        return len(self.experts) * self.hyper.experts
+
+    def expert_activation(self, layer: int) -> ActivationKind:
+        """Return what the experts of `layer` read."""
+        return activation_kind(self.experts[layer][0].shape.form)
+
+    def expert_slabs(self, file: GgufFile, layer: int, expert: int) -> list[Slab]:
+        """Return where the expert's gate, up and down lie in the file."""
+        return [
+            names.expert_slab(
+                file, matrix.role, layer, expert, self.hyper.experts, matrix.shape.rows, matrix.shape.columns
+            )
+            for matrix in self.experts[layer]
+        ]
+
+
+class _Planner:
+    """Adds tensor after tensor to a plan."""
+
+    def __init__(self, file: GgufFile, plan: ModelPlan) -> None:
+        self._file = file
+        self._plan = plan
+
+    def model(self) -> None:
+        h = self._plan.hyper
+        self._raw("token_embd", (self._plan.vocab_size, h.d_model))
+        self._vector("output_norm", h.d_model)
+        head = "output" if names.find(self._file, "output") else "token_embd"
+        self._matrix("output", (self._plan.vocab_size, h.d_model), role=head)
+        for layer in range(h.layers):
+            self._attention(layer)
+            self._vector("ffn_norm", h.d_model, layer)
+            if layer < h.dense_layers:
+                self._feed_forward("ffn_{}", h.d_ff_dense, layer)
+            else:
+                self._mixture(layer)
+
+    def _attention(self, layer: int) -> None:
+        h = self._plan.hyper
+        self._vector("attn_norm", h.d_model, layer)
+        query = h.heads * (h.nope + h.rope)
+        if h.q_rank:
+            self._matrix("attn_q_a", (h.q_rank, h.d_model), layer)
+            self._vector("attn_q_a_norm", h.q_rank, layer)
+            self._matrix("attn_q_b", (query, h.q_rank), layer)
+        else:
+            self._matrix("attn_q", (query, h.d_model), layer)
+        self._matrix("attn_kv_a_mqa", (h.cache_width, h.d_model), layer)
+        self._vector("attn_kv_a_norm", h.kv_rank, layer)
+        self._matrix("attn_k_b", (h.heads, h.kv_rank, h.nope), layer)
+        self._matrix("attn_v_b", (h.heads, h.v_dim, h.kv_rank), layer)
+        self._matrix("attn_output", (h.d_model, h.heads * h.v_dim), layer)
+
+    def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
+        d_model = self._plan.hyper.d_model
+        kinds = []
+        for name in PROJECTIONS:
+            shape = (d_model, width) if name == "down" else (width, d_model)
+            kinds.append(self._matrix(pattern.format(name), shape, layer).form)
+        self._same_activation(kinds[0], kinds[1], f"{pattern.format('gate')} and {pattern.format('up')}", layer)
+
+    def _mixture(self, layer: int) -> None:
+        h = self._plan.hyper
+        self._matrix("ffn_gate_inp", (h.experts, h.d_model), layer)
+        if names.find(self._file, "exp_probs_b", layer) is not None:
+            self._vector("exp_probs_b", h.experts, layer)
+        if h.shared_experts:
+            self._feed_forward("ffn_{}_shexp", h.d_ff_expert * h.shared_experts, layer)
+        self._experts(layer)
+
+    def _experts(self, layer: int) -> None:
+        h = self._plan.hyper
+        at = 0
+        matrices = []
+        for name in PROJECTIONS:
+            role = f"ffn_{name}_exps"
+            rows, columns = (h.d_model, h.d_ff_expert) if name == "down" else (h.d_ff_expert, h.d_model)
+            forms = set()
+            for expert in range(h.experts):
+                slab = names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
+                forms.add(format_of(slab.type, columns, f"{self._file.path}: {slab.tensor}"))
+            if len(forms) != 1:
+                raise ModelFileError(f"{self._file.path}: layer {layer}: experts differ in type for {role}")
+            shape = MatrixShape(form=forms.pop(), rows=rows, columns=columns)
+            matrices.append(ExpertMatrix(role=role, shape=shape, at=at))
+            at += shape.nbytes
+        self._same_activation(matrices[0].shape.form, matrices[1].shape.form, "expert gate and up", layer)
+        self._plan.experts[layer] = tuple(matrices)
+        self._plan.slot_nbytes = max(self._plan.slot_nbytes, align(at, 4096))
+
+    def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
+        if activation_kind(gate) is not activation_kind(up):
+            raise ModelFileError(
+                f"{self._file.path}: layer {layer}: {what} are {gate.name} and {up.name}; "
+                "both must read the same kind of activations"
+            )
+
+    def _matrix(
+        self, key: str, shape: tuple[int, ...], layer: int | None = None, role: str | None = None
+    ) -> MatrixShape:
+        """Place a matrix; heads of a 3-D tensor lie under each other as rows."""
+        tensor = names.require(self._file, role or key, shape, layer)
+        where = f"{self._file.path}: {tensor.name}"
+        rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+        packed = MatrixShape(form=format_of(tensor.type, shape[-1], where), rows=rows, columns=shape[-1])
+        self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
+        return packed
+
+    def _vector(self, key: str, length: int, layer: int | None = None) -> None:
+        tensor = names.require(self._file, key, (length,), layer)
+        self._place(_key(key, layer), tensor, "vector", 4 * length, None)
+
+    def _raw(self, key: str, shape: tuple[int, ...]) -> None:
+        tensor = names.require(self._file, key, shape)
+        format_of(tensor.type, shape[-1], f"{self._file.path}: {tensor.name}")
+        self._place(key, tensor, "raw", tensor.nbytes, None)
+
+    def _place(
+        self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None
+    ) -> None:
+        at = self._plan.dense_nbytes
+        self._plan.dense[key] = DenseTensor(tensor=tensor, kind=kind, at=at, nbytes=nbytes, shape=shape)
+        self._plan.dense_nbytes = at + align(nbytes)
+
+
+def _key(role: str, layer: int | None) -> str:
+    return role if layer is None else f"{layer}.{role}"

@@ -1,0 +1,291 @@
+"""The bounded GGUF reader: header, tensor table, tensor bytes (`GgufFile`, `TensorInfo`).
+
+Reads versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
+that names the place or gives tensors that lie inside the file and do not overlap; every count is
+limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
+(`types.py`), tensor names (`names.py`), what keys and shapes a model needs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Final, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .metadata import MAX_KEYS, MIN_KEY_BYTES, GgufArray, Metadata, MetadataValue
+from .source import HeaderReader, Source, quoted, refusal
+from .types import FOREIGN_TYPES, TENSOR_TYPES, TensorType
+
+__all__ = ["GgufArray", "GgufFile", "MetadataValue", "TensorInfo"]
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+MAX_TENSORS: Final = 65_536
+MAX_TENSOR_NAME_BYTES: Final = 64
+MAX_DIMENSIONS: Final = 4
+MIN_TENSOR_BYTES: Final = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension
+DEFAULT_ALIGNMENT: Final = 32
+MIN_ALIGNMENT: Final = 8
+MAX_ALIGNMENT: Final = 1 << 20
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a file: its `nbytes` lie at absolute byte `offset`.
+
+    `shape` is in numpy order (outermost first, rows of the last axis contiguous); `ne` is the same
+    reversed, as GGUF stores it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    offset: int
+    nbytes: int
+
+    @property
+    def ne(self) -> tuple[int, ...]:
+        """The dimensions in GGUF order, contiguous axis first."""
+        return self.shape[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """A tensor as the header states it: `info.offset` is still relative to the data."""
+
+    info: TensorInfo
+    offset_at: int
+
+
+def _read_magic(reader: HeaderReader) -> int:
+    reader.what = "header"
+    magic = reader.bytes_of(4, "magic")
+    if magic != MAGIC:
+        raise reader.refusal(f"the magic {MAGIC!r}", repr(magic), at=0)
+    version = reader.uint32("version")
+    if version in VERSIONS:
+        return version
+    swapped = struct.unpack("<I", struct.pack(">I", version))[0]
+    found = f"big-endian version {swapped}" if 1 <= swapped <= max(VERSIONS) else f"version {version}"
+    raise reader.refusal("little-endian version 2 or 3", found, at=4)
+
+
+def _read_count(reader: HeaderReader, kind: str, limit: int, min_bytes_each: int) -> int:
+    at = reader.at
+    count = reader.uint64(f"the number of {kind}")
+    if count > limit:
+        raise reader.refusal(f"at most {limit} {kind}", count, at=at)
+    if count * min_bytes_each > reader.bytes_left:
+        wanted = f"{count} {kind}, at least {count * min_bytes_each} bytes"
+        raise reader.refusal(wanted, f"{reader.bytes_left} bytes left in the file", at=at)
+    return count
+
+
+def _read_shape(reader: HeaderReader) -> tuple[int, ...]:
+    at = reader.at
+    n_dims = reader.uint32("the number of dimensions")
+    if not 1 <= n_dims <= MAX_DIMENSIONS:
+        raise reader.refusal(f"1 to {MAX_DIMENSIONS} dimensions", n_dims, at=at)
+    ne = []
+    for axis in range(n_dims):
+        size = reader.uint64(f"dimension {axis}")
+        if size == 0:
+            raise reader.refusal(f"dimension {axis} of at least 1", 0, at=reader.at - 8)
+        ne.append(size)
+    if math.prod(ne) >= 1 << 63:
+        raise reader.refusal("fewer than 2^63 elements", " x ".join(map(str, ne)), at=at + 4)
+    return tuple(reversed(ne))
+
+
+def _read_type(reader: HeaderReader) -> TensorType:
+    at = reader.at
+    type_id = reader.uint32("the tensor type")
+    known = TENSOR_TYPES.get(type_id)
+    if known is None:
+        hint = f" ({FOREIGN_TYPES[type_id]})" if type_id in FOREIGN_TYPES else ""
+        raise reader.refusal("a known tensor type", f"type id {type_id}{hint}", at=at)
+    return known
+
+
+def _read_tensor(reader: HeaderReader, index: int, alignment: int) -> _Declared:
+    reader.what = f"tensor {index}"
+    name = reader.text(MAX_TENSOR_NAME_BYTES, "a tensor name")
+    reader.what = f"tensor {quoted(name)}"
+    shape_at = reader.at
+    shape = _read_shape(reader)
+    tensor_type = _read_type(reader)
+    if shape[-1] % tensor_type.block_elements:
+        blocks = f"a row length divisible by the {tensor_type.block_elements} of a {tensor_type.name} block"
+        raise reader.refusal(blocks, shape[-1], at=shape_at + 4)
+    offset_at = reader.at
+    offset = reader.uint64("the data offset")
+    if offset % alignment:
+        raise reader.refusal(f"an offset that is a multiple of {alignment}", offset, at=offset_at)
+    info = TensorInfo(
+        name=name, shape=shape, type=tensor_type, offset=offset, nbytes=tensor_type.nbytes(shape)
+    )
+    return _Declared(info, offset_at)
+
+
+def _read_tensors(reader: HeaderReader, count: int, alignment: int) -> dict[str, _Declared]:
+    declared: dict[str, _Declared] = {}
+    for index in range(count):
+        at = reader.at
+        tensor = _read_tensor(reader, index, alignment)
+        if tensor.info.name in declared:
+            raise reader.refusal("a name that was not there before", "a duplicate", at=at)
+        declared[tensor.info.name] = tensor
+    return declared
+
+
+def _placed(source: Source, declared: dict[str, _Declared], data_offset: int) -> Mapping[str, TensorInfo]:
+    """Make offsets absolute; refuse tensors that overlap or reach beyond the file."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in declared.items():
+        info = tensor.info
+        offset = data_offset + info.offset
+        if offset + info.nbytes > source.size_bytes:
+            raise refusal(
+                source.label,
+                tensor.offset_at,
+                f"tensor {quoted(name)}",
+                f"{info.nbytes} bytes of data at byte {offset}",
+                f"a file of {source.size_bytes} bytes (cut short?)",
+            )
+        tensors[name] = TensorInfo(
+            name=name, shape=info.shape, type=info.type, offset=offset, nbytes=info.nbytes
+        )
+    end, before = 0, ""
+    for info in sorted(tensors.values(), key=lambda info: info.offset):
+        if info.offset < end:
+            raise refusal(
+                source.label,
+                declared[info.name].offset_at,
+                f"tensor {quoted(info.name)}",
+                f"data behind that of {quoted(before)}, which ends at byte {end}",
+                f"data at byte {info.offset}, which overlaps",
+            )
+        end, before = info.offset + info.nbytes, info.name
+    return MappingProxyType(tensors)
+
+
+class GgufFile:
+    """An open GGUF file: `metadata`, `tensors` and views of the mapped tensor bytes.
+
+    Context manager; owns descriptor and mapping until `close`. Arrays from `data` stay valid after
+    that (they hold the mapping), metadata strings and arrays do not. May be shared by threads and,
+    since nothing is written, inherited over a fork. If the file is cut short by someone else while
+    it is mapped, touching the lost pages kills the process (SIGBUS): read cold data with `pread`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Read the header of `source`; use `open`."""
+        self._source = source
+        reader = HeaderReader(source)
+        self.version = _read_magic(reader)
+        num_tensors = _read_count(reader, "tensors", MAX_TENSORS, MIN_TENSOR_BYTES)
+        num_keys = _read_count(reader, "keys", MAX_KEYS, MIN_KEY_BYTES)
+        self._metadata = Metadata.read(reader, num_keys)
+        self.alignment = self._checked_alignment()
+        declared = _read_tensors(reader, num_tensors, self.alignment)
+        self.data_offset = -(-reader.at // self.alignment) * self.alignment
+        self.tensors: Mapping[str, TensorInfo] = _placed(source, declared, self.data_offset)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open and check `path`.
+
+        Raises ModelNotFound, NotPermitted, ModelReadError, OutOfResources or, for everything that
+        is wrong with the content, ModelFileError; each is one line that names the file.
+        """
+        source = Source(path)
+        try:
+            return cls(source)
+        except BaseException:
+            source.close()
+            raise
+
+    def _checked_alignment(self) -> int:
+        key = "general.alignment"
+        alignment = self.get(key, int, DEFAULT_ALIGNMENT)
+        if MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT and alignment.bit_count() == 1:
+            return alignment
+        expected = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}"
+        raise refusal(
+            self._source.label, self._metadata.offset(key), f"key {quoted(key)}", expected, alignment
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give descriptor and mapping back; again is harmless."""
+        self._source.close()
+
+    @property
+    def path(self) -> str:
+        """The path as it was opened."""
+        return self._source.path
+
+    @property
+    def label(self) -> str:
+        """The path as messages name it: printable, one line."""
+        return self._source.label
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, for `pread`; owned by this object."""
+        return self._source.fd
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file when it was opened."""
+        return self._source.size_bytes
+
+    @property
+    def metadata(self) -> Mapping[str, MetadataValue]:
+        """All keys in file order; reading a string value may raise ModelFileError."""
+        return self._metadata
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """Return the value of `key`; ModelFileError if it is missing or not exactly of `kind`.
+
+        `kind` is int, float, bool, str or GgufArray; a bool is no int, an int no float.
+        """
+        return self._metadata.typed(key, kind)
+
+    def get(self, key: str, kind: type[T], default: D) -> T | D:
+        """Return the value of `key`, or `default` if there is none; a wrong type is an error."""
+        return self._metadata.typed(key, kind) if key in self._metadata else default
+
+    def data(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
+        """Return the tensor's bytes, 1-D, read-only, as a view of the mapping (no copy)."""
+        return np.frombuffer(self._source.mapped, np.uint8, info.nbytes, info.offset)
+
+    def slab(self, info: TensorInfo, index: int) -> tuple[int, int]:
+        """Return (absolute offset, bytes) of slice `index` of the outermost axis of a 3-D tensor.
+
+        ModelFileError if the tensor is not 3-D, IndexError if there is no such slice.
+        """
+        if len(info.shape) != 3:
+            what = f"tensor {quoted(info.name)}"
+            raise refusal(self._source.label, info.offset, what, "3 dimensions", f"shape {info.shape}")
+        if not 0 <= index < info.shape[0]:
+            raise IndexError(f"slice {index} of {info.name!r}, which has {info.shape[0]}")
+        nbytes = info.nbytes // info.shape[0]
+        return info.offset + index * nbytes, nbytes

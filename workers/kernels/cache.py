@@ -1,0 +1,36 @@
+"""Where compiled kernels are kept. Imports no numba: the variable must be set before it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+
+
+def sources_digest() -> str:
+    """Return 16 hex digits over all kernel sources and the compiler's versions.
+
+    Numba's own key sees only the file of the jitted function, not the modules that define its
+    intrinsics, so that an edited intrinsic would keep running as stale machine code.
+    """
+    digest = hashlib.sha256()
+    for package in ("numba", "llvmlite", "numpy"):
+        digest.update(f"{package}={version(package)};".encode())
+    here = Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(str(path.relative_to(here)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_dir() -> Path:
+    """Return the folder for compiled kernels: $NUMBA_CACHE_DIR if set, else one named by digest."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("CACHE_DIRECTORY")  # set by systemd
+    root = Path(base) if base else platformdirs.user_cache_path("sterna")
+    return root / f"kernels-{sources_digest()}"

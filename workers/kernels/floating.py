@@ -1,0 +1,73 @@
+"""F32, F16 and BF16 matrices, sixteen rows interleaved: [group][column][16 rows], no scales."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .kernel import kernel
+from .simd.ops import (
+    add_f32,
+    broadcast_f32,
+    fma_f32,
+    load_bf16,
+    load_f16,
+    load_f32,
+    store_f32,
+    zero_f32,
+)
+
+F32, F16, BF16 = 0, 1, 2
+BLOCK = 4  # columns come in fours: four sums run side by side
+
+
+def nbytes(rows: int, columns: int, width: int) -> int:
+    """Return the packed size; `rows` is padded to 16, `width` is bytes per element."""
+    return -(-rows // 16) * 16 * columns * width
+
+
+@kernel
+def pack(raw, rows, columns, width, out, at):
+    """Pack a row-major matrix of `width`-byte elements (raw: uint8) into `out` at byte `at`."""
+    for group in range((rows + 15) // 16):
+        for lane in range(16):
+            row = group * 16 + lane
+            for column in range(columns):
+                place = at + ((group * columns + column) * 16 + lane) * width
+                for i in range(width):
+                    out[place + i] = raw[(row * columns + column) * width + i] if row < rows else np.uint8(0)
+
+
+@kernel
+def _weights(kind, w, at):
+    if kind == F32:
+        return load_f32(w, at)
+    if kind == F16:
+        return load_f16(w, at)
+    return load_bf16(w, at)
+
+
+@kernel
+def gemm(kind, w, at, groups, columns, x, rows, count, out, out_at, out_step):
+    """out[t, :] = W @ x[rows[t]] for t < count; x: float32 (tokens, columns), the rest as ternary.gemm.
+
+    Four partial sums over columns 0, 1, 2, 3 modulo 4 are added as (0 + 1) + (2 + 3).
+    """
+    width = 4 if kind == F32 else 2
+    step = 16 * width
+    for group in range(groups):
+        start = at + group * columns * step
+        for t in range(count):
+            a0 = zero_f32()
+            a1 = zero_f32()
+            a2 = zero_f32()
+            a3 = zero_f32()
+            base = rows[t] * columns
+            for k in range(0, columns, 4):
+                p = start + k * step
+                c = 4 * (base + k)
+                a0 = fma_f32(_weights(kind, w, p), broadcast_f32(x, c), a0)
+                a1 = fma_f32(_weights(kind, w, p + step), broadcast_f32(x, c + 4), a1)
+                a2 = fma_f32(_weights(kind, w, p + 2 * step), broadcast_f32(x, c + 8), a2)
+                a3 = fma_f32(_weights(kind, w, p + 3 * step), broadcast_f32(x, c + 12), a3)
+            total = add_f32(add_f32(a0, a1), add_f32(a2, a3))
+            store_f32(out, 4 * (out_at + group * 16 + t * out_step), total)

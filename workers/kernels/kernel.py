@@ -1,0 +1,11 @@
+"""The one decorator of all kernels.
+
+No fast-math: results must not depend on how a compiler regroups a sum, because the same token has
+to give the same bits alone and in any batch. Where a fused multiply-add is wanted it is written.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+kernel = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")

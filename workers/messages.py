@@ -1,0 +1,77 @@
+"""What scheduler and workers say to each other. Bulk arrays travel as raw frames after the message.
+
+    scheduler -> worker   compute (+ activations, routing), page_in
+    worker -> scheduler   hello, outputs (+ rows), paged, trouble
+
+Both ends are processes of one daemon; the structures are still validated on arrival.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class LaneMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all: the tag is the class name."""
+
+
+class Hello(LaneMessage):
+    """A worker is there. `generation` counts how often its index was started."""
+
+    index: int
+    generation: int
+    pid: int
+
+
+class Compute(LaneMessage):
+    """Run experts over token rows.
+
+    kind: 0 (float32 rows follow) or the block of int8 rows (q, scales, sums follow); tokens: number
+    of rows; experts with starts: pairs of expert i are routing rows starts[i]:starts[i + 1]. The last
+    frame holds the routing rows, int32: for each pair the row of its token.
+    """
+
+    seq: int
+    layer: int
+    kind: int
+    tokens: int
+    experts: list[int]
+    starts: list[int]
+
+
+class Outputs(LaneMessage):
+    """Answer to `compute`: one frame follows, float32 (pairs, d_model), in the order of the pairs."""
+
+    seq: int
+    busy_ns: int
+
+
+class PageIn(LaneMessage):
+    """Read experts, each (layer, expert, slot), into their slots."""
+
+    seq: int
+    experts: list[tuple[int, int, int]]
+
+
+class Paged(LaneMessage):
+    """The expert in `slot` is complete; `left` are still to come for this request."""
+
+    seq: int
+    slot: int
+    left: int
+
+
+class Trouble(LaneMessage):
+    """The request `seq` could not be carried out; `code` and `text` are those of a SternaError."""
+
+    seq: int
+    code: str
+    text: str
+
+
+ToWorker = Compute | PageIn
+ToScheduler = Hello | Outputs | Paged | Trouble
+
+encode = msgspec.msgpack.Encoder().encode
+decode_for_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_for_scheduler = msgspec.msgpack.Decoder(ToScheduler).decode

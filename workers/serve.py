@@ -1,0 +1,170 @@
+"""What a worker does with a message: compute experts from slots, or read experts into slots.
+
+No sockets here: `process` feeds messages and sends what comes back.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..shm.errors import InternalError, ModelReadError
+from ..shm.slots import SlotTable
+from .checkpoint.formats import ActivationKind, MatrixShape
+from .checkpoint.names import Slab
+from .checkpoint.packing import pack_matrix
+from .kernels.ffn import expert_batch
+from .messages import Compute, Outputs, Paged, PageIn
+
+MAX_PREAD = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """Sizes of the experts of one layer: gate, up, down with their byte offsets within a slot."""
+
+    d_model: int
+    d_ff: int
+    matrices: tuple[tuple[MatrixShape, int], ...]
+
+
+class ExpertSource(Protocol):
+    """Where experts come from."""
+
+    def shape(self, layer: int) -> ExpertShape:
+        """Return the sizes of the experts of `layer`."""
+
+    def slabs(self, layer: int, expert: int) -> Sequence[Slab]:
+        """Return the file ranges of gate, up and down."""
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        """Return the slot in which the expert lies."""
+
+
+class _Scratch:
+    """Buffers for one batch; grown when a larger one comes, then kept."""
+
+    def __init__(self) -> None:
+        self._pairs = 0
+
+    def fit(self, pairs: int, d_model: int, d_ff: int) -> None:
+        if pairs <= self._pairs:
+            return
+        self._pairs = pairs
+        self.gate = np.zeros((pairs, d_ff), np.float32)
+        self.up = np.zeros((pairs, d_ff), np.float32)
+        self.q = np.zeros((pairs, d_ff), np.int8)
+        self.scales = np.zeros((pairs, max(1, d_ff // 32)), np.float32)
+        self.sums = np.zeros((pairs, max(1, d_ff // 32)), np.int32)
+        self.identity = np.arange(pairs, dtype=np.int32)
+        self.out = np.zeros((pairs, d_model), np.float32)
+
+
+class ExpertWorker:
+    """One worker's work, over the arena that all workers share."""
+
+    def __init__(self, source: ExpertSource, slots: SlotTable, model_fd: int) -> None:
+        self._source = source
+        self._slots = slots
+        self._model_fd = model_fd
+        self._scratch = _Scratch()
+        self._shapes: dict[int, ExpertShape] = {}
+
+    def compute(
+        self, message: Compute, frames: Sequence[memoryview]
+    ) -> tuple[Outputs, npt.NDArray[np.float32]]:
+        """Run `message` and return its answer; the array is valid until the next call.
+
+        Raises InternalError when an expert is not in its slot or frames are too short.
+        """
+        begin_ns = time.perf_counter_ns()
+        shape = self._shape(message.layer)
+        rows = np.frombuffer(frames[-1], np.int32)
+        starts = np.asarray(message.starts, np.int64)
+        pairs = int(starts[-1])
+        if len(rows) != pairs or (pairs and (rows.min() < 0 or rows.max() >= message.tokens)):
+            raise InternalError(f"layer {message.layer}: {len(rows)} routing rows for {pairs} pairs")
+        x, q, scales, sums = _activations(message, frames[:-1], shape.d_model)
+        s = self._scratch
+        s.fit(pairs, shape.d_model, shape.d_ff)
+        expert_batch(
+            self._slots.memory, self._matrices(message, shape), starts, rows, shape.d_model, shape.d_ff,
+            x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.out,
+        )  # fmt: skip
+        busy_ns = time.perf_counter_ns() - begin_ns
+        return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]
+
+    def page_in(self, message: PageIn) -> Iterator[Paged]:
+        """Read each expert into its slot, yielding after each.
+
+        Raises ModelFileError or ModelReadError; slots already published stay good.
+        """
+        for done, (layer, expert, slot) in enumerate(message.experts, 1):
+            if not self._slots.holds(slot, layer, expert):
+                self._fill(layer, expert, slot)
+            yield Paged(seq=message.seq, slot=slot, left=len(message.experts) - done)
+
+    def _shape(self, layer: int) -> ExpertShape:
+        if layer not in self._shapes:
+            self._shapes[layer] = self._source.shape(layer)
+        return self._shapes[layer]
+
+    def _matrices(self, message: Compute, shape: ExpertShape) -> npt.NDArray[np.int64]:
+        table = np.empty((len(message.experts), 3, 3), np.int64)
+        for i, expert in enumerate(message.experts):
+            slot = self._source.slot_of(message.layer, expert)
+            if not self._slots.holds(slot, message.layer, expert):
+                raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
+            base = self._slots.at(slot)
+            for j, (matrix, at) in enumerate(shape.matrices):
+                table[i, j] = (matrix.form, *matrix.place(base + at))
+        return table
+
+    def _fill(self, layer: int, expert: int, slot: int) -> None:
+        shape = self._shape(layer)
+        self._slots.begin(slot)
+        crc = 0
+        for slab, (matrix, at) in zip(self._source.slabs(layer, expert), shape.matrices, strict=True):
+            raw = _read(self._model_fd, slab)
+            crc = zlib.crc32(raw, crc)
+            pack_matrix(raw, slab.type, matrix, self._slots.memory, self._slots.at(slot) + at)
+        nbytes = sum(matrix.nbytes for matrix, _ in shape.matrices)
+        form = shape.matrices[0][0].form
+        self._slots.publish(slot, layer=layer, expert=expert, form=form, nbytes=nbytes, crc32=crc)
+
+
+def _activations(
+    message: Compute, frames: Sequence[memoryview], d_model: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """Return (x, q, scales, sums) over the frames; those that the kind lacks are empty."""
+    tokens = message.tokens
+    if message.kind == ActivationKind.FLOAT:
+        x = np.frombuffer(frames[0], np.float32).reshape(tokens, d_model)
+        return x, np.zeros((1, 1), np.int8), np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int32)
+    q = np.frombuffer(frames[0], np.int8).reshape(tokens, d_model)
+    scales = np.frombuffer(frames[1], np.float32).reshape(tokens, d_model // message.kind)
+    sums = np.frombuffer(frames[2], np.int32).reshape(tokens, d_model // message.kind)
+    return np.zeros((1, 1), np.float32), q, scales, sums
+
+
+def _read(fd: int, slab: Slab, pread: Callable[[int, int, int], bytes] = os.pread) -> npt.NDArray[np.uint8]:
+    """Read a slab whole; raises ModelReadError on a short file or an I/O error."""
+    parts: list[bytes] = []
+    at, end = slab.offset, slab.offset + slab.nbytes
+    while at < end:
+        try:
+            part = pread(fd, min(MAX_PREAD, end - at), at)
+        except OSError as error:
+            raise ModelReadError(f"{slab.tensor}: reading at byte {at} failed: {error.strerror}") from error
+        if not part:
+            raise ModelReadError(f"{slab.tensor}: the model file ends at byte {at}, expected {end}")
+        parts.append(part)
+        at += len(part)
+    return np.frombuffer(b"".join(parts), np.uint8)
