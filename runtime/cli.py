@@ -38,7 +38,22 @@ Command = Callable[..., int]
 _METAVARS = {"integer": "N", "seconds": "SECONDS", "url": "URL"}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _ClosedPipeError(Exception):
+    """Who read our output has gone."""
+
+
+class _Group(click.Group):
+    """Keeps click from its own way with a closed pipe, which is exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ClosedPipeError from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sterna", message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve and use ternary Mixture-of-Experts language models on small machines."""
@@ -107,6 +122,7 @@ def generate(
 
     Uses the daemon if one runs, else starts one for this call.
     """
+    signal.signal(signal.SIGTERM, _on_sigterm)
     text = _read_stdin() if prompt == "-" else prompt
     given = {name: value for name, value in options.items() if value is not None}
     sampling = cast("GenerateOptions", {**given, "stop": list(stop)})
@@ -252,7 +268,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _complain(UsageError(e.format_message()))
     except SternaError as e:
         return _complain(e)
-    except BrokenPipeError:
+    except _ClosedPipeError:
         # Python flushes stdout once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
@@ -270,7 +286,6 @@ def _complain(error: Exception, text: str | None = None) -> int:
 
 def main() -> NoReturn:
     """Entry point of the command."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
     sys.exit(run())
 
 

@@ -1,7 +1,7 @@
 """What the daemon can be told, from where, and whether it makes sense.
 
-In here: `Config` with the range of every field and `load_config`, which merges flags, environment and TOML
-files in that order of precedence. Not in here: presets and what a setting does. Nothing in here creates a file.
+In here: `Config` with the range of each field and `load_config`, which merges flags, environment and TOML
+files in that order of precedence. Not in here: presets, and what a setting does. Nothing creates a file.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ class TokenType(IntEnum):
 
 
 # Types of tokens that stand for no text.
-SILENT: Final = frozenset(
-    {TokenType.UNDEFINED, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED, TokenType.BYTE}
-)
+SILENT: Final = frozenset(TokenType) - {TokenType.NORMAL, TokenType.USER_DEFINED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +112,7 @@ def _byte_alphabet() -> str:
 
 _ALPHABET: Final = _byte_alphabet()
 # The stand-in makes encode("latin-1") fail for characters below 256 that no byte is written as.
-_TO_BYTES: Final = {
-    **dict.fromkeys(range(256), 0xFFFD),
-    **{ord(char): byte for byte, char in enumerate(_ALPHABET)},
-}
-_IN_UTF8: Final = tuple(byte for byte in range(0xF5) if byte not in (0xC0, 0xC1))
+_TO_BYTES: Final = dict.fromkeys(range(256), 0xFFFD) | {ord(c): b for b, c in enumerate(_ALPHABET)}
 
 
 class ByteLevelBpe:
@@ -137,6 +131,8 @@ class ByteLevelBpe:
         self.size = len(pieces)
         self._user_defined = frozenset(i for i, t in enumerate(types) if t is TokenType.USER_DEFINED)
         self._silent = frozenset(i for i, t in enumerate(types) if t in SILENT)
+        unwritten = {None, *self._silent}
+        self._missing = bytes(b for b, c in enumerate(_ALPHABET) if vocab.get(c) in unwritten)
         parsed = (TokenType.CONTROL, TokenType.UNKNOWN)
         user = [AddedToken(pieces[i], normalized=False) for i in sorted(self._user_defined)]
         control = [
@@ -150,7 +146,12 @@ class ByteLevelBpe:
         self._parsing.add_special_tokens(control)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the ids of the text; user-defined tokens are found in it always, control tokens if asked."""
+        """Return the ids of the text; user-defined tokens are found in it always, control tokens if asked.
+
+        Raises BadRequest for a byte that the vocabulary cannot write.
+        """
+        if self._missing:
+            self._refuse_missing(text.encode("utf-8"))
         encoder = self._parsing if special else self._plain
         # encode() also tracks offsets, which takes two to three times as long.
         ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -158,10 +159,15 @@ class ByteLevelBpe:
 
     def piece(self, token_id: int) -> str:
         """Return the token as the file writes it, in the byte alphabet if it is a normal one."""
-        piece = self._plain.id_to_token(token_id)
-        if piece is None:
-            raise IndexError(token_id)
-        return piece
+        return self._plain.id_to_token(token_id) or ""
+
+    def _refuse_missing(self, data: bytes) -> None:
+        # Some published vocabularies lack rare bytes; the encoder would drop them without a word.
+        for byte in self._missing:
+            at = data.find(byte)
+            if at >= 0:
+                where = len(data[:at].decode("utf-8", "ignore"))
+                raise BadRequest(f"text: the model has no token for byte 0x{byte:02X} at character {where}")
 
     def raw(self, token_id: int) -> bytes:
         """Return the token's bytes; control, unknown and unused tokens have none.
@@ -223,7 +229,7 @@ class Tokenizer:
         With `special`, control tokens written in the text become those tokens; without, their letters are
         ordinary text. A text that begins with BOS itself (a chat template's) needs `add_bos=False`. EOS is
         added only if asked, whatever the metadata says: an answer could not go on after it.
-        Raises BadRequest for lone surrogates and for a BOS or EOS that the model does not have.
+        Raises BadRequest for lone surrogates, a byte that has no token, a BOS or EOS that the model lacks.
         """
         try:
             text.encode("utf-8")
@@ -370,12 +376,9 @@ def _byte_level_bpe(reader: _Reader) -> ByteLevelBpe:
     for token_id, piece in enumerate(pieces):
         if id_of.setdefault(piece, token_id) != token_id:
             raise reader.error(f"tokens[{token_id}]", f"{_shown(piece)} is also token {id_of[piece]}")
+    if not pieces:
+        raise reader.error("tokens", "is empty")
     types = reader.types(len(pieces))
-    for byte in _IN_UTF8:
-        # Without its token the byte would vanish from a prompt without a word.
-        token = id_of.get(_ALPHABET[byte])
-        if token is None or types[token] in SILENT:
-            raise reader.error("tokens", f"no normal token {_ALPHABET[byte]!r} for byte 0x{byte:02X}")
     return ByteLevelBpe(pieces, types, _merges(reader, id_of, types), splitting)
 
 

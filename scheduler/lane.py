@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..workers.messages import ExpertPage
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerBatch:
     """The part of one layer's work that one worker does.
 
-    experts: ids; starts: pairs of expert i are starts[i]:starts[i + 1] of `rows`; rows: int32, the
-    activation row of each pair; activations: float32 rows, or int8 rows with their float32 scales
+    experts: ids, lying in `slots`; starts: pairs of expert i are starts[i]:starts[i + 1] of `rows`;
+    rows: int32, the activation row of each pair; activations: float32 rows, or int8 rows with their float32 scales
     and int32 sums; kind: see `workers.messages.Compute`.
     """
 
@@ -23,6 +25,7 @@ class WorkerBatch:
     layer: int
     kind: int
     experts: list[int]
+    slots: list[int]
     starts: list[int]
     rows: npt.NDArray[np.int32]
     activations: tuple[npt.NDArray[np.generic], ...]
@@ -41,6 +44,6 @@ class Lane(Protocol):
         """
 
     def page_in(
-        self, experts: dict[int, list[tuple[int, int, int]]], progress: Callable[[int, int], None]
+        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
     ) -> None:
-        """Have workers read experts: worker -> (layer, expert, slot); reports (done, total)."""
+        """Have each worker read its experts into their slots; reports (done, total)."""

@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +21,8 @@ import zmq
 from ..shm.errors import InternalError, ProtocolError, WorkerLost, request_error
 from ..workers.messages import (
     Compute,
+    Configure,
+    ExpertPage,
     Hello,
     Outputs,
     Paged,
@@ -44,14 +46,18 @@ class _Peer:
 
 
 class ZmqLane:
-    """Workers behind a ROUTER socket bound to `url`; owns the socket and the workers' pidfds."""
+    """Workers behind a ROUTER socket bound to `url`; owns the socket and the workers' pidfds.
 
-    def __init__(self, url: str, d_model: int, timeout_s: float) -> None:
+    Each worker is sent `configure` as soon as it has said hello.
+    """
+
+    def __init__(self, url: str, configure: Configure, d_model: int, timeout_s: float) -> None:
         self._context = zmq.Context.instance()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.bind(url)
+        self._configure = encode(configure)
         self._d_model = d_model
         self._timeout_s = timeout_s
         self._peers: dict[int, _Peer] = {}
@@ -91,6 +97,7 @@ class ZmqLane:
             return  # died right after its hello; the daemon starts another one
         self._peers[hello.index] = _Peer(hello.index, identity, hello.pid, pidfd)
         self._joined.append(hello.index)
+        self._send(hello.index, [self._configure])
 
     def _forget(self, index: int) -> None:
         peer = self._peers.pop(index, None)
@@ -113,6 +120,7 @@ class ZmqLane:
                 kind=batch.kind,
                 tokens=len(batch.activations[0]),
                 experts=batch.experts,
+                slots=batch.slots,
                 starts=batch.starts,
             )
             self._send(batch.worker, [encode(message), *batch.activations, batch.rows])
@@ -132,7 +140,7 @@ class ZmqLane:
         return outputs
 
     def page_in(
-        self, experts: dict[int, list[tuple[int, int, int]]], progress: Callable[[int, int], None]
+        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
     ) -> None:
         """See `Lane.page_in`; the time limit holds between two experts."""
         total = sum(len(wanted) for wanted in experts.values())

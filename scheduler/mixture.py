@@ -98,6 +98,7 @@ class Mixture:
                     layer=layer,
                     kind=int(kind),
                     experts=experts,
+                    slots=[self._plan.slot_of(layer, expert) for expert in experts],
                     starts=starts,
                     rows=index,
                     activations=_take(rows, kind, needed, count),

@@ -1,6 +1,6 @@
 """What scheduler and workers say to each other. Bulk arrays travel as raw frames after the message.
 
-    scheduler -> worker   compute (+ activations, routing), page_in
+    scheduler -> worker   configure, compute (+ activations, routing), page_in
     worker -> scheduler   hello, outputs (+ rows), paged, trouble
 
 Both ends are processes of one daemon; the structures are still validated on arrival.
@@ -23,12 +23,26 @@ class Hello(LaneMessage):
     pid: int
 
 
+class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
+    """The experts of one layer: gate, up, down as (format, rows, columns, byte offset in the slot)."""
+
+    d_model: int
+    d_ff: int
+    matrices: list[tuple[int, int, int, int]]
+
+
+class Configure(LaneMessage):
+    """What a worker has to know before anything else: the shape of each layer's experts."""
+
+    layers: dict[int, LayerShape]
+
+
 class Compute(LaneMessage):
     """Run experts over token rows.
 
     kind: 0 (float32 rows follow) or the block of int8 rows (q, scales, sums follow); tokens: number
-    of rows; experts with starts: pairs of expert i are routing rows starts[i]:starts[i + 1]. The last
-    frame holds the routing rows, int32: for each pair the row of its token.
+    of rows; experts lie in `slots`; pairs of expert i are routing rows starts[i]:starts[i + 1]. The
+    last frame holds the routing rows, int32: for each pair the row of its token.
     """
 
     seq: int
@@ -36,6 +50,7 @@ class Compute(LaneMessage):
     kind: int
     tokens: int
     experts: list[int]
+    slots: list[int]
     starts: list[int]
 
 
@@ -46,11 +61,29 @@ class Outputs(LaneMessage):
     busy_ns: int
 
 
+class FileSlab(msgspec.Struct, frozen=True, array_like=True):
+    """`nbytes` bytes of the model file from `offset`, of GGUF type `type_id`; for errors its tensor."""
+
+    offset: int
+    nbytes: int
+    type_id: int
+    tensor: str
+
+
+class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
+    """One expert, where it goes, and where gate, up and down lie in the file."""
+
+    layer: int
+    expert: int
+    slot: int
+    slabs: list[FileSlab]
+
+
 class PageIn(LaneMessage):
-    """Read experts, each (layer, expert, slot), into their slots."""
+    """Read experts into their slots."""
 
     seq: int
-    experts: list[tuple[int, int, int]]
+    experts: list[ExpertPage]
 
 
 class Paged(LaneMessage):
@@ -69,7 +102,7 @@ class Trouble(LaneMessage):
     text: str
 
 
-ToWorker = Compute | PageIn
+ToWorker = Configure | Compute | PageIn
 ToScheduler = Hello | Outputs | Paged | Trouble
 
 encode = msgspec.msgpack.Encoder().encode

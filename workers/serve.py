@@ -8,44 +8,30 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError, ModelReadError
 from ..shm.slots import SlotTable
-from .checkpoint.formats import ActivationKind, MatrixShape
-from .checkpoint.names import Slab
+from .checkpoint.formats import ActivationKind, Format, MatrixShape
 from .checkpoint.packing import pack_matrix
+from .checkpoint.types import TENSOR_TYPES
 from .kernels.ffn import expert_batch
-from .messages import Compute, Outputs, Paged, PageIn
+from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, PageIn
 
 MAX_PREAD = 16 * 2**20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertShape:
-    """Sizes of the experts of one layer: gate, up, down with their byte offsets within a slot."""
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """One layer's experts: gate, up, down with their byte offsets within a slot."""
 
     d_model: int
     d_ff: int
     matrices: tuple[tuple[MatrixShape, int], ...]
-
-
-class ExpertSource(Protocol):
-    """Where experts come from."""
-
-    def shape(self, layer: int) -> ExpertShape:
-        """Return the sizes of the experts of `layer`."""
-
-    def slabs(self, layer: int, expert: int) -> Sequence[Slab]:
-        """Return the file ranges of gate, up and down."""
-
-    def slot_of(self, layer: int, expert: int) -> int:
-        """Return the slot in which the expert lies."""
 
 
 class _Scratch:
@@ -70,12 +56,20 @@ class _Scratch:
 class ExpertWorker:
     """One worker's work, over the arena that all workers share."""
 
-    def __init__(self, source: ExpertSource, slots: SlotTable, model_fd: int) -> None:
-        self._source = source
+    def __init__(self, slots: SlotTable, model_fd: int) -> None:
         self._slots = slots
         self._model_fd = model_fd
         self._scratch = _Scratch()
-        self._shapes: dict[int, ExpertShape] = {}
+        self._layers: dict[int, _Expert] = {}
+
+    def configure(self, message: Configure) -> None:
+        """Take the shapes of all layers."""
+        for layer, shape in message.layers.items():
+            matrices = tuple(
+                (MatrixShape(form=Format(form), rows=rows, columns=columns), at)
+                for form, rows, columns, at in shape.matrices
+            )
+            self._layers[layer] = _Expert(shape.d_model, shape.d_ff, matrices)
 
     def compute(
         self, message: Compute, frames: Sequence[memoryview]
@@ -85,7 +79,7 @@ class ExpertWorker:
         Raises InternalError when an expert is not in its slot or frames are too short.
         """
         begin_ns = time.perf_counter_ns()
-        shape = self._shape(message.layer)
+        shape = self._layer(message.layer)
         rows = np.frombuffer(frames[-1], np.int32)
         starts = np.asarray(message.starts, np.int64)
         pairs = int(starts[-1])
@@ -106,20 +100,19 @@ class ExpertWorker:
 
         Raises ModelFileError or ModelReadError; slots already published stay good.
         """
-        for done, (layer, expert, slot) in enumerate(message.experts, 1):
-            if not self._slots.holds(slot, layer, expert):
-                self._fill(layer, expert, slot)
-            yield Paged(seq=message.seq, slot=slot, left=len(message.experts) - done)
+        for done, page in enumerate(message.experts, 1):
+            if not self._slots.holds(page.slot, page.layer, page.expert):
+                self._fill(page)
+            yield Paged(seq=message.seq, slot=page.slot, left=len(message.experts) - done)
 
-    def _shape(self, layer: int) -> ExpertShape:
-        if layer not in self._shapes:
-            self._shapes[layer] = self._source.shape(layer)
-        return self._shapes[layer]
+    def _layer(self, layer: int) -> _Expert:
+        if layer not in self._layers:
+            raise InternalError(f"layer {layer} was never configured")
+        return self._layers[layer]
 
-    def _matrices(self, message: Compute, shape: ExpertShape) -> npt.NDArray[np.int64]:
+    def _matrices(self, message: Compute, shape: _Expert) -> npt.NDArray[np.int64]:
         table = np.empty((len(message.experts), 3, 3), np.int64)
-        for i, expert in enumerate(message.experts):
-            slot = self._source.slot_of(message.layer, expert)
+        for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
             if not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
             base = self._slots.at(slot)
@@ -127,17 +120,23 @@ class ExpertWorker:
                 table[i, j] = (matrix.form, *matrix.place(base + at))
         return table
 
-    def _fill(self, layer: int, expert: int, slot: int) -> None:
-        shape = self._shape(layer)
-        self._slots.begin(slot)
+    def _fill(self, page: ExpertPage) -> None:
+        shape = self._layer(page.layer)
+        base = self._slots.at(page.slot)
+        self._slots.begin(page.slot)
         crc = 0
-        for slab, (matrix, at) in zip(self._source.slabs(layer, expert), shape.matrices, strict=True):
+        for slab, (matrix, at) in zip(page.slabs, shape.matrices, strict=True):
             raw = _read(self._model_fd, slab)
             crc = zlib.crc32(raw, crc)
-            pack_matrix(raw, slab.type, matrix, self._slots.memory, self._slots.at(slot) + at)
-        nbytes = sum(matrix.nbytes for matrix, _ in shape.matrices)
-        form = shape.matrices[0][0].form
-        self._slots.publish(slot, layer=layer, expert=expert, form=form, nbytes=nbytes, crc32=crc)
+            pack_matrix(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.memory, base + at)
+        self._slots.publish(
+            page.slot,
+            layer=page.layer,
+            expert=page.expert,
+            form=shape.matrices[0][0].form,
+            nbytes=sum(matrix.nbytes for matrix, _ in shape.matrices),
+            crc32=crc,
+        )
 
 
 def _activations(
@@ -154,13 +153,13 @@ def _activations(
     return np.zeros((1, 1), np.float32), q, scales, sums
 
 
-def _read(fd: int, slab: Slab, pread: Callable[[int, int, int], bytes] = os.pread) -> npt.NDArray[np.uint8]:
+def _read(fd: int, slab: FileSlab) -> npt.NDArray[np.uint8]:
     """Read a slab whole; raises ModelReadError on a short file or an I/O error."""
     parts: list[bytes] = []
     at, end = slab.offset, slab.offset + slab.nbytes
     while at < end:
         try:
-            part = pread(fd, min(MAX_PREAD, end - at), at)
+            part = os.pread(fd, min(MAX_PREAD, end - at), at)
         except OSError as error:
             raise ModelReadError(f"{slab.tensor}: reading at byte {at} failed: {error.strerror}") from error
         if not part:

@@ -115,11 +115,19 @@ class Deepseek2:
         self._row_places = np.zeros(context + 16, np.int64)
 
     def _make_rotation(self) -> None:
-        half = self._h.rope // 2
-        rates = self._h.rope_base ** (-2.0 * np.arange(half) / self._h.rope)
-        angles = np.arange(self._streams.shape.context)[:, None] * rates[None, :]
-        self._cosine = np.cos(angles).astype(np.float32)
-        self._sine = np.sin(angles).astype(np.float32)
+        """Tabulate cos and sin of p * base^(-2i/n) for every position p and pair i.
+
+        The angle of pair i is that of pair i - 1 times base^(-2/n), in float32: llama.cpp's
+        recurrence, so that the same file gives the same logits there.
+        """
+        half, context = self._h.rope // 2, self._streams.shape.context
+        rate = np.float32(self._h.rope_base) ** np.float32(-2.0 / self._h.rope)
+        angles = np.empty((context, half), np.float32)
+        angles[:, 0] = np.arange(context)
+        for i in range(1, half):
+            angles[:, i] = angles[:, i - 1] * rate
+        self._cosine = np.cos(angles)
+        self._sine = np.sin(angles)
 
     # ---- one step ----
 

@@ -13,7 +13,7 @@ from ...shm.layout import align
 from ...workers.checkpoint import names
 from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind, format_of
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
-from ...workers.checkpoint.names import Slab
+from ...workers.messages import ExpertPage, FileSlab, LayerShape
 from .hyper import Hyperparameters
 
 PROJECTIONS = ("gate", "up", "down")
@@ -81,14 +81,26 @@ class ModelPlan:
         """Return what the experts of `layer` read."""
         return activation_kind(self.experts[layer][0].shape.form)
 
-    def expert_slabs(self, file: GgufFile, layer: int, expert: int) -> list[Slab]:
-        """Return where the expert's gate, up and down lie in the file."""
-        return [
-            names.expert_slab(
-                file, matrix.role, layer, expert, self.hyper.experts, matrix.shape.rows, matrix.shape.columns
+    def layer_shapes(self) -> dict[int, LayerShape]:
+        """Return what workers must know of each layer's experts."""
+        h = self.hyper
+        return {
+            layer: LayerShape(
+                d_model=h.d_model,
+                d_ff=h.d_ff_expert,
+                matrices=[(int(m.shape.form), m.shape.rows, m.shape.columns, m.at) for m in matrices],
             )
-            for matrix in self.experts[layer]
-        ]
+            for layer, matrices in self.experts.items()
+        }
+
+    def expert_page(self, file: GgufFile, layer: int, expert: int) -> ExpertPage:
+        """Return where the expert goes and where it lies in `file`."""
+        slabs = []
+        for matrix in self.experts[layer]:
+            rows, columns = matrix.shape.rows, matrix.shape.columns
+            slab = names.expert_slab(file, matrix.role, layer, expert, self.hyper.experts, rows, columns)
+            slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor))
+        return ExpertPage(layer, expert, self.slot_of(layer, expert), slabs)
 
 
 class _Planner:

@@ -125,6 +125,17 @@ def test_unknown_tokens_are_control_tokens_and_unused_ones_stand_for_nothing() -
     assert tok.decode([257, 259, 260, 257]) == "hehe"
 
 
+def test_a_byte_without_a_token_is_refused_not_dropped() -> None:
+    tokens = [*small()[PREFIX + "tokens"]]  # type: ignore[misc]
+    tokens[tokens.index("ñ")] = "[0xF1]"  # begins characters of planes 4 to 7
+    tok = build(tokens=tokens)
+    assert tok.decode(tok.encode("ñ 😀")) == "ñ 😀"
+    with pytest.raises(BadRequest, match="text: the model has no token for byte 0xF1 at character 2"):
+        tok.encode("é \U00040000")
+    with pytest.raises(BadRequest, match="no token for byte 0x21 at character 0"):
+        build(token_type=[3] + [1] * 262).encode("!")
+
+
 def test_a_merge_never_makes_a_control_token() -> None:
     tok = build(token_type=[1] * 257 + [3, 1, 5, 3, 3, 4])  # 257 is "he"
     assert tok.decode(tok.encode("the")) == "the"
@@ -206,14 +217,13 @@ CONTRADICTIONS: list[tuple[dict[str, object], str]] = [
     ({"pre": "x" * 5000}, r"pre: 'x{56}\.\.\. is not supported"),
     ({"pre": None}, r"pre: is missing; supported: gpt-2"),
     ({"tokens": TWICE}, r"tokens\[2\]: 'a' is also token 0"),
-    ({"tokens": [], "token_type": None}, r"tokens: no normal token 'Ā' for byte 0x00"),
+    ({"tokens": []}, r"tokens: is empty"),
     ({"tokens": "abc"}, r"tokens: expected an array, found 'abc'"),
     ({"tokens": ["a", 7]}, r"tokens\[1\]: expected a string, found 7"),
     ({"tokens": None}, r"merges: is there, but tokenizer.ggml.tokens is missing"),
     ({"token_type": [1] * 262}, r"token_type: expected 263 values, one per token, found 262"),
     ({"token_type": [9] * 263}, r"token_type\[0\]: expected 0 to 6, found 9"),
     ({"token_type": ["1"] * 263}, r"token_type\[0\]: expected 0 to 6, found '1'"),
-    ({"token_type": [3] + [1] * 262}, r"tokens: no normal token '!' for byte 0x21"),
     ({"merges": None}, r"merges: is missing"),
     ({"merges": ["Ġ t", "he"]}, r"merges\[1\]: expected two tokens and one space, found 'he'"),
     ({"merges": ["h  e"]}, r"merges\[0\]: expected two tokens and one space"),

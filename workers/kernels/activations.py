@@ -1,8 +1,9 @@
 """Quantising activations to int8: once per token, shared by every matrix that reads them.
 
 Per block of `block` values: scale = max|x| / 127, q = round-half-even(x / scale), and the sum of q,
-which the kernels need to take the offset of unsigned weight codes off again. Scales of 32-blocks are
-rounded to float16, as llama.cpp's Q8_0 has them: the same file then gives the same logits there.
+which the kernels need to take the offset of unsigned weight codes off again. The scales are rounded
+as in llama.cpp (float16 for 32-blocks, as its Q8_0; the inverse of 127 / max for 256-blocks, as its
+Q8_K): the same file then gives the same logits there, often to the last bit.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def quantize_rows(x, count, width, block, q, scales, sums):
                 rounded = to_i32(round_f32(mul_f32(load_f32(x, 4 * (at + i)), splat_f32(inverse))))
                 total = add_i32(total, rounded)
                 store_i8(q, at + i, rounded)
-            scale = peak / _F127
             if block == Q8_BLOCK:
-                scale = scalar_f16(scale)
+                scale = scalar_f16(peak / _F127)
+            else:
+                scale = np.float32(1.0) / inverse if peak > _F0 else _F0
             flat_scales[row * blocks + b] = scale + sum_f32(poison)
             flat_sums[row * blocks + b] = sum_i32(total)
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from .kernel import kernel
-from .simd.ops import fma_f32, load_f32, mul_f32, splat_f32, store_f16, store_f32, sum_f32, zero_f32
+from .simd.ops import load_f32, mul_f32, splat_f32, store_f16, store_f32
 
 
 @kernel
 def rms_rows(x, x_step, weight, eps, count, width, out):
     """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight for `count` rows, `width % 16 == 0`.
 
-    x: float32, row t starts at element t * x_step; out: float32 (count, width), contiguous.
+    x: float32, row t starts at element t * x_step; out: float32 (count, width), contiguous. The
+    squares are summed in float64, as llama.cpp does: their order then does not show.
     """
+    flat = x.ravel()
     for t in range(count):
-        squares = zero_f32()
-        for i in range(0, width, 16):
-            v = load_f32(x, 4 * (t * x_step + i))
-            squares = fma_f32(v, v, squares)
-        mean = sum_f32(squares) / np.float32(width)
+        squares = np.float64(0.0)
+        for i in range(t * x_step, t * x_step + width):
+            squares += np.float64(flat[i] * flat[i])
+        mean = np.float32(squares / width)
         factor = splat_f32(np.float32(1.0) / np.sqrt(mean + eps))
         for i in range(0, width, 16):
             v = mul_f32(load_f32(x, 4 * (t * x_step + i)), factor)

@@ -63,9 +63,9 @@ def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, selec
         total = np.float32(0.0)
         for rank in range(k):
             total += weights[t, rank]
-        factor = scale / max(total, SMALLEST_SUM) if normalise else scale
+        divisor = max(total, SMALLEST_SUM) if normalise else np.float32(1.0)
         for rank in range(k):
-            weights[t, rank] *= factor
+            weights[t, rank] = weights[t, rank] / divisor * scale
     return -1
 
 

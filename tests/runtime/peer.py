@@ -1,0 +1,176 @@
+"""A daemon in miniature for tests of clients: a ROUTER in a thread that speaks the codec, without a model.
+
+What it does with a `generate` stands in the prompt:
+
+    anything else      one token per character, then `finished`
+    "slow"             a token every 5 ms until cancelled
+    "mute"             accepted, then nothing
+    "gap"              a token is left out
+    "fail CODE"        fails with that code
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+import zmq
+
+from sterna.runtime import codec
+from sterna.runtime import messages as m
+from sterna.runtime.sockets import server_socket
+
+FACTS = m.ModelFacts(
+    name="tiny", path="/models/tiny.gguf", architecture="test", context_length=512, vocab_size=256
+)
+
+
+class Peer:
+    """Listens at `url` inside `with`; `seen` holds what came, with the identity of the connection."""
+
+    def __init__(self, folder: Path, *, max_frame_bytes: int = codec.MAX_FRAME_BYTES) -> None:
+        self.url = f"ipc://{folder}/peer.sock"
+        self.answers_hello = True
+        self.answers_pings = True
+        self.refuses = False
+        self.seen: list[tuple[bytes, m.Message]] = []
+        self._limits = m.Limits(max_frame_bytes=max_frame_bytes, max_queue=4, max_sequences=4)
+        self._slow: dict[str, tuple[bytes, int]] = {}
+        self._owners: dict[str, bytes] = {}
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._say_goodbye = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(5)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Vanish, as a killed daemon does."""
+        self._stop.set()
+        self._thread.join(5)
+        assert not self._thread.is_alive()
+
+    def go_away(self) -> None:
+        """Tell every client that has spoken."""
+        self._say_goodbye.set()
+
+    def messages(self, kind: type[m.Message]) -> list[m.Message]:
+        """Return what came of one kind."""
+        return [message for _, message in self.seen if isinstance(message, kind)]
+
+    def wait_for(self, kind: type[m.Message], count: int = 1) -> list[m.Message]:
+        """Return what came of one kind as soon as it is so many."""
+        until_s = time.monotonic() + 5
+        while len(found := self.messages(kind)) < count:
+            assert time.monotonic() < until_s, f"no {kind.__name__} in {self.seen}"
+            time.sleep(0.002)
+        return found
+
+    def connections(self) -> set[bytes]:
+        """Return the identities of all connections there were."""
+        return {identity for identity, _ in self.seen}
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        self._router = server_socket(context)
+        try:
+            self._router.bind(self.url)
+            self._ready.set()
+            while not self._stop.is_set():
+                if self._router.poll(5):
+                    identity, frame = self._router.recv_multipart()
+                    message = codec.decode_request(frame)
+                    self.seen.append((identity, message))
+                    self._answer(identity, message)
+                if self._say_goodbye.is_set():
+                    self._say_goodbye.clear()
+                    for identity in self.connections():
+                        self._send(identity, m.GoingAway(text="stopping"))
+                for request_id, (identity, index) in list(self._slow.items()):
+                    self._slow[request_id] = identity, index + 1
+                    self._token(identity, request_id, index, "x")
+        finally:
+            self._router.close(0)
+            context.term()
+
+    def _send(self, identity: bytes, message: m.Message) -> None:
+        try:
+            self._router.send_multipart([identity, codec.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as e:
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+
+    def _token(self, identity: bytes, request_id: str, index: int, text: str) -> None:
+        logprob = m.TokenLogprob(token_id=ord(text), logprob=-0.5, top=[(ord(text), -0.5)])
+        token_ids = [ord(text)]
+        item = m.TokenItem(id=request_id, index=index, token_ids=token_ids, text=text, logprobs=[logprob])
+        self._send(identity, m.Tokens(items=[item]))
+
+    def _finish(
+        self, identity: bytes, request_id: str, reason: m.FinishReason, count: int, text: str
+    ) -> None:
+        usage = m.Usage(prompt_tokens=2, completion_tokens=count)
+        timings = m.Timings(queue_s=0.0, prefill_s=0.5, decode_s=0.25)
+        end = m.Finished(
+            id=request_id,
+            reason=reason,
+            text=text,
+            usage=usage,
+            timings=timings,
+            seed=7,
+            prompt_logprobs=[None, -1.5],
+        )
+        self._send(identity, end)
+
+    def _answer(self, identity: bytes, message: m.Message) -> None:
+        match message:
+            case m.Hello() if self.refuses:
+                self._send(identity, m.Refused(code="unauthorized", text="not you"))
+            case m.Hello() if self.answers_hello:
+                self._send(identity, m.Welcome(version="0", model=FACTS, limits=self._limits))
+            case m.Ping(nonce=nonce) if self.answers_pings:
+                self._send(identity, m.Pong(nonce=nonce))
+            case m.Generate():
+                self._generate(identity, message)
+            case m.Cancel(id=request_id) if request_id in self._owners:
+                owner = self._owners.pop(request_id)
+                _, count = self._slow.pop(request_id, (owner, 0))
+                self._finish(owner, request_id, "cancelled", count, "")
+            case m.Cancel(id=request_id):
+                failed = m.Failed(id=request_id, code="not_found", text="no such request", retryable=False)
+                self._send(identity, failed)
+            case m.Status(id=request_id):
+                self._send(
+                    identity, m.Report(id=request_id, body={"model": {"name": "tiny"}, "workers": [1]})
+                )
+            case m.Tokenize(id=request_id, text=text):
+                self._send(identity, m.Tokenized(id=request_id, token_ids=list(map(ord, text))))
+            case m.Detokenize(id=request_id, token_ids=token_ids):
+                self._send(identity, m.Detokenized(id=request_id, text="".join(map(chr, token_ids))))
+            case m.Drain(id=request_id):
+                self._send(identity, m.Drained(id=request_id))
+
+    def _generate(self, identity: bytes, request: m.Generate) -> None:
+        prompt = "ids" if request.prompt is None else request.prompt
+        if prompt.startswith("fail "):
+            code = prompt.removeprefix("fail ")
+            failed = m.Failed(id=request.id, code=code, text="as you wish", retryable=True, retry_after_s=1.0)
+            self._send(identity, failed)
+            return
+        self._owners[request.id] = identity
+        self._send(identity, m.Accepted(id=request.id, prompt_token_ids=[1, 2], queue_position=0))
+        if prompt == "slow":
+            self._slow[request.id] = identity, 0
+        elif prompt != "mute":
+            for index, character in enumerate(prompt):
+                self._token(identity, request.id, index + (prompt == "gap" and index > 0), character)
+            del self._owners[request.id]
+            self._finish(identity, request.id, "stop", len(prompt), "!")

@@ -1,0 +1,177 @@
+"""Where settings come from, which one wins, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sterna.runtime.config import SETTINGS, Config, embedded_model, env_of, flag_of, load_config
+from sterna.runtime.sockets import check_url, default_socket_url
+from sterna.shm.errors import ConfigError
+
+SOCKET = "ipc:///run/test/s.sock"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refusal(file: Path | None = None, env: dict[str, str] | None = None, **flags: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, env or {}, flags, system_dir=Path("/nonexistent"))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_every_setting_has_a_range_and_a_valid_default() -> None:
+    assert list(SETTINGS) == [field.name for field in dataclasses.fields(Config)]
+    default = load_config(None, {"STERNA_SOCKET": SOCKET}, {}, system_dir=Path("/nonexistent"))
+    assert default == Config(socket=SOCKET)
+    given = {name: value for name, value in dataclasses.asdict(default).items() if value is not None}
+    assert load_config(None, {}, given, system_dir=Path("/nonexistent")) == default
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", 'workers = 1\nctx_size = 100\nmax_queue = 5\nlane = "zmq"\n')
+    env = {"STERNA_SOCKET": SOCKET, "STERNA_WORKERS": "2", "STERNA_CTX_SIZE": "200", "STERNA_LANE": ""}
+    config = load_config(file, env, {"workers": "3", "ctx_size": None})
+    assert (config.workers, config.ctx_size, config.max_queue, config.max_num_seqs) == (3, 200, 5, 16)
+    assert config.lane == "zmq"
+
+
+def test_values_get_their_types(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", 'shutdown_timeout_s = 5\nmodel = "~/m.gguf"\n')
+    config = load_config(file, {"STERNA_STEP_TIMEOUT_S": "1.5", "STERNA_SOCKET": SOCKET}, {"workers": 2})
+    assert type(config.shutdown_timeout_s) is float
+    assert config.step_timeout_s == 1.5
+    assert config.model == Path.home() / "m.gguf"
+    assert config.workers == 2
+
+
+def test_default_files_of_system_and_user(tmp_path: Path) -> None:
+    system = tmp_path / "etc"
+    write(system / "config.toml", "workers = 1\nmax_queue = 1\nctx_size = 1\n")
+    write(system / "conf.d" / "20.toml", "max_queue = 3\n")
+    write(system / "conf.d" / "10.toml", "max_queue = 2\nctx_size = 2\n")
+    write(tmp_path / "xdg" / "sterna" / "config.toml", "ctx_size = 4\n")
+    write(tmp_path / "home" / ".config" / "sterna" / "config.toml", "ctx_size = 5\n")
+    env = {"HOME": str(tmp_path / "home"), "STERNA_SOCKET": SOCKET}
+    config = load_config(None, env, {}, system_dir=system)
+    assert (config.workers, config.max_queue, config.ctx_size) == (1, 3, 5)
+    env["XDG_CONFIG_HOME"] = str(tmp_path / "xdg")
+    assert load_config(None, env, {}, system_dir=system).ctx_size == 4
+    env["STERNA_CONFIG"] = str(write(tmp_path / "own.toml", "workers = 7\n"))
+    config = load_config(None, env, {}, system_dir=system)
+    assert (config.workers, config.ctx_size) == (7, 0)
+
+
+def test_unknown_key_names_file_line_and_the_nearest(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", "# a comment\nworkers = 1\n\nmax_que = 4\n")
+    assert refusal(file) == f"{file}:4:max_que: unknown setting, did you mean 'max_queue'?"
+    file = write(tmp_path / "c.toml", "[server]\nworkers = 1\n")
+    assert refusal(file).startswith(f"{file}:1:server: unknown setting")
+    file = write(tmp_path / "c.toml", "zzz = 1\n")
+    assert "there are model, socket, workers" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("workers = 257", "workers: expected an integer from 0 to 256, found 257"),
+        ("workers = true", "workers: expected an integer from 0 to 256, found True"),
+        ("workers = 1.0", "workers: expected an integer from 0 to 256, found 1.0"),
+        ('workers = "2"', "workers: expected an integer from 0 to 256, found '2'"),
+        ("max_num_seqs = 0", "max_num_seqs: expected an integer from 1 to 1024, found 0"),
+        ("step_timeout_s = nan", "step_timeout_s: expected seconds from 0.1 to 86400, found nan"),
+        ("step_timeout_s = 0", "step_timeout_s: expected seconds from 0.1 to 86400, found 0"),
+        ('lane = "tcp"', "lane: expected one of auto, zmq, found 'tcp'"),
+        ("lane = []", "lane: expected one of auto, zmq, found []"),
+        ("model = 1", "model: expected the path of a file, found 1"),
+        ('model = ""', "model: expected the path of a file, found ''"),
+        ("socket = 1", "socket: expected ipc:// and the absolute path of a socket, found 1"),
+        ('socket = "tcp://*:1"', "socket: expected ipc://PATH, found 'tcp://*:1': TCP comes in a later version"),
+        ("workers = ", "not TOML: Invalid value (at line 1, column 11)"),
+        ("workers = 1\nworkers = 2", "2: not TOML: Cannot overwrite a value"),
+        ("workers = " + "[" * 2000, "not TOML"),
+    ],
+)  # fmt: skip
+def test_wrong_value_in_a_file(tmp_path: Path, line: str, text: str) -> None:
+    found = refusal(write(tmp_path / "c.toml", line + "\n"))
+    assert found.startswith(f"{tmp_path}/c.toml")
+    assert text in found
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.toml") == f"config file {tmp_path}/none.toml: No such file or directory"
+    assert refusal(tmp_path) == f"config file {tmp_path}: Is a directory"
+    (tmp_path / "c.toml").write_bytes(b"workers = '\xff'")
+    assert refusal(tmp_path / "c.toml") == f"config file {tmp_path}/c.toml: not UTF-8 text"
+    missing = refusal(env={"STERNA_CONFIG": str(tmp_path / "none.toml")})
+    assert missing == f"config file {tmp_path}/none.toml: No such file or directory"
+
+
+def test_wrong_value_in_environment_or_flag() -> None:
+    text = refusal(env={"STERNA_WORKERS": "many"})
+    assert text == "environment STERNA_WORKERS: expected an integer from 0 to 256, found 'many'"
+    assert refusal(env={"STERNA_SOCKET": "/run/x"}).startswith("environment STERNA_SOCKET: expected ipc://")
+    text = refusal(shutdown_timeout_s="soon")
+    assert text == "--shutdown-timeout: expected seconds from 0 to 86400, found 'soon'"
+    assert refusal(wrokers=1) == "unknown setting 'wrokers', did you mean 'workers'?"
+    assert refusal(workers="9" * 5000).startswith("--workers: expected an integer from 0 to 256, found '999")
+
+
+def test_names() -> None:
+    assert flag_of("max_num_seqs") == "--max-num-seqs"
+    assert flag_of("start_timeout_s") == "--start-timeout"
+    assert env_of("ctx_size") == "STERNA_CTX_SIZE"
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config(socket=SOCKET).workers = 1  # type: ignore[misc]
+
+
+def test_embedded_model_is_a_gguf_file() -> None:
+    assert embedded_model().read_bytes()[:4] == b"GGUF"
+
+
+# ---- sockets ----
+
+
+def test_default_socket(tmp_path: Path) -> None:
+    system = tmp_path / "system.sock"
+    last = default_socket_url({}, system_socket=system)
+    assert last.startswith("ipc:///tmp/sterna-")
+    assert default_socket_url({"XDG_RUNTIME_DIR": str(tmp_path / "none")}, system_socket=system) == last
+    system.touch()
+    assert default_socket_url({}, system_socket=system) == f"ipc://{system}"
+    env = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    assert default_socket_url(env, system_socket=system) == f"ipc://{tmp_path}/sterna/sterna.sock"
+    assert not (tmp_path / "sterna").exists()
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    assert default_socket_url({"XDG_RUNTIME_DIR": str(deep)}, system_socket=system) == f"ipc://{system}"
+    env["STERNA_SOCKET"] = SOCKET
+    assert default_socket_url(env, system_socket=system) == SOCKET
+
+
+def test_length_of_a_socket_path() -> None:
+    fits = "ipc:///" + "x" * 106
+    assert check_url(fits) == fits
+    with pytest.raises(ConfigError, match="at most 107 bytes, found 108"):
+        check_url(fits + "x")
+    with pytest.raises(ConfigError, match="at most 107 bytes, found 157"):
+        check_url("ipc:///" + "ä" * 78)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ipc://", "ipc://relative", "ipc://@abstract", "/run/x", "ipc:///x/", "ipc:///a\0b"]
+)
+def test_what_is_no_socket(url: str) -> None:
+    with pytest.raises(ConfigError, match="absolute path of a socket"):
+        check_url(url)
