@@ -18,15 +18,9 @@ from ..workers.checkpoint.packing import pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.ffn import feed_forward, multiply
-from .model.plan import DenseTensor, ModelPlan
+from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
-HEADER_NBYTES = 64
 _COMPLETE = 1
-
-
-def dense_arena_nbytes(plan: ModelPlan) -> int:
-    """Return the size of the dense arena of `plan`."""
-    return HEADER_NBYTES + plan.dense_nbytes
 
 
 def fill_dense(
@@ -35,7 +29,7 @@ def fill_dense(
     """Copy and pack all dense tensors, unless a predecessor did; reports (done, total) tensors."""
     if memory[0] == _COMPLETE:
         return
-    weights = memory[HEADER_NBYTES:]
+    weights = memory[DENSE_HEADER_NBYTES:]
     for done, entry in enumerate(plan.dense.values(), 1):
         raw = file.data(entry.tensor)
         if entry.shape is not None:
@@ -181,7 +175,7 @@ class DenseWeights:
 
     def __init__(self, plan: ModelPlan, memory: npt.NDArray[np.uint8]) -> None:
         self._plan = plan
-        self._weights = memory[HEADER_NBYTES:]
+        self._weights = memory[DENSE_HEADER_NBYTES:]
 
     def entry(self, key: str) -> DenseTensor:
         """Return the plan's entry of `key`."""

@@ -24,8 +24,9 @@ RECORD = np.dtype(
         ("active", np.int32),
         ("prompt_length", np.int32),
         ("committed", np.int64),  # tokens known to the daemon: prompt and committed answer
+        ("computed", np.int64),  # how many of them have their KV
         ("serial", np.int64),  # which submission the record belongs to
-        ("reserved", np.uint8, 40),
+        ("reserved", np.uint8, 32),
     ]
 )
 

@@ -72,6 +72,10 @@ class ZmqLane:
 
     # ---- workers coming and going ----
 
+    def pidfds(self) -> list[int]:
+        """Return what becomes readable when a worker ends."""
+        return [peer.pidfd for peer in self._peers.values()]
+
     def poll_hello(self) -> list[int]:
         """Take hellos that have arrived and return the indices of workers that joined."""
         while self.socket.poll(0, zmq.POLLIN):

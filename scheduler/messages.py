@@ -27,13 +27,14 @@ class Submit(EngineMessage):
     """Run the stream in record `stream`; its prompt already lies in the stream memory.
 
     committed: tokens known so far, prompt included (more than prompt_length after a restart);
-    max_length: prompt and answer together; logprobs: how many alternatives to report, None for none.
+    computed: how many of them have their KV, in the blocks of the stream's table; max_length: prompt and answer together; logprobs: how many alternatives to report, None for none.
     """
 
     stream: int
     serial: int
     prompt_length: int
     committed: int
+    computed: int
     max_length: int
     sampling: Sampling
     stop_ids: list[int]

@@ -130,7 +130,7 @@ Instruction = GrantBlocks | RunStep | Finish | Fail
 class _Stream:
     request: Submit
     known: int
-    computed: int = 0
+    computed: int
 
     @property
     def decoding(self) -> bool:
@@ -209,11 +209,9 @@ class SchedulerState:
             return [Fail(streams=(key,), code="shutting_down", text="the daemon is stopping")]
         if request.stream in self._streams:
             self._remove(request.stream)
-        self._streams[request.stream] = _Stream(request, known=request.committed)
+        self._streams[request.stream] = _Stream(request, known=request.committed, computed=request.computed)
         if event.blocks:
-            # All committed tokens but the last have their KV.
             self.blocks.adopt(request.stream, list(event.blocks))
-            self._streams[request.stream].computed = request.committed - 1
         return self._plan()
 
     def _cancel(self, stream: int, serial: int) -> list[Instruction]:

@@ -16,18 +16,9 @@ from ..shm.errors import InternalError, SternaError
 from ..shm.slots import SlotTable
 from .messages import Compute, Configure, Hello, PageIn, ToScheduler, Trouble, decode_for_worker, encode
 from .serve import ExpertWorker
+from .spec import WorkerSpec
 
 SLICE_MS = 1000
-
-
-class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker is told when it is forked."""
-
-    index: int
-    generation: int
-    lane_url: str
-    num_slots: int
-    slot_nbytes: int
 
 
 def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:

@@ -24,6 +24,11 @@ from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, 
 
 MAX_PREAD = 16 * 2**20
 
+# Read-only like the frames, because numba compiles a function anew for each array type.
+_NO_X = np.frombuffer(bytes(4), np.float32).reshape(1, 1)
+_NO_Q = np.frombuffer(bytes(1), np.int8).reshape(1, 1)
+_NO_SUMS = np.frombuffer(bytes(4), np.int32).reshape(1, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
@@ -146,11 +151,11 @@ def _activations(
     tokens = message.tokens
     if message.kind == ActivationKind.FLOAT:
         x = np.frombuffer(frames[0], np.float32).reshape(tokens, d_model)
-        return x, np.zeros((1, 1), np.int8), np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int32)
+        return x, _NO_Q, _NO_X, _NO_SUMS
     q = np.frombuffer(frames[0], np.int8).reshape(tokens, d_model)
     scales = np.frombuffer(frames[1], np.float32).reshape(tokens, d_model // message.kind)
     sums = np.frombuffer(frames[2], np.int32).reshape(tokens, d_model // message.kind)
-    return np.zeros((1, 1), np.float32), q, scales, sums
+    return _NO_X, q, scales, sums
 
 
 def _read(fd: int, slab: FileSlab) -> npt.NDArray[np.uint8]:

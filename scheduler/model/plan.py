@@ -18,6 +18,9 @@ from .hyper import Hyperparameters
 
 PROJECTIONS = ("gate", "up", "down")
 
+# In front of the dense arena: its first byte says whether the rest is complete.
+DENSE_HEADER_NBYTES = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseTensor:
@@ -67,6 +70,11 @@ class ModelPlan:
         planner = _Planner(file, plan)
         planner.model()
         return plan
+
+    @property
+    def dense_arena_nbytes(self) -> int:
+        """Bytes of the dense arena."""
+        return DENSE_HEADER_NBYTES + self.dense_nbytes
 
     def slot_of(self, layer: int, expert: int) -> int:
         """Return the slot of an expert when every expert has one."""

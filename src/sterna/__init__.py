@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use: `sterna --version` must not pay for ZeroMQ and msgspec.
 _PUBLIC = {
-    "AsyncClient": "runtime.client",
+    "AsyncClient": "runtime.aclient",
     "Client": "runtime.client",
     "SternaError": "shm.errors",
 }

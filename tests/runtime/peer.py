@@ -82,6 +82,8 @@ class Peer:
         context = zmq.Context()
         self._router = server_socket(context)
         try:
+            # One message per token fills the queue of a busy client; a lost one would be our fault.
+            self._router.setsockopt(zmq.SNDTIMEO, 5000)
             self._router.bind(self.url)
             self._ready.set()
             while not self._stop.is_set():
@@ -103,9 +105,9 @@ class Peer:
 
     def _send(self, identity: bytes, message: m.Message) -> None:
         try:
-            self._router.send_multipart([identity, codec.encode(message)], zmq.NOBLOCK)
+            self._router.send_multipart([identity, codec.encode(message)])
         except zmq.ZMQError as e:
-            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            if e.errno != zmq.EHOSTUNREACH:
                 raise
 
     def _token(self, identity: bytes, request_id: str, index: int, text: str) -> None:

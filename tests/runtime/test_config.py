@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from sterna.runtime.config import SETTINGS, Config, embedded_model, env_of, flag_of, load_config
-from sterna.runtime.sockets import check_url, default_socket_url
-from sterna.shm.errors import ConfigError
+from sterna.runtime.sockets import check_url, default_socket_url, probe
+from sterna.shm.errors import ConfigError, DaemonUnreachable, NotPermitted
 
 SOCKET = "ipc:///run/test/s.sock"
 
@@ -94,7 +96,7 @@ def test_unknown_key_names_file_line_and_the_nearest(tmp_path: Path) -> None:
         ("model = 1", "model: expected the path of a file, found 1"),
         ('model = ""', "model: expected the path of a file, found ''"),
         ("socket = 1", "socket: expected ipc:// and the absolute path of a socket, found 1"),
-        ('socket = "tcp://*:1"', "socket: expected ipc://PATH, found 'tcp://*:1': TCP comes in a later version"),
+        ('socket = "tcp://*:1"', "socket: expected ipc://PATH, found 'tcp://*:1': TCP comes"),
         ("workers = ", "not TOML: Invalid value (at line 1, column 11)"),
         ("workers = 1\nworkers = 2", "2: not TOML: Cannot overwrite a value"),
         ("workers = " + "[" * 2000, "not TOML"),
@@ -175,3 +177,23 @@ def test_length_of_a_socket_path() -> None:
 def test_what_is_no_socket(url: str) -> None:
     with pytest.raises(ConfigError, match="absolute path of a socket"):
         check_url(url)
+
+
+def test_probe_of_a_socket_that_a_dead_daemon_left(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "left.sock"))
+        left.listen()
+        probe(f"ipc://{tmp_path}/left.sock")
+    with pytest.raises(DaemonUnreachable, match=r"left\.sock: nothing listens there; start one with"):
+        probe(f"ipc://{tmp_path}/left.sock")
+    with pytest.raises(DaemonUnreachable, match="there is no such socket"):
+        probe(f"ipc://{tmp_path}/none.sock")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to give a folder away")
+def test_probe_in_a_strangers_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "sterna").mkdir()
+    os.chown(tmp_path / "sterna", 12345, 12345)
+    with pytest.raises(NotPermitted, match=f"the folder {tmp_path}/sterna belongs to user 12345, not to you"):
+        probe(f"ipc://{tmp_path}/sterna/sterna.sock")

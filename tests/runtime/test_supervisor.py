@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import json
@@ -131,7 +130,6 @@ def test_exit_codes_and_signals_are_reported(run: Run) -> None:
                 child = await spawn(supervisor, "wait")
                 assert child.signal(number)
                 assert await ended(child) == ExitStatus(signal=int(number))
-            assert supervisor.children == ()
 
     run(main())
 
@@ -144,9 +142,8 @@ def test_killed_child_is_noticed_at_once(run: Run) -> None:
             assert child.describe() == f"worker 3 (pid {child.pid}) runs"
             os.kill(child.pid, signal.SIGKILL)
             assert await ended(child, 0.5) == ExitStatus(signal=signal.SIGKILL)
-            assert (
-                child.describe() == f"worker 3 (pid {child.pid}) killed by SIGKILL (possibly out of memory)"
-            )
+            fate = "killed by SIGKILL (possibly out of memory)"
+            assert child.describe() == f"worker 3 (pid {child.pid}) {fate}"
             assert supervisor.children == (other,)
             assert not supervisor.lost.done()
 
@@ -219,8 +216,7 @@ def test_killed_daemon_leaves_no_process() -> None:
     assert daemon.stdout is not None
     with daemon.stdout:
         pids = json.loads(daemon.stdout.readline())
-    assert len(pids) == 4
-    assert all(runs(pid) for pid in pids)
+    assert [runs(pid) for pid in pids] == [True] * 4
     daemon.kill()
     daemon.wait(5.0)
     deadline = time.monotonic() + 1.0
@@ -239,7 +235,6 @@ def test_stop_gives_grace_then_kills(run: Run) -> None:
             assert 0.4 <= time.monotonic() - began < 2.0
             assert obedient.status == ExitStatus(code=7)
             assert defiant.status == ExitStatus(signal=signal.SIGKILL)
-            # We sent it, so nobody need look for a lack of memory.
             assert defiant.describe() == f"worker 3 (pid {defiant.pid}) killed by SIGKILL"
             assert not supervisor.lost.done()
             await supervisor.stop_all(0.4)
@@ -376,90 +371,13 @@ def test_warm_failure_names_the_step_and_the_nursery_lives(run: Run) -> None:
     run(main())
 
 
-def test_endless_warm_is_bounded_and_so_is_the_stop_after_it(run: Run) -> None:
+def test_endless_warm_is_bounded(run: Run) -> None:
     async def main() -> None:
         async with supervised() as supervisor:
             with pytest.raises(StartFailed, match=r"within 0\.5 s; last step: short \(1/2\)"):
                 await supervisor.warm(None, 0.5, steps="nursery_entries:endless_steps")
-            began = time.monotonic()
-            await supervisor.stop_all(0.2)
-            assert time.monotonic() - began < 4.0
 
     run(main())
-
-
-def test_nursery_with_a_second_thread_refuses_to_fork(run: Run) -> None:
-    async def main() -> None:
-        async with supervised() as supervisor:
-            await supervisor.warm(None, 10.0, steps="nursery_entries:threaded_steps")
-            with pytest.raises(StartFailed, match=r"has 2 threads .* cannot fork safely"):
-                await spawn(supervisor, "wait")
-
-    run(main())
-
-
-def test_numba_sees_the_settings_and_children_fork_after_it(run: Run, tmp_path: Path) -> None:
-    async def main() -> None:
-        async with supervised({"NUMBA_CACHE_DIR": str(tmp_path)}) as supervisor:
-            await supervisor.warm(None, 60.0, steps="nursery_entries:numba_steps")
-            assert await ended(await spawn(supervisor, "leave", {"code": 0})) == ExitStatus(code=0)
-
-    run(main())
-
-
-def test_child_has_what_it_was_given_and_nothing_else(run: Run, tmp_path: Path) -> None:
-    async def main() -> None:
-        reading, writing = os.pipe()
-        async with supervised({"NUMBA_CACHE_DIR": str(tmp_path)}) as supervisor:
-            sibling = await spawn(supervisor, "wait", name="worker 2")
-            child = await spawn(supervisor, "surroundings", {"layers": (1, 2)}, {"out": writing})
-            assert await ended(child) == ExitStatus(code=0)
-            sibling.signal(signal.SIGKILL)
-        own = int(Path("/proc/self/oom_score_adj").read_text())
-        assert ast.literal_eval(os.read(reading, 65536).decode()) == {
-            "fds": [],
-            "comm": "sterna-worker3",
-            "pdeathsig": signal.SIGKILL,
-            "core": (0, 0),
-            "oom": min(1000, own + 500),
-            "sigint_ignored": True,
-            "sigterm_default": True,
-            "blocked": [],
-            "layer": "workqueue",
-            "cache": str(tmp_path),
-            "spec": {"layers": [1, 2]},
-            "stdin": "/dev/null",
-        }
-        os.close(reading)
-        os.close(writing)
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    ("entry", "code", "line"),
-    [
-        ("stumble", 70, "worker 3: error: KeyError: 'two\\nlines'\n"),
-        ("refuse", 65, "worker 3: error: tales.gguf: tensor blk.0 is cut short\n"),
-        ("confused", 70, "worker 3: error: TypeError: entry nursery_entries:confused returned 'fine', "
-         "not an exit code\n"),
-    ],
-)  # fmt: skip
-def test_failing_child_says_why_in_one_line(
-    run: Run, capfd: pytest.CaptureFixture[str], entry: str, code: int, line: str
-) -> None:
-    async def main() -> None:
-        async with supervised() as supervisor:
-            assert await ended(await spawn(supervisor, entry)) == ExitStatus(code=code)
-        async with supervised({"STERNA_DEBUG": "1"}) as supervisor:
-            assert await ended(await spawn(supervisor, entry)) == ExitStatus(code=code)
-
-    run(main())
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith(line)
-    assert err.removeprefix(line).startswith("Traceback")
-    assert err.endswith(line)
 
 
 def test_nursery_that_cannot_start_is_a_clear_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,11 +393,8 @@ def test_nursery_that_cannot_start_is_a_clear_error(run: Run, monkeypatch: pytes
 
 
 def test_start_is_refused_outside_the_main_thread() -> None:
-    def start_there() -> None:
-        asyncio.run(Supervisor.start())
-
     async def main() -> None:
         with pytest.raises(RuntimeError, match="main thread"):
-            await asyncio.to_thread(start_there)
+            await asyncio.to_thread(lambda: asyncio.run(Supervisor.start()))
 
     asyncio.run(main())

@@ -1,0 +1,118 @@
+"""One request from its acceptance to its end: text, stop strings, log-probabilities, times.
+
+No sockets and no loop: times are arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..scheduler.messages import Sampling, StreamStep, Submit
+from .detokenizer import StopMatcher, StreamDetokenizer
+from .messages import Finished, FinishReason, Generate, Timings, TokenItem, TokenLogprob, Usage
+from .tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Answer:
+    """A request and what has been generated for it."""
+
+    request: Generate
+    prompt: list[int]
+    max_length: int
+    seed: int
+    serial: int
+    accepted_s: float
+    owner: bytes  # the connection it came on
+    detokenizer: StreamDetokenizer
+    matcher: StopMatcher
+    stream: int = -1
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+    count: int = 0
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+
+    @classmethod
+    def create(
+        cls,
+        request: Generate,
+        prompt: list[int],
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        seed: int,
+        serial: int,
+        now_s: float,
+        owner: bytes,
+    ) -> Answer:
+        """Return an answer that has not begun; `prompt` is shorter than `context`."""
+        return cls(
+            request=request,
+            prompt=prompt,
+            max_length=min(len(prompt) + request.max_tokens, context),
+            seed=seed,
+            serial=serial,
+            accepted_s=now_s,
+            owner=owner,
+            detokenizer=StreamDetokenizer(tokenizer),
+            matcher=StopMatcher(request.stop),
+            prompt_logprobs=[None] * len(prompt) if request.prompt_logprobs else [],
+        )
+
+    def submission(self, stop_ids: frozenset[int], *, committed: int, computed: int) -> Submit:
+        """Return what the scheduler is told; the lengths are those of the stream's record."""
+        r = self.request
+        return Submit(
+            stream=self.stream,
+            serial=self.serial,
+            prompt_length=len(self.prompt),
+            committed=committed,
+            computed=computed,
+            max_length=self.max_length,
+            sampling=Sampling(
+                temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p, seed=self.seed
+            ),
+            stop_ids=[] if r.ignore_eos else sorted(stop_ids),
+            logprobs=r.logprobs,
+            prompt_logprobs=r.prompt_logprobs,
+        )
+
+    def take(self, step: StreamStep, now_s: float) -> tuple[TokenItem | None, bool]:
+        """Add one step; return what to send and whether a stop string ended the answer."""
+        if step.prompt_logprobs:
+            first = step.prompt_from
+            self.prompt_logprobs[first : first + len(step.prompt_logprobs)] = step.prompt_logprobs
+        if step.token is None:
+            return None, False
+        if not self.count:
+            self.first_token_s = now_s
+        text, stopped = self.matcher.push(self.detokenizer.push([step.token]))
+        logprobs = None
+        if step.score is not None:
+            top = [(token, value) for token, value in step.score.top]
+            logprobs = [TokenLogprob(token_id=step.token, logprob=step.score.logprob, top=top)]
+        item = TokenItem(
+            id=self.request.id, index=self.count, token_ids=[step.token], text=text, logprobs=logprobs
+        )
+        self.count += 1
+        return item, stopped
+
+    def finish(self, reason: FinishReason, stopped: bool, now_s: float) -> Finished:
+        """Return the last message; after a stop string nothing that was held back is sent."""
+        rest = ""
+        if not stopped:
+            text, hit = self.matcher.push(self.detokenizer.finish())
+            rest = text if hit else text + self.matcher.finish()
+        began = self.started_s or now_s
+        first = self.first_token_s or now_s
+        return Finished(
+            id=self.request.id,
+            reason=reason,
+            text=rest,
+            usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=self.count),
+            timings=Timings(
+                queue_s=began - self.accepted_s, prefill_s=first - began, decode_s=max(0.0, now_s - first)
+            ),
+            seed=self.seed,
+            prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
+        )

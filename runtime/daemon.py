@@ -1,0 +1,259 @@
+"""The daemon's life: load, start, announce, serve, drain, stop. It computes nothing itself.
+
+    run -> open (file, lock) -> start (nursery, kernels, engine, door) -> serve -> stop
+
+Exit codes are those of the errors (`shm.errors`); 0 after a requested stop, 128 + n after a second
+signal n.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvloop
+import zmq
+
+import sterna
+
+from ..scheduler.messages import Loading
+from ..shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
+from . import codec
+from .config import Config
+from .endpoint import Endpoint
+from .engine_link import EngineLink
+from .loaded_model import LoadedModel
+from .messages import Limits, Welcome
+from .notify import notify
+from .service import Service
+from .sockets import ipc_path, server_socket
+from .status import report
+from .supervisor import Supervisor, WarmProgress
+
+log = logging.getLogger("sterna.daemon")
+
+GRACE_S = 2.0
+
+
+def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = None) -> int:
+    """Run a daemon until it is told to stop; return its exit code.
+
+    `on_progress(what, done, total)` is called while it starts. Raises SternaError when it cannot start.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    return uvloop.run(Daemon(config, on_progress or _log_progress).run())
+
+
+def default_workers() -> int:
+    """Return the number of workers for this machine: physical cores minus one, at least one."""
+    return max(1, (psutil.cpu_count(logical=False) or 1) - 1)
+
+
+class Daemon:
+    """One daemon; `run` is its whole life."""
+
+    def __init__(self, config: Config, on_progress: Callable[[str, int, int], None]) -> None:
+        self._config = config
+        self._on_progress = on_progress
+        self._stop = asyncio.Event()
+        self._signals: list[int] = []
+        self._error: SternaError | None = None
+        self.started_s = time.monotonic()
+        self.num_workers = config.workers or default_workers()
+
+    async def run(self) -> int:
+        """Start, serve and stop; return the exit code. Raises what kept it from starting."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        with contextlib.ExitStack() as stack:
+            self.model = LoadedModel(self._config)
+            stack.callback(self.model.close)
+            stack.enter_context(_lock(ipc_path(self._config.socket)))
+            self.model.allocate()
+            folder = Path(tempfile.mkdtemp(prefix="sterna-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            async with asyncio.TaskGroup() as group:
+                await self._run_processes(folder, group)
+        if self._error is not None:
+            raise self._error
+        return 128 + self._signals[1] if len(self._signals) > 1 else 0
+
+    def _on_signal(self, number: int) -> None:
+        log.info("daemon.signal signal=%s", signal.Signals(number).name)
+        self._signals.append(number)
+        self._stop.set()
+
+    # ---- start and stop ----
+
+    async def _run_processes(self, folder: Path, group: asyncio.TaskGroup) -> None:
+        """Start everything, serve until told to stop, and leave no process behind."""
+        self.supervisor = await Supervisor.start()
+        try:
+            await self._unless_stopped(self._start_engine(folder, group))
+            if not self._stop.is_set():
+                await self._serve(group)
+        finally:
+            if hasattr(self, "engine"):
+                self.engine.close()
+            await self.supervisor.stop_all(0.0 if len(self._signals) > 1 else GRACE_S)
+
+    async def _start_engine(self, folder: Path, group: asyncio.TaskGroup) -> None:
+        def warmed(progress: WarmProgress) -> None:
+            self._on_progress("kernels", progress.done, progress.total)
+
+        notify("STATUS=compiling kernels")
+        await self.supervisor.warm(warmed, self._config.start_timeout_s)
+        self.engine = EngineLink(
+            self._config, self.model, self.supervisor, folder, self.num_workers, group
+        )
+        self.engine.on_lost = self._on_lost
+        self.engine.on_loading = self._on_loading
+        notify("STATUS=loading the model")
+        await self.engine.start()
+
+    async def _unless_stopped(self, work: Any) -> None:
+        """Await `work`, or give it up when a signal comes."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if task.done() and not task.cancelled():
+            task.result()
+
+    def _on_loading(self, loading: Loading) -> None:
+        self._on_progress(loading.what, loading.done, loading.total)
+
+    def _on_lost(self, error: SternaError) -> None:
+        """The engine is gone for good: say so to everybody and stop."""
+        self._error = error
+        if hasattr(self, "service"):
+            self.service.fail_all(EngineLost(str(error)))
+        self._stop.set()
+
+    # ---- serving ----
+
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
+        self.endpoint = Endpoint(
+            _bind(self._config.socket), self.model.tokenizer, self._welcome(), self._report, self._drain, group
+        )
+        self.service = Service(self._config, self.model, self.engine, self.endpoint.send)
+        self.endpoint.attach(self.service)
+        probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")
+        lost = group.create_task(self._watch_nursery(), name="nursery.watch")
+        print(f"ready socket={self._config.socket}", flush=True)
+        notify(f"READY=1\nSTATUS=serving {self.model.facts.name}")
+        log.info(
+            "daemon.ready model=%s workers=%d context=%d start_s=%.2f",
+            self.model.path, self.num_workers, self.model.context, time.monotonic() - self.started_s,
+        )  # fmt: skip
+        try:
+            await self._stop.wait()
+            notify("STOPPING=1\nSTATUS=draining")
+            self.endpoint.say_goodbye()
+            await self._drain_within(self._config.shutdown_timeout_s)
+        finally:
+            probe.cancel()
+            lost.cancel()
+            self.endpoint.close()
+
+    async def _watch_nursery(self) -> None:
+        status = await self.supervisor.lost
+        self._on_lost(EngineLost(f"the fork server {status.describe()}, and all processes with it"))
+
+    async def _drain(self) -> None:
+        """Take nothing new, and return when nothing runs."""
+        self.service.draining = True
+        idle = asyncio.Event()
+        self.service.on_idle = idle.set
+        while self.service.num_running or self.service.num_waiting:
+            idle.clear()
+            await idle.wait()
+
+    async def _drain_within(self, timeout_s: float) -> None:
+        """Drain, at most so long and only until a second signal; what is left then fails."""
+        draining = asyncio.ensure_future(self._drain())
+        deadline = time.monotonic() + timeout_s
+        while not draining.done() and time.monotonic() < deadline and len(self._signals) < 2:
+            await asyncio.wait([draining], timeout=0.05)
+        draining.cancel()
+        self.service.fail_all(ShuttingDown("the daemon stopped before the answer was complete"))
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            version=sterna.__version__,
+            model=self.model.facts,
+            limits=Limits(
+                max_frame_bytes=codec.MAX_FRAME_BYTES,
+                max_queue=self._config.max_queue,
+                max_sequences=self._config.max_num_seqs,
+            ),
+        )
+
+    async def _report(self) -> dict[str, Any]:
+        return report(self, await self.engine.stats())
+
+
+def _log_progress(what: str, done: int, total: int) -> None:
+    log.info("daemon.loading what=%s done=%d total=%d", what, done, total)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Any:
+    """Hold the lock beside the socket; a second bind of an ipc path would silently steal it.
+
+    Raises AlreadyRunning, or NotPermitted when the folder cannot be written. The socket goes at the
+    end, the lock file stays: removing it would let two daemons hold two locks.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NotPermitted(f"cannot make the socket's lock {path}.lock: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise AlreadyRunning(f"another daemon serves ipc://{path}") from None
+    finally:
+        os.close(fd)
+
+
+def _bind(url: str) -> zmq.Socket[bytes]:
+    """Return the clients' ROUTER socket; its file has the mode that the umask gives, at most 0660."""
+    socket = server_socket(zmq.Context.instance())
+    before = os.umask(os.umask(0o077) | 0o007)
+    try:
+        socket.bind(url)
+    except zmq.ZMQError as error:
+        socket.close()
+        if error.errno == errno.EACCES:
+            raise NotPermitted(f"cannot listen on {url}: {error.strerror}") from error
+        raise
+    finally:
+        os.umask(before)
+    return socket

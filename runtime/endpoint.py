@@ -1,0 +1,206 @@
+"""The daemon's door: client connections on a ROUTER socket, their frames, their backlog.
+
+A connection is known after its `hello`. ZeroMQ does not say when one goes: whatever is sent to it
+then fails with EHOSTUNREACH, so connections with requests are probed with an unasked `pong` when
+nothing else was sent to them for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from ..shm.errors import ProtocolError, SternaError
+from . import codec
+from .messages import (
+    Cancel,
+    Detokenize,
+    Detokenized,
+    Drain,
+    Drained,
+    Failed,
+    Generate,
+    GoingAway,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Report,
+    Request,
+    Status,
+    Tokenize,
+    Tokenized,
+    Welcome,
+)
+from .service import Service
+from .socket_reader import SocketReader
+from .tokenizer import Tokenizer
+
+log = logging.getLogger("sterna.endpoint")
+
+PROBE_S = 0.5
+IDLE_PROBES = 20  # connections without requests are probed that much more rarely
+# A client that lets so much pile up is cut off; the others never notice.
+MAX_BACKLOG_BYTES = 4 * 2**20
+PROBE = Pong(nonce=0)
+
+
+@dataclass(slots=True)
+class Connection:
+    """One client socket; `client` is the session's key and shared by all sockets of one client."""
+
+    client: str
+    backlog: deque[bytes] = field(default_factory=deque)
+    backlog_bytes: int = 0
+    quiet: bool = True  # nothing was sent since the last probe
+
+
+class Endpoint:
+    """Decodes what clients send, hands it to the service, and delivers what the service says."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        tokenizer: Tokenizer,
+        welcome: Welcome,
+        report: Callable[[], Awaitable[dict[str, Any]]],
+        drain: Callable[[], Awaitable[None]],
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._welcome = welcome
+        self._report = report
+        self._drain = drain
+        self._group = group
+        self._connections: dict[bytes, Connection] = {}
+        self._service: Service | None = None
+        self.refused_frames = 0
+        self._reader = SocketReader(socket, self._on_frames)
+
+    def attach(self, service: Service) -> None:
+        """Say who answers requests; before that none are taken."""
+        self._service = service
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that said hello and were not seen to go."""
+        return len(self._connections)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._reader.close()
+
+    def say_goodbye(self) -> None:
+        """Tell all connections that the daemon stops."""
+        for identity in list(self._connections):
+            self.send(identity, GoingAway(text="the daemon is stopping"))
+
+    # ---- sending ----
+
+    def send(self, identity: bytes, message: Message) -> None:
+        """Deliver a message, now or from the backlog; a connection that is gone is forgotten."""
+        connection = self._connections.get(identity)
+        if connection is None:
+            return
+        connection.quiet = False
+        connection.backlog.append(codec.encode(message))
+        connection.backlog_bytes += len(connection.backlog[-1])
+        self._flush(identity, connection)
+
+    def _flush(self, identity: bytes, connection: Connection) -> None:
+        try:
+            while connection.backlog:
+                self._reader.send([identity, connection.backlog[0]])
+                connection.backlog_bytes -= len(connection.backlog.popleft())
+        except zmq.Again:
+            if connection.backlog_bytes > MAX_BACKLOG_BYTES:
+                self._forget(identity, "too slow")
+        except zmq.ZMQError as error:
+            self._forget(identity, error.strerror)
+
+    def _forget(self, identity: bytes, why: str) -> None:
+        connection = self._connections.pop(identity, None)
+        if connection is None or self._service is None:
+            return
+        cancelled = self._service.forget_owner(identity)
+        if cancelled:
+            log.info("client.gone client=%s why=%r cancelled=%d", connection.client[:8], why, cancelled)
+
+    async def probe(self) -> None:
+        """Find connections that are gone, for ever: twice a second those with requests."""
+        turn = 0
+        while True:
+            await asyncio.sleep(PROBE_S)
+            turn += 1
+            busy = set(self._service.owners()) if self._service else set()
+            for identity, connection in list(self._connections.items()):
+                if connection.backlog:
+                    self._flush(identity, connection)
+                elif identity in busy or turn % IDLE_PROBES == 0:
+                    if connection.quiet:
+                        self.send(identity, PROBE)
+                    connection.quiet = True
+
+    # ---- receiving ----
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+        frame = frames[1] if len(frames) == 2 else b""
+        try:
+            if len(frames) != 2:
+                raise ProtocolError(f"expected one frame, found {len(frames) - 1}")
+            self._handle(identity, codec.decode_request(frame))
+        except SternaError as error:
+            self.refused_frames += isinstance(error, ProtocolError)
+            self._refuse(identity, codec.peek_id(frame), error)
+
+    def _refuse(self, identity: bytes, request_id: str | None, error: SternaError) -> None:
+        failed = Failed(id=request_id, code=error.code, text=str(error), retryable=error.retryable)
+        if identity in self._connections:
+            self.send(identity, failed)
+            return
+        try:
+            self._reader.send([identity, codec.encode(failed)])
+        except zmq.ZMQError:
+            log.debug("client.unreachable")
+
+    def _handle(self, identity: bytes, message: Request) -> None:
+        if isinstance(message, Hello):
+            self._connections[identity] = Connection(client=message.client)
+            self.send(identity, self._welcome)
+            return
+        connection = self._connections.get(identity)
+        if connection is None:
+            raise ProtocolError("the first message of a connection must be hello")
+        if self._service is None:
+            raise ProtocolError("the daemon is still starting")
+        match message:
+            case Generate():
+                self._service.generate(connection.client, identity, message)
+            case Cancel():
+                self._service.cancel(connection.client, message.id)
+            case Ping():
+                self.send(identity, Pong(nonce=message.nonce))
+            case Tokenize():
+                ids = self._tokenizer.encode(message.text, add_bos=message.add_bos, special=message.special)
+                self.send(identity, Tokenized(id=message.id, token_ids=ids))
+            case Detokenize():
+                self.send(identity, Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids)))
+            case Status():
+                self._group.create_task(self._send_report(identity, message.id), name="status")
+            case Drain():
+                self._group.create_task(self._send_drained(identity, message.id), name="drain")
+
+    async def _send_report(self, identity: bytes, request_id: str) -> None:
+        self.send(identity, Report(id=request_id, body=await self._report()))
+
+    async def _send_drained(self, identity: bytes, request_id: str) -> None:
+        await self._drain()
+        self.send(identity, Drained(id=request_id))
+

@@ -1,0 +1,276 @@
+"""The daemon's link to its scheduler and workers: starting, feeding, replacing them.
+
+A worker that dies is replaced and finds its experts in the arena; the scheduler repeats the step. A
+scheduler that dies is replaced together with the workers, in a new lane, and is told of all running
+streams again: their tokens and KV lie in memory that belongs to this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ..scheduler import messages as wire
+from ..scheduler.spec import SchedulerSpec
+from ..shm.errors import EngineLost, SternaError, StartFailed
+from ..workers.spec import WorkerSpec
+from .child import Child
+from .config import Config
+from .loaded_model import LoadedModel
+from .socket_reader import SocketReader
+from .supervisor import Supervisor
+
+log = logging.getLogger("sterna.engine")
+
+SPAWN_TIMEOUT_S = 20.0
+QUERY_TIMEOUT_S = 1.0
+MAX_DEATHS = 3
+BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+# A process that lived so long did not die of its start.
+STABLE_S = 10.0
+LAST_WORDS_S = 0.2
+
+
+class EngineLink:
+    """One scheduler with `workers` workers, kept alive.
+
+    on_step and on_failed are called in the loop with what the scheduler says; on_restart when a new
+    scheduler is ready and wants the running streams submitted again; on_lost when the engine cannot
+    be kept alive.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: LoadedModel,
+        supervisor: Supervisor,
+        folder: Path,
+        workers: int,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._supervisor = supervisor
+        self._folder = folder
+        self._num_workers = workers
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        socket = zmq.Context.instance().socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._control_url = f"ipc://{folder}/control.sock"
+        socket.bind(self._control_url)
+        self._control = SocketReader(socket, self._on_frames)
+        self._generation = 0
+        self._ready: asyncio.Future[None] | None = None
+        self._queries: dict[int, asyncio.Future[wire.Stats]] = {}
+        self._nonce = 0
+        self._stopping = False
+        self._deaths = 0
+        self._worker_deaths: dict[int, int] = {}
+        self.restarts = {"scheduler": 0, "worker": 0}
+        self.children: dict[str, Child] = {}
+        self.on_step: Callable[[wire.Step], None] = lambda step: None
+        self.on_failed: Callable[[wire.StreamsFailed], None] = lambda failed: None
+        self.on_restart: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[SternaError], None] = lambda error: None
+        self.on_loading: Callable[[wire.Loading], None] = lambda loading: None
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Start scheduler and workers and wait until the engine is ready.
+
+        Raises StartFailed, or the error that the scheduler met while loading.
+        """
+        self._generation += 1
+        self._ready = self._loop.create_future()
+        lane = self._lane_url(self._generation)
+        spec = SchedulerSpec(
+            generation=self._generation,
+            model_path=str(self._model.path),
+            model_id=self._model.id,
+            control_url=self._control_url,
+            lane_url=lane,
+            workers=self._num_workers,
+            context=self._model.context,
+            streams=self._config.max_num_seqs,
+            max_batch_tokens=self._config.max_batch_tokens,
+            step_timeout_s=self._config.step_timeout_s,
+            start_timeout_s=self._config.start_timeout_s,
+        )
+        await self._spawn("scheduler", "sterna.scheduler.process:run", spec, self._model.scheduler_fds)
+        for index in range(self._num_workers):
+            await self._start_worker(index)
+        done, _ = await asyncio.wait([self._ready], timeout=self._config.start_timeout_s)
+        if not done:
+            raise StartFailed(f"the engine was not ready after {self._config.start_timeout_s:.0f} s")
+        self._ready.result()
+
+    def close(self) -> None:
+        """Take no more notice of children that end; close the control socket."""
+        self._stopping = True
+        self._control.close()
+
+    def _lane_url(self, generation: int) -> str:
+        return f"ipc://{self._folder}/lane-{generation}.sock"
+
+    async def _start_worker(self, index: int) -> None:
+        spec = WorkerSpec(
+            index=index,
+            generation=self._loop_number(),
+            lane_url=self._lane_url(self._generation),
+            num_slots=self._model.plan.num_slots,
+            slot_nbytes=self._model.plan.slot_nbytes,
+        )
+        await self._spawn(f"worker {index}", "sterna.workers.process:run", spec, self._model.worker_fds)
+
+    def _loop_number(self) -> int:
+        self._nonce += 1
+        return self._nonce
+
+    async def _spawn(self, name: str, entry: str, spec: msgspec.Struct, fds: dict[str, int]) -> None:
+        child = await self._supervisor.spawn(
+            name, entry, msgspec.to_builtins(spec), fds, SPAWN_TIMEOUT_S
+        )
+        self.children[name] = child
+        began = self._loop.time()
+        child.exit.add_done_callback(lambda _: self._child_ended(name, child, began))
+
+    def _child_ended(self, name: str, child: Child, began: float) -> None:
+        if self._stopping or self.children.get(name) is not child:
+            return
+        del self.children[name]
+        log.warning("process.lost name=%r pid=%d status=%r", name, child.pid, child.describe())
+        stable = self._loop.time() - began > STABLE_S
+        if name == "scheduler":
+            self._scheduler_ended(child)
+        else:
+            index = int(name.split()[1])
+            deaths = 0 if stable else self._worker_deaths.get(index, -1) + 1
+            self._worker_deaths[index] = deaths
+            self._group.create_task(self._replace_worker(index, deaths), name=f"replace worker {index}")
+
+    async def _replace_worker(self, index: int, deaths: int) -> None:
+        generation = self._generation
+        await asyncio.sleep(BACKOFF_S[min(deaths, len(BACKOFF_S) - 1)])
+        if self._stopping or generation != self._generation:
+            return
+        self.restarts["worker"] += 1
+        try:
+            await self._start_worker(index)
+        except StartFailed as error:
+            self._lost(error)
+
+    def _scheduler_ended(self, child: Child) -> None:
+        error = EngineLost(f"the {child.describe()}")
+        if self._ready is not None and not self._ready.done():
+            # Its last message may still be on the way, and says more than its exit code.
+            self._loop.call_later(LAST_WORDS_S, self._not_ready, self._ready, StartFailed(str(error)))
+            return
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS:
+            self._lost(EngineLost(f"{error}, {self._deaths} times in a row"))
+            return
+        self._group.create_task(self._replace_scheduler(), name="replace scheduler")
+
+    def _not_ready(self, ready: asyncio.Future[None], error: SternaError) -> None:
+        if not ready.done():
+            ready.set_exception(error)
+
+    async def _replace_scheduler(self) -> None:
+        """Start everything anew over the same memory; workers of the old lane are stopped."""
+        old = [child for name, child in self.children.items() if name != "scheduler"]
+        self.children.clear()
+        for child in old:
+            child.signal(9)
+        self.restarts["scheduler"] += 1
+        try:
+            await self.start()
+        except SternaError as error:
+            self._lost(error)
+            return
+        self.on_restart()
+
+    def _lost(self, error: SternaError) -> None:
+        if not self._stopping:
+            log.error("engine.lost error=%r", str(error))
+            self.on_lost(error)
+
+    # ---- messages ----
+
+    def submit(self, request: wire.Submit) -> None:
+        """Hand a stream over; while the engine is replaced it is told again later anyway."""
+        self._send(request)
+
+    def cancel(self, stream: int, serial: int) -> None:
+        """Have a stream forgotten."""
+        self._send(wire.Cancel(stream=stream, serial=serial))
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the loop's next turn."""
+        self._loop.call_soon(callback)
+
+    async def stats(self) -> wire.Stats | None:
+        """Return the scheduler's figures, or None if it does not answer within a second."""
+        nonce = self._loop_number()
+        answer: asyncio.Future[wire.Stats] = self._loop.create_future()
+        self._queries[nonce] = answer
+        self._send(wire.Query(nonce=nonce))
+        try:
+            done, _ = await asyncio.wait([answer], timeout=QUERY_TIMEOUT_S)
+            return answer.result() if done else None
+        finally:
+            del self._queries[nonce]
+
+    def _send(self, message: wire.ToScheduler) -> None:
+        try:
+            self._control.send([f"s{self._generation}".encode(), wire.encode(message)])
+        except zmq.ZMQError as error:
+            # Its death is noticed through its pidfd, and everything is submitted to its successor.
+            log.info("engine.unreachable error=%r", error.strerror)
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        if frames[0] != f"s{self._generation}".encode():
+            return  # of a predecessor: its streams were submitted again
+        message = wire.decode_for_daemon(frames[1])
+        match message:
+            case wire.Step():
+                self._deaths = 0
+                self.on_step(message)
+            case wire.StreamsFailed():
+                self.on_failed(message)
+            case wire.Stats():
+                answer = self._queries.get(message.nonce)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case wire.Loading():
+                self.on_loading(message)
+            case wire.Ready():
+                self._set_ready(None)
+            case wire.Trouble():
+                self._set_ready(message)
+
+    def _set_ready(self, trouble: wire.Trouble | None) -> None:
+        if self._ready is None or self._ready.done():
+            return
+        if trouble is None:
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(load_error(trouble.code, trouble.text))
+
+
+def load_error(code: str, text: str) -> SternaError:
+    """Return the error that a scheduler met while loading, of the class that `code` names."""
+    stack = [SternaError]
+    while stack:
+        cls = stack.pop()
+        if cls.code == code and cls is not SternaError:
+            return cls(text)
+        stack.extend(cls.__subclasses__())
+    return StartFailed(text)

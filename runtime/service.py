@@ -1,0 +1,272 @@
+"""Requests in the daemon: admission, queue, running answers, their end. No sockets.
+
+An answer is queued until a stream record is free, then handed to the engine; each step's tokens are
+committed to the stream memory before anybody hears of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..scheduler.messages import Step, StreamsFailed
+from ..shm.errors import (
+    BadRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    TooLong,
+    request_error,
+)
+from .answers import Answer
+from .config import Config
+from .engine_link import EngineLink
+from .loaded_model import LoadedModel
+from .messages import Accepted, Failed, Finished, Generate, Message, TokenItem, Tokens
+
+RATE_WINDOW_S = 10.0
+
+Key = tuple[str, str]  # client, request id
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since the start, and the last seconds' tokens as (time, prompt, generated)."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    steps: int = 0
+    recent: deque[tuple[float, int, int]] = field(default_factory=deque)
+
+    def add(self, now_s: float, prompt: int, generated: int) -> None:
+        """Count one step's tokens."""
+        self.steps += 1
+        self.prompt_tokens += prompt
+        self.generated_tokens += generated
+        self.recent.append((now_s, prompt, generated))
+
+    def rates(self, now_s: float) -> tuple[float, float]:
+        """Return (prompt, generated) tokens per second over the last ten seconds."""
+        while self.recent and self.recent[0][0] < now_s - RATE_WINDOW_S:
+            self.recent.popleft()
+        prompt = sum(item[1] for item in self.recent)
+        generated = sum(item[2] for item in self.recent)
+        return prompt / RATE_WINDOW_S, generated / RATE_WINDOW_S
+
+
+class Service:
+    """All requests of one daemon. `send(owner, message)` delivers to a connection and never raises."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: LoadedModel,
+        engine: EngineLink,
+        send: Callable[[bytes, Message], None],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._engine = engine
+        self._send = send
+        self._answers: dict[Key, Answer] = {}
+        self._waiting: deque[Key] = deque()
+        self._running: dict[int, Key] = {}  # by stream record
+        self._free = list(range(config.max_num_seqs - 1, -1, -1))
+        self._serial = 0
+        self.draining = False
+        self.totals = Totals()
+        self.on_idle: Callable[[], None] = lambda: None
+        engine.on_step = self.take_step
+        engine.on_failed = self.take_failed
+        engine.on_restart = self.resubmit
+
+    # ---- what clients ask for ----
+
+    def generate(self, client: str, owner: bytes, request: Generate) -> None:
+        """Admit a request; raises BadRequest, TooLong, Overloaded or ShuttingDown."""
+        if self.draining:
+            raise ShuttingDown("the daemon is stopping and takes no new requests")
+        key = (client, request.id)
+        if key in self._answers:
+            raise BadRequest(f"id: a request {request.id!r} is running already")
+        if len(self._waiting) >= self._config.max_queue:
+            raise Overloaded(f"the queue is full: {len(self._waiting)} requests wait (max_queue)")
+        prompt = self._prompt(request)
+        self._serial += 1
+        answer = Answer.create(
+            request,
+            prompt,
+            self._model.tokenizer,
+            context=self._model.context,
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            serial=self._serial,
+            now_s=time.monotonic(),
+            owner=owner,
+        )
+        self._answers[key] = answer
+        position = len(self._waiting)
+        self._send(owner, Accepted(id=request.id, prompt_token_ids=prompt, queue_position=position))
+        self._waiting.append(key)
+        self._start_waiting()
+
+    def _prompt(self, request: Generate) -> list[int]:
+        if request.token_ids is not None:
+            ids = list(request.token_ids)
+            limit = self._model.plan.vocab_size
+            for place, token in enumerate(ids):
+                if token >= limit:
+                    raise BadRequest(f"token_ids[{place}]: expected 0 to {limit - 1}, found {token}")
+        else:
+            # No token is longer than a word of the vocabulary, none covers more than 1 KiB here.
+            text = request.prompt or ""
+            if len(text) > self._model.context * 1024:
+                raise TooLong(
+                    f"the prompt has {len(text)} characters; the context is {self._model.context} tokens"
+                )
+            ids = self._model.tokenizer.encode(text, add_bos=request.add_bos)
+        if not ids:
+            raise BadRequest("prompt: expected at least one token, found none")
+        if len(ids) >= self._model.context:
+            raise TooLong(
+                f"the prompt has {len(ids)} tokens; the context of {self._model.context} must also hold the answer"
+            )
+        return ids
+
+    def cancel(self, client: str, request_id: str) -> None:
+        """End a request; its owner gets `finished`. Raises NotFound."""
+        key = (client, request_id)
+        answer = self._answers.get(key)
+        if answer is None:
+            raise NotFound(f"no request {request_id!r} of this client runs or waits")
+        self._end(key, answer, cancel=True)
+        self.totals.cancelled += 1
+        self._send(answer.owner, answer.finish("cancelled", False, time.monotonic()))
+
+    def forget_owner(self, owner: bytes) -> int:
+        """End all requests of a connection that is gone; return how many."""
+        gone = [(key, answer) for key, answer in self._answers.items() if answer.owner == owner]
+        for key, answer in gone:
+            self._end(key, answer, cancel=True)
+            self.totals.cancelled += 1
+        return len(gone)
+
+    def fail_all(self, error: RequestError) -> None:
+        """End every request with `error`."""
+        for key, answer in list(self._answers.items()):
+            self._end(key, answer, cancel=True)
+            self._fail(answer, error)
+
+    # ---- what the engine says ----
+
+    def take_step(self, step: Step) -> None:
+        """Commit a step, then tell the clients: one `tokens` message for each connection."""
+        now_s = time.monotonic()
+        items: dict[bytes, list[TokenItem]] = {}
+        ended: list[tuple[bytes, Finished]] = []
+        prompt_tokens = generated = 0
+        for part in step.streams:
+            key = self._running.get(part.stream)
+            answer = self._answers.get(key) if key else None
+            if key is None or answer is None or answer.serial != part.serial:
+                continue  # cancelled while the step ran
+            before = int(self._model.streams.records[part.stream]["computed"])
+            prompt_tokens += max(0, min(part.computed, len(answer.prompt)) - before)
+            generated += part.token is not None
+            self._model.commit(part.stream, part.computed, part.token)
+            item, stopped = answer.take(part, now_s)
+            if item is not None:
+                items.setdefault(answer.owner, []).append(item)
+            if part.finish or stopped:
+                self._end(key, answer, cancel=not part.finish)
+                self.totals.finished += 1
+                reason = "length" if part.finish == "length" and not stopped else "stop"
+                ended.append((answer.owner, answer.finish(reason, stopped, now_s)))
+        self.totals.add(now_s, prompt_tokens, generated)
+        for owner, tokens in items.items():
+            self._send(owner, Tokens(items=tokens))
+        for owner, finished in ended:
+            self._send(owner, finished)
+        self._start_waiting()
+
+    def take_failed(self, failed: StreamsFailed) -> None:
+        """End streams that the engine gave up."""
+        for stream, serial in failed.streams:
+            key = self._running.get(stream)
+            answer = self._answers.get(key) if key else None
+            if key is not None and answer is not None and answer.serial == serial:
+                self._end(key, answer, cancel=False)
+                self._fail(answer, request_error(failed.code, failed.text))
+        self._start_waiting()
+
+    def resubmit(self) -> None:
+        """Tell a new scheduler of all running streams, from what is committed."""
+        for stream, key in self._running.items():
+            record = self._model.streams.records[stream]
+            self._engine.submit(
+                self._answers[key].submission(
+                    self._model.tokenizer.stop_ids,
+                    committed=int(record["committed"]),
+                    computed=int(record["computed"]),
+                )
+            )
+
+    # ---- the life of an answer ----
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._free:
+            key = self._waiting.popleft()
+            answer = self._answers[key]
+            answer.stream = self._free.pop()
+            answer.started_s = time.monotonic()
+            self._running[answer.stream] = key
+            self._model.put_prompt(answer.stream, answer.serial, answer.prompt)
+            self._engine.submit(
+                answer.submission(self._model.tokenizer.stop_ids, committed=len(answer.prompt), computed=0)
+            )
+        if not self._answers:
+            self.on_idle()
+
+    def _end(self, key: Key, answer: Answer, *, cancel: bool) -> None:
+        """Forget an answer and free its record; `cancel`: the engine still has it."""
+        del self._answers[key]
+        if answer.stream < 0:
+            self._waiting.remove(key)
+            return
+        del self._running[answer.stream]
+        self._model.release(answer.stream)
+        self._free.append(answer.stream)
+        self._free.sort(reverse=True)
+        if cancel:
+            self._engine.cancel(answer.stream, answer.serial)
+            # Not from here: the caller still speaks for the one that ends.
+            self._engine.soon(self._start_waiting)
+
+    def _fail(self, answer: Answer, error: RequestError) -> None:
+        self.totals.failed += 1
+        self._send(
+            answer.owner,
+            Failed(id=answer.request.id, code=error.code, text=str(error), retryable=error.retryable),
+        )
+
+    # ---- what status shows ----
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a stream record."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that the engine has."""
+        return len(self._running)
+
+    def owners(self) -> Iterator[bytes]:
+        """Return the connections that have requests."""
+        yield from {answer.owner for answer in self._answers.values()}

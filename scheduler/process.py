@@ -1,0 +1,226 @@
+"""The scheduler process: loads the model, then feeds events to the state machine and runs its steps.
+
+One thread, one loop. Control messages are taken between steps; a step blocks in the lane, whose
+waits are bounded. It ends by SIGTERM's default action: what must survive lies in shared memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+import zmq
+
+from ..shm.arena import Arena
+from ..shm.errors import ModelFileError, StartFailed, SternaError, WorkerLost
+from ..shm.slots import SlotTable
+from ..workers.checkpoint.gguf import GgufFile
+from ..workers.messages import Configure, ExpertPage
+from ..workers.ownership import owners
+from . import messages as wire
+from . import state as st
+from .dense import fill_dense
+from .engine import Engine
+from .kv import StreamMemory, StreamShape
+from .lane_zmq import ZmqLane
+from .model.plan import ModelPlan
+from .spec import SchedulerSpec, model_id
+
+IDLE_MS = 1000
+PROGRESS_S = 0.1
+
+
+def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
+    """Serve one daemon until killed; `fds`: "weights", "dense", "streams".
+
+    Called by the nursery in the forked child. Returns an exit code when loading failed, after telling
+    the daemon why.
+    """
+    scheduler = _Scheduler(msgspec.convert(dict(spec), SchedulerSpec), fds)
+    try:
+        scheduler.load()
+        scheduler.serve()
+    except SternaError as error:
+        scheduler.send(wire.Trouble(code=error.code, text=str(error)))
+        scheduler.close()
+        return error.exit_code
+    return 0
+
+
+class _Scheduler:
+    def __init__(self, spec: SchedulerSpec, fds: Mapping[str, int]) -> None:
+        self._spec = spec
+        self._fds = fds
+        self._context = zmq.Context.instance()
+        self._control = self._context.socket(zmq.DEALER)
+        self._control.setsockopt(zmq.ROUTING_ID, f"s{spec.generation}".encode())
+        self._control.setsockopt(zmq.SNDTIMEO, int(spec.step_timeout_s * 1000))
+        self._control.setsockopt(zmq.LINGER, 1000)
+        self._control.connect(spec.control_url)
+        self._next: tuple[st.Segment, ...] = ()
+        self._steps = 0
+        self._reported = 0.0
+
+    def send(self, message: wire.ToDaemon) -> None:
+        """Send to the daemon; a daemon that takes nothing for a whole step time-out ends this process."""
+        self._control.send(wire.encode(message))
+
+    def close(self) -> None:
+        """Close the sockets, giving the last message a second to leave."""
+        self._control.close()
+        self._context.term()
+
+    # ---- loading ----
+
+    def load(self) -> None:
+        """Bring dense weights and experts into the arenas, as far as no predecessor did.
+
+        Raises ModelFileError, ModelReadError, or StartFailed when workers do not come.
+        """
+        begin = time.monotonic()
+        spec = self._spec
+        self._file = GgufFile.open(spec.model_path)
+        if model_id(spec.model_path) != spec.model_id:
+            raise ModelFileError(f"{spec.model_path}: the file was changed while it was loaded")
+        self._plan = plan = ModelPlan.from_file(self._file)
+        dense = Arena.attach("dense", self._fds["dense"]).bytes
+        fill_dense(plan, self._file, dense, lambda done, total: self._progress("weights", done, total))
+        self._slots = SlotTable(
+            Arena.attach("weights", self._fds["weights"]).bytes, plan.num_slots, plan.slot_nbytes
+        )
+        shape = StreamShape(
+            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=spec.streams, context=spec.context
+        )
+        self._streams = StreamMemory(shape, Arena.attach("streams", self._fds["streams"]).bytes)
+        self._owners = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
+        configure = Configure(layers=plan.layer_shapes())
+        self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
+        self._engine = Engine(plan, dense, self._streams, self._lane, self._owners, spec.max_batch_tokens)
+        self._state = st.SchedulerState(
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            max_batch_tokens=spec.max_batch_tokens,
+            workers=range(spec.workers),
+        )
+        self._await_workers()
+        self.send(wire.Ready(seconds=time.monotonic() - begin))
+
+    def _await_workers(self) -> None:
+        deadline = time.monotonic() + self._spec.start_timeout_s
+        waiting = set(range(self._spec.workers))
+        while waiting:
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(index) for index in sorted(waiting))
+                raise StartFailed(f"worker {missing} not there after {self._spec.start_timeout_s:.0f} s")
+            self._lane.socket.poll(IDLE_MS, zmq.POLLIN)
+            waiting -= set(self._lane.poll_hello())
+        self._bring_in(range(self._spec.workers))
+        for index in range(self._spec.workers):
+            self._handle(st.WorkerJoined(worker=index))
+
+    def _bring_in(self, workers: Iterable[int]) -> None:
+        """Have `workers` read those of their experts that are not in their slots."""
+        plan, wanted = self._plan, frozenset(workers)
+        missing: dict[int, list[ExpertPage]] = {}
+        for (layer, expert), worker in self._owners.items():
+            if worker in wanted and not self._slots.holds(plan.slot_of(layer, expert), layer, expert):
+                missing.setdefault(worker, []).append(plan.expert_page(self._file, layer, expert))
+        if missing:
+            self._lane.page_in(missing, lambda done, total: self._progress("experts", done, total))
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._reported > PROGRESS_S:
+            self._reported = now
+            self.send(wire.Loading(what=what, done=done, total=total))
+
+    # ---- serving ----
+
+    def serve(self) -> None:
+        """Take events and run steps, for ever."""
+        poller = zmq.Poller()
+        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._lane.socket, zmq.POLLIN)
+        while True:
+            watched = self._lane.pidfds() if not self._next else []
+            for pidfd in watched:
+                poller.register(pidfd, zmq.POLLIN)
+            poller.poll(0 if self._next else IDLE_MS)
+            for pidfd in watched:
+                poller.unregister(pidfd)
+            self._take_control()
+            self._take_workers()
+            if self._next:
+                self._run_step()
+
+    def _take_control(self) -> None:
+        while self._control.poll(0, zmq.POLLIN):
+            message = wire.decode_for_scheduler(self._control.recv())
+            match message:
+                case wire.Submit():
+                    self._handle(st.Submitted(request=message, blocks=self._known_blocks(message)))
+                case wire.Cancel():
+                    self._handle(st.Cancelled(stream=message.stream, serial=message.serial))
+                case wire.Drain():
+                    self._handle(st.DrainAsked())
+                case wire.Query():
+                    self.send(self._stats(message.nonce))
+
+    def _known_blocks(self, request: wire.Submit) -> tuple[int, ...]:
+        count = -(-request.computed // self._streams.shape.block_size)
+        return tuple(self._streams.tables[request.stream, :count].tolist())
+
+    def _take_workers(self) -> None:
+        for index in self._lane.poll_lost():
+            self._handle(st.WorkerLost(worker=index))
+        for index in self._lane.poll_hello():
+            try:
+                self._bring_in([index])
+            except WorkerLost:
+                continue  # the next incarnation will bring in what is missing
+            self._handle(st.WorkerJoined(worker=index))
+
+    def _run_step(self) -> None:
+        segments, self._next = self._next, ()
+        begin_ns = time.perf_counter_ns()
+        try:
+            results = self._engine.step(segments, [self._state.request(s.stream) for s in segments])
+        except SternaError as error:
+            for index in self._lane.poll_lost():
+                self._handle(st.WorkerLost(worker=index))
+            self._handle(st.StepFailed(code=error.code, text=str(error)))
+            return
+        self._steps += 1
+        sampled = {result.stream: result.token for result in results if result.token is not None}
+        instructions = self._state.handle(st.StepDone(sampled=sampled))
+        ended = {i.stream: i.reason for i in instructions if isinstance(i, st.Finish)}
+        streams = [msgspec.structs.replace(r, finish=ended.get(r.stream)) for r in results]
+        busy_ns = time.perf_counter_ns() - begin_ns
+        self.send(wire.Step(number=self._steps, busy_ns=busy_ns, streams=streams))
+        self._carry_out(instructions)
+
+    def _handle(self, event: st.Event) -> None:
+        self._carry_out(self._state.handle(event))
+
+    def _carry_out(self, instructions: Sequence[st.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case st.GrantBlocks(stream=stream, first=first, blocks=blocks):
+                    self._streams.tables[stream, first : first + len(blocks)] = blocks
+                case st.RunStep(segments=segments):
+                    self._next = segments
+                case st.Fail(streams=streams, code=code, text=text):
+                    self.send(wire.StreamsFailed(streams=list(streams), code=code, text=text))
+                case st.Finish():
+                    pass  # travels with its step
+
+    def _stats(self, nonce: int) -> wire.Stats:
+        return wire.Stats(
+            nonce=nonce,
+            steps=self._steps,
+            running=self._state.num_streams,
+            free_blocks=self._state.blocks.num_free,
+            workers=self._state.workers,
+            resident_experts=self._slots.num_ready(),
+        )
