@@ -102,7 +102,7 @@ def _norms() -> None:
 
 
 def _attention() -> None:
-    q = np.zeros((1, 1, 32), np.float32)
+    q = np.zeros((1, 32), np.float32)
     flat = np.zeros(48, np.float32)
     attention.latent_attention(
         q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0), _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX,

@@ -100,7 +100,7 @@ class Deepseek2:
         self._q_low = Rows(t, h.q_rank)
         self._q = np.zeros((t, h.heads * (h.nope + h.rope)), np.float32)
         self._q_nope = Rows(t * h.heads, h.nope)
-        self._q_latent = np.zeros((t, h.heads, h.kv_rank), np.float32)
+        self._q_latent = np.zeros((t, h.heads * h.kv_rank), np.float32)
         self._kv = np.zeros((t, h.cache_width), np.float32)
         self._latent = np.zeros((t, h.kv_rank), np.float32)
         self._context = Rows(t * h.heads, h.kv_rank)

@@ -66,7 +66,7 @@ def latent_attention(
 ):  # fmt: skip
     """out[t, h] = softmax(scale * (q_latent[t, h] . c + q_rope[t, h] . k)) @ c over positions 0..p.
 
-    q_latent, out: float32 (count, heads, rank); q_rope: float32 flat, head h of row t at
+    q_latent, out: float32 (count, heads * rank); q_rope: float32 flat, head h of row t at
     rope_at + t * rope_step + h * rope_head_step; cache: uint8 holding float16 rows of `width` =
     rank + rope, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots,
     positions: int (count,); scores: float32 scratch and row_places: int64 scratch, both at least

@@ -1,0 +1,168 @@
+"""A whole engine in one process: real plan, arenas, workers and state machine, no sockets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sterna.runtime.config import embedded_model
+from sterna.scheduler import state as st
+from sterna.scheduler.dense import fill_dense
+from sterna.scheduler.engine import Engine
+from sterna.scheduler.kv import StreamMemory, StreamShape
+from sterna.scheduler.lane import WorkerBatch
+from sterna.scheduler.messages import Sampling, Submit
+from sterna.scheduler.model.plan import ModelPlan
+from sterna.shm.slots import SlotTable, arena_nbytes
+from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.messages import Compute, Configure, ExpertPage, PageIn
+from sterna.workers.ownership import owners
+from sterna.workers.serve import ExpertWorker
+
+GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+class LocalLane:
+    """Calls the workers' code directly; counts what it carried."""
+
+    def __init__(self, workers: Sequence[ExpertWorker]) -> None:
+        self.workers = workers
+        self.exchanges = 0
+
+    def exchange_all(
+        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], None]
+    ) -> list[npt.NDArray[np.float32]]:
+        meanwhile()
+        self.exchanges += 1
+        outputs = []
+        for batch in batches:
+            message = Compute(
+                seq=self.exchanges,
+                layer=batch.layer,
+                kind=batch.kind,
+                tokens=len(batch.activations[0]),
+                experts=batch.experts,
+                slots=batch.slots,
+                starts=batch.starts,
+            )
+            frames = [memoryview(array.tobytes()) for array in (*batch.activations, batch.rows)]
+            _, rows = self.workers[batch.worker].compute(message, frames)
+            outputs.append(np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape))
+        return outputs
+
+    def page_in(
+        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
+    ) -> None:
+        for worker, pages in experts.items():
+            for paged in self.workers[worker].page_in(PageIn(seq=0, experts=pages)):
+                progress(len(pages) - paged.left, len(pages))
+
+
+@dataclass
+class Generated:
+    """What one stream gave."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+
+class LocalEngine:
+    """Loads a model and runs streams to their end."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        workers: int = 1,
+        streams: int = 8,
+        context: int = 512,
+        max_batch_tokens: int = 512,
+    ) -> None:
+        self.file = GgufFile.open(path or embedded_model())
+        self.plan = ModelPlan.from_file(self.file)
+        plan = self.plan
+        arena = np.zeros(arena_nbytes(plan.num_slots, plan.slot_nbytes), np.uint8)
+        self.slots = SlotTable(arena, plan.num_slots, plan.slot_nbytes)
+        pool = [ExpertWorker(self.slots, self.file.fd) for _ in range(workers)]
+        for worker in pool:
+            worker.configure(Configure(layers=plan.layer_shapes()))
+        self.lane = LocalLane(pool)
+        owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
+        for (layer, expert), index in owned.items():
+            self.lane.page_in({index: [plan.expert_page(self.file, layer, expert)]}, lambda done, total: None)
+        dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
+        fill_dense(plan, self.file, dense, lambda done, total: None)
+        shape = StreamShape(
+            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
+        )
+        self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
+        self.engine = Engine(plan, dense, self.streams, self.lane, owned, max_batch_tokens)
+        self.state = st.SchedulerState(
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            max_batch_tokens=max_batch_tokens,
+            workers=range(workers),
+        )
+        for index in range(workers):
+            self.state.handle(st.WorkerJoined(worker=index))
+        self.steps = 0
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        sampling: Sequence[Sampling] | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> list[Generated]:
+        """Generate for all prompts at once; greedy unless told otherwise."""
+        todo: list[st.Instruction] = []
+        results = [Generated() for _ in prompts]
+        for number, prompt in enumerate(prompts):
+            self.streams.tokens[number, : len(prompt)] = prompt
+            request = Submit(
+                stream=number,
+                serial=number,
+                prompt_length=len(prompt),
+                committed=len(prompt),
+                computed=0,
+                max_length=len(prompt) + max_tokens,
+                sampling=sampling[number] if sampling else GREEDY,
+                stop_ids=list(stop_ids),
+                logprobs=0,
+                prompt_logprobs=True,
+            )
+            todo += self.state.handle(st.Submitted(request=request))
+        while todo:
+            todo += self._carry_out(todo.pop(0), results)
+        return results
+
+    def _carry_out(self, instruction: st.Instruction, results: list[Generated]) -> list[st.Instruction]:
+        match instruction:
+            case st.GrantBlocks(stream=stream, first=first, blocks=blocks):
+                self.streams.tables[stream, first : first + len(blocks)] = blocks
+            case st.Finish(stream=stream, reason=reason):
+                results[stream].reason = reason
+            case st.RunStep(segments=segments):
+                self.steps += 1
+                sampled = {}
+                requests = [self.state.request(segment.stream) for segment in segments]
+                for part in self.engine.step(segments, requests):
+                    result = results[part.stream]
+                    result.prompt_logprobs += part.prompt_logprobs or []
+                    if part.token is not None and part.score is not None:
+                        sampled[part.stream] = part.token
+                        result.tokens.append(part.token)
+                        result.logprobs.append(part.score.logprob)
+                following = self.state.handle(st.StepDone(sampled=sampled))
+                self.state.validate()
+                return following
+            case st.Fail(text=text):
+                raise AssertionError(text)
+        return []
