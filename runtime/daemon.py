@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,13 @@ class Daemon:
 
         notify("STATUS=compiling kernels")
         await self.supervisor.warm(warmed, self._config.start_timeout_s)
-        self.engine = EngineLink(
-            self._config, self.model, self.supervisor, folder, self.num_workers, group
-        )
+        self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
         self.engine.on_lost = self._on_lost
         self.engine.on_loading = self._on_loading
         notify("STATUS=loading the model")
         await self.engine.start()
 
-    async def _unless_stopped(self, work: Any) -> None:
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`, or give it up when a signal comes."""
         task = asyncio.ensure_future(work)
         stop = asyncio.ensure_future(self._stop.wait())
@@ -158,7 +156,12 @@ class Daemon:
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
         self.endpoint = Endpoint(
-            _bind(self._config.socket), self.model.tokenizer, self._welcome(), self._report, self._drain, group
+            _bind(self._config.socket),
+            self.model.tokenizer,
+            self._welcome(),
+            self._report,
+            self._drain,
+            group,
         )
         self.service = Service(self._config, self.model, self.engine, self.endpoint.send)
         self.endpoint.attach(self.service)
@@ -222,7 +225,7 @@ def _log_progress(what: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Any:
+def _lock(path: Path) -> Iterator[None]:
     """Hold the lock beside the socket; a second bind of an ipc path would silently steal it.
 
     Raises AlreadyRunning, or NotPermitted when the folder cannot be written. The socket goes at the
@@ -245,7 +248,8 @@ def _lock(path: Path) -> Any:
 
 def _bind(url: str) -> zmq.Socket[bytes]:
     """Return the clients' ROUTER socket; its file has the mode that the umask gives, at most 0660."""
-    socket = server_socket(zmq.Context.instance())
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    socket = server_socket(context)
     before = os.umask(os.umask(0o077) | 0o007)
     try:
         socket.bind(url)

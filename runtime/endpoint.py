@@ -191,7 +191,9 @@ class Endpoint:
                 ids = self._tokenizer.encode(message.text, add_bos=message.add_bos, special=message.special)
                 self.send(identity, Tokenized(id=message.id, token_ids=ids))
             case Detokenize():
-                self.send(identity, Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids)))
+                self.send(
+                    identity, Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids))
+                )
             case Status():
                 self._group.create_task(self._send_report(identity, message.id), name="status")
             case Drain():
@@ -203,4 +205,3 @@ class Endpoint:
     async def _send_drained(self, identity: bytes, request_id: str) -> None:
         await self._drain()
         self.send(identity, Drained(id=request_id))
-

@@ -17,7 +17,7 @@ import zmq
 
 from ..scheduler import messages as wire
 from ..scheduler.spec import SchedulerSpec
-from ..shm.errors import EngineLost, SternaError, StartFailed
+from ..shm.errors import EngineLost, StartFailed, SternaError
 from ..workers.spec import WorkerSpec
 from .child import Child
 from .config import Config
@@ -60,7 +60,7 @@ class EngineLink:
         self._num_workers = workers
         self._group = group
         self._loop = asyncio.get_running_loop()
-        socket = zmq.Context.instance().socket(zmq.ROUTER)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._control_url = f"ipc://{folder}/control.sock"
@@ -135,9 +135,7 @@ class EngineLink:
         return self._nonce
 
     async def _spawn(self, name: str, entry: str, spec: msgspec.Struct, fds: dict[str, int]) -> None:
-        child = await self._supervisor.spawn(
-            name, entry, msgspec.to_builtins(spec), fds, SPAWN_TIMEOUT_S
-        )
+        child = await self._supervisor.spawn(name, entry, msgspec.to_builtins(spec), fds, SPAWN_TIMEOUT_S)
         self.children[name] = child
         began = self._loop.time()
         child.exit.add_done_callback(lambda _: self._child_ended(name, child, began))

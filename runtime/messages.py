@@ -43,14 +43,14 @@ class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 # ---- client -> daemon ----
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """First message of every connection; `client` is the key of the session over reconnects."""
 
     client: Id
     version: Annotated[str, Meta(max_length=64)]
 
 
-class Generate(Message):
+class Generate(Message, frozen=True, kw_only=True):
     """Ask for an answer to exactly one of `prompt` and `token_ids`.
 
     `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
@@ -84,25 +84,25 @@ class Generate(Message):
                 raise BadRequest(f"stop[{i}]: expected at most {MAX_STOP_BYTES} bytes, found {n_bytes}")
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True, kw_only=True):
     """End the request of that id; what was generated so far comes back with `finished`."""
 
     id: Id
 
 
-class Ping(Message):
+class Ping(Message, frozen=True, kw_only=True):
     """Ask whether the daemon is alive; `nonce` comes back in `pong`."""
 
     nonce: Count
 
 
-class Status(Message):
+class Status(Message, frozen=True, kw_only=True):
     """Ask for the daemon's state."""
 
     id: Id
 
 
-class Tokenize(Message):
+class Tokenize(Message, frozen=True, kw_only=True):
     """Turn text into token ids; `special` reads control tokens out of the text."""
 
     id: Id
@@ -111,14 +111,14 @@ class Tokenize(Message):
     special: bool = False
 
 
-class Detokenize(Message):
+class Detokenize(Message, frozen=True, kw_only=True):
     """Turn token ids into text."""
 
     id: Id
     token_ids: list[TokenId]
 
 
-class Drain(Message):
+class Drain(Message, frozen=True, kw_only=True):
     """Finish what runs, take nothing new, then stop."""
 
     id: Id
@@ -127,7 +127,7 @@ class Drain(Message):
 # ---- daemon -> client ----
 
 
-class ModelFacts(Message):
+class ModelFacts(Message, frozen=True, kw_only=True):
     """What a client may know about the model that is served."""
 
     name: str
@@ -137,7 +137,7 @@ class ModelFacts(Message):
     vocab_size: Count
 
 
-class Limits(Message):
+class Limits(Message, frozen=True, kw_only=True):
     """What the daemon accepts."""
 
     max_frame_bytes: Count
@@ -145,7 +145,7 @@ class Limits(Message):
     max_sequences: Count
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """Answer to `hello`."""
 
     version: str
@@ -153,14 +153,14 @@ class Welcome(Message):
     limits: Limits
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, kw_only=True):
     """Answer to a `hello` that the daemon does not take."""
 
     code: str
     text: str
 
 
-class Accepted(Message):
+class Accepted(Message, frozen=True, kw_only=True):
     """The request is in the queue, `queue_position` requests are before it."""
 
     id: Id
@@ -168,7 +168,7 @@ class Accepted(Message):
     queue_position: Count
 
 
-class TokenLogprob(Message):
+class TokenLogprob(Message, frozen=True, kw_only=True):
     """Natural logarithm of one token's probability and the most probable alternatives, best first."""
 
     token_id: TokenId
@@ -176,7 +176,7 @@ class TokenLogprob(Message):
     top: list[tuple[TokenId, float]]
 
 
-class TokenItem(Message):
+class TokenItem(Message, frozen=True, kw_only=True):
     """New tokens of one request; `index` is the number of the first of them within the answer."""
 
     id: Id
@@ -186,20 +186,20 @@ class TokenItem(Message):
     logprobs: list[TokenLogprob] | None = None
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True, kw_only=True):
     """What one step of the engine brought for this client, one item per request."""
 
     items: list[TokenItem]
 
 
-class Usage(Message):
+class Usage(Message, frozen=True, kw_only=True):
     """How many tokens were read and written."""
 
     prompt_tokens: Count
     completion_tokens: Count
 
 
-class Timings(Message):
+class Timings(Message, frozen=True, kw_only=True):
     """Where the time of a request went."""
 
     queue_s: Seconds
@@ -207,7 +207,7 @@ class Timings(Message):
     decode_s: Seconds
 
 
-class Finished(Message):
+class Finished(Message, frozen=True, kw_only=True):
     """The answer is complete; `text` is the rest that was held back for stop strings or split characters."""
 
     id: Id
@@ -219,7 +219,7 @@ class Finished(Message):
     prompt_logprobs: list[float | None] | None = None
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True):
     """A request failed, or the connection if `id` is None."""
 
     id: Id | None
@@ -229,40 +229,40 @@ class Failed(Message):
     retry_after_s: Seconds | None = None
 
 
-class Pong(Message):
+class Pong(Message, frozen=True, kw_only=True):
     """Answer to `ping`."""
 
     nonce: Count
 
 
-class Report(Message):
+class Report(Message, frozen=True, kw_only=True):
     """Answer to `status`; `body` is free of bytes and non-finite numbers, nested at most a few levels."""
 
     id: Id
     body: dict[str, Any]
 
 
-class Tokenized(Message):
+class Tokenized(Message, frozen=True, kw_only=True):
     """Answer to `tokenize`."""
 
     id: Id
     token_ids: list[TokenId]
 
 
-class Detokenized(Message):
+class Detokenized(Message, frozen=True, kw_only=True):
     """Answer to `detokenize`."""
 
     id: Id
     text: str
 
 
-class Drained(Message):
+class Drained(Message, frozen=True, kw_only=True):
     """Answer to `drain`: nothing runs any more."""
 
     id: Id
 
 
-class GoingAway(Message):
+class GoingAway(Message, frozen=True, kw_only=True):
     """The daemon stops; running requests are finished or fail with `shutting_down`."""
 
     text: str

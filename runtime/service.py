@@ -26,7 +26,7 @@ from .answers import Answer
 from .config import Config
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
-from .messages import Accepted, Failed, Finished, Generate, Message, TokenItem, Tokens
+from .messages import Accepted, Failed, Finished, FinishReason, Generate, Message, TokenItem, Tokens
 
 RATE_WINDOW_S = 10.0
 
@@ -135,7 +135,8 @@ class Service:
             raise BadRequest("prompt: expected at least one token, found none")
         if len(ids) >= self._model.context:
             raise TooLong(
-                f"the prompt has {len(ids)} tokens; the context of {self._model.context} must also hold the answer"
+                f"the prompt has {len(ids)} tokens; the context has {self._model.context}, "
+                "the answer included"
             )
         return ids
 
@@ -186,7 +187,7 @@ class Service:
             if part.finish or stopped:
                 self._end(key, answer, cancel=not part.finish)
                 self.totals.finished += 1
-                reason = "length" if part.finish == "length" and not stopped else "stop"
+                reason: FinishReason = "length" if part.finish == "length" and not stopped else "stop"
                 ended.append((answer.owner, answer.finish(reason, stopped, now_s)))
         self.totals.add(now_s, prompt_tokens, generated)
         for owner, tokens in items.items():

@@ -23,7 +23,7 @@ class SocketReader:
         self._loop = asyncio.get_running_loop()
         self._socket = socket
         self._on_frames = on_frames
-        self._fd = socket.getsockopt(zmq.FD)
+        self._fd = int(socket.getsockopt(zmq.FD))
         self._closed = False
         self._again = False
         self._loop.add_reader(self._fd, self._read)

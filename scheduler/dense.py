@@ -156,7 +156,9 @@ class FeedForward:
         self._matrices = np.array([places], np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
         self._up = np.zeros((capacity, self._d_ff), np.float32)
-        self._middle = QuantizedRows.allocate(capacity, self._d_ff, 32 if self._d_ff % 32 == 0 else self._d_ff)
+        self._middle = QuantizedRows.allocate(
+            capacity, self._d_ff, 32 if self._d_ff % 32 == 0 else self._d_ff
+        )
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]

@@ -89,7 +89,7 @@ class Engine:
 
     def _wanted(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[_Wanted]:
         """List the rows whose logits are needed: the last of a sampling segment, or a whole prompt's."""
-        wanted = []
+        wanted: list[_Wanted] = []
         row = 0
         for number, (s, request) in enumerate(zip(segments, requests, strict=True)):
             if request.prompt_logprobs:

@@ -74,7 +74,7 @@ class StreamMemory:
     def __init__(self, shape: StreamShape, memory: npt.NDArray[np.uint8]) -> None:
         layout = shape.layout()
         self.shape = shape
-        self.records = layout.view(memory, "records")
+        self.records: npt.NDArray[np.void] = layout.view(memory, "records").view(RECORD)
         self.tables: npt.NDArray[np.int32] = layout.view(memory, "tables").view(np.int32)
         self.tokens: npt.NDArray[np.int32] = layout.view(memory, "tokens").view(np.int32)
         self.kv: npt.NDArray[np.uint8] = layout.view(memory, "kv").view(np.uint8)

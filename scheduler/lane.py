@@ -17,8 +17,8 @@ class WorkerBatch:
     """The part of one layer's work that one worker does.
 
     experts: ids, lying in `slots`; starts: pairs of expert i are starts[i]:starts[i + 1] of `rows`;
-    rows: int32, the activation row of each pair; activations: float32 rows, or int8 rows with their float32 scales
-    and int32 sums; kind: see `workers.messages.Compute`.
+    rows: int32, the activation row of each pair; activations: float32 rows, or int8 rows with their
+    float32 scales and int32 sums; kind: see `workers.messages.Compute`.
     """
 
     worker: int
@@ -43,7 +43,5 @@ class Lane(Protocol):
         when a worker dies, and InternalError when one reports trouble or answers not in time.
         """
 
-    def page_in(
-        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
-    ) -> None:
+    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
         """Have each worker read its experts into their slots; reports (done, total)."""

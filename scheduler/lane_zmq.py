@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -52,8 +53,7 @@ class ZmqLane:
     """
 
     def __init__(self, url: str, configure: Configure, d_model: int, timeout_s: float) -> None:
-        self._context = zmq.Context.instance()
-        self.socket = self._context.socket(zmq.ROUTER)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.bind(url)
@@ -118,7 +118,7 @@ class ZmqLane:
         for position, batch in enumerate(batches):
             self._seq += 1
             waiting[self._seq] = position
-            message = Compute(
+            request = Compute(
                 seq=self._seq,
                 layer=batch.layer,
                 kind=batch.kind,
@@ -127,7 +127,7 @@ class ZmqLane:
                 slots=batch.slots,
                 starts=batch.starts,
             )
-            self._send(batch.worker, [encode(message), *batch.activations, batch.rows])
+            self._send(batch.worker, [encode(request), *batch.activations, batch.rows])
         meanwhile()
         outputs: list[npt.NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(batches)
         deadline = time.monotonic() + self._timeout_s
@@ -143,9 +143,7 @@ class ZmqLane:
             outputs[position] = np.frombuffer(frames[2], np.float32).reshape(pairs, self._d_model)
         return outputs
 
-    def page_in(
-        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
-    ) -> None:
+    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
         """See `Lane.page_in`; the time limit holds between two experts."""
         total = sum(len(wanted) for wanted in experts.values())
         done = 0
@@ -159,18 +157,18 @@ class ZmqLane:
                 done += 1
                 progress(done, total)
 
-    def _send(self, worker: int, frames: list[bytes | npt.NDArray[np.generic]]) -> None:
+    def _send(self, worker: int, frames: Sequence[Any]) -> None:
         peer = self._peers.get(worker)
         if peer is None:
             raise WorkerLost(f"worker {worker} is gone")
         try:
             self.socket.send_multipart([peer.identity, *frames], flags=zmq.DONTWAIT)
         except zmq.ZMQError as error:
-            raise WorkerLost(f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}") from None
+            raise WorkerLost(
+                f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}"
+            ) from None
 
-    def _receive(
-        self, workers: set[int], deadline: float, awaited: str
-    ) -> tuple[ToScheduler, list[bytes]]:
+    def _receive(self, workers: set[int], deadline: float, awaited: str) -> tuple[ToScheduler, list[bytes]]:
         """Return the next message; raises when one of `workers` died or `deadline` passed."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
@@ -195,7 +193,9 @@ class ZmqLane:
             if time.monotonic() > deadline:
                 self._stop_late(workers)
                 names = ", ".join(str(index) for index in sorted(workers))
-                raise WorkerLost(f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed")
+                raise WorkerLost(
+                    f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed"
+                )
 
     def _stop_late(self, workers: set[int]) -> None:
         """Kill workers that hang; the daemon sees them end and starts new ones."""
@@ -206,9 +206,10 @@ class ZmqLane:
 
     def _decode(self, frames: list[bytes]) -> ToScheduler:
         try:
-            return decode_for_scheduler(frames[1])
+            message: ToScheduler = decode_for_scheduler(frames[1])
         except (msgspec.MsgspecError, ValueError, IndexError) as error:
             raise ProtocolError(f"a worker sent a frame that is not a lane message: {error}") from error
+        return message
 
 
 def _ended(pidfd: int) -> bool:

@@ -1,7 +1,7 @@
 """What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
 
-    daemon -> scheduler   submit, cancel, worker_lost, drain, query
-    scheduler -> daemon   loading, ready, step, stats, trouble
+daemon -> scheduler   submit, cancel, worker_lost, drain, query
+scheduler -> daemon   loading, ready, step, stats, trouble
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int
 
 
-class Submit(EngineMessage):
+class Submit(EngineMessage, frozen=True, kw_only=True):
     """Run the stream in record `stream`; its prompt already lies in the stream memory.
 
     committed: tokens known so far, prompt included (more than prompt_length after a restart);
-    computed: how many of them have their KV, in the blocks of the stream's table; max_length: prompt and answer together; logprobs: how many alternatives to report, None for none.
+    computed: how many of them have their KV, in the blocks of the stream's table; max_length: prompt
+    and answer together; logprobs: how many alternatives to report, None for none.
     """
 
     stream: int
@@ -42,31 +43,31 @@ class Submit(EngineMessage):
     prompt_logprobs: bool
 
 
-class Cancel(EngineMessage):
+class Cancel(EngineMessage, frozen=True, kw_only=True):
     """Forget the stream, if it is still that submission."""
 
     stream: int
     serial: int
 
 
-class WorkerGone(EngineMessage):
+class WorkerGone(EngineMessage, frozen=True, kw_only=True):
     """The worker `index` ended; `text` says how."""
 
     index: int
     text: str
 
 
-class Drain(EngineMessage):
+class Drain(EngineMessage, frozen=True, kw_only=True):
     """Take nothing new; answer `drained` in the stats when nothing runs."""
 
 
-class Query(EngineMessage):
+class Query(EngineMessage, frozen=True, kw_only=True):
     """Ask for `stats`."""
 
     nonce: int
 
 
-class Loading(EngineMessage):
+class Loading(EngineMessage, frozen=True, kw_only=True):
     """Progress of loading: `done` of `total` steps of `what`."""
 
     what: str
@@ -74,7 +75,7 @@ class Loading(EngineMessage):
     total: int
 
 
-class Ready(EngineMessage):
+class Ready(EngineMessage, frozen=True, kw_only=True):
     """The engine can run steps."""
 
     seconds: float
@@ -104,7 +105,7 @@ class StreamStep(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[float] | None = None
 
 
-class Step(EngineMessage):
+class Step(EngineMessage, frozen=True, kw_only=True):
     """One step has ended."""
 
     number: int
@@ -112,7 +113,7 @@ class Step(EngineMessage):
     streams: list[StreamStep]
 
 
-class StreamsFailed(EngineMessage):
+class StreamsFailed(EngineMessage, frozen=True, kw_only=True):
     """These streams ended with an error."""
 
     streams: list[tuple[int, int]]
@@ -120,7 +121,7 @@ class StreamsFailed(EngineMessage):
     text: str
 
 
-class Stats(EngineMessage):
+class Stats(EngineMessage, frozen=True, kw_only=True):
     """Answer to `query`."""
 
     nonce: int
@@ -131,7 +132,7 @@ class Stats(EngineMessage):
     resident_experts: int
 
 
-class Trouble(EngineMessage):
+class Trouble(EngineMessage, frozen=True, kw_only=True):
     """The engine cannot go on (while loading, or for ever)."""
 
     code: str

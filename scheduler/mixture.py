@@ -34,7 +34,9 @@ class Mixture:
         self._plan = plan
         self._lane = lane
         self._owners = owners
-        self._gates: dict[int, Linear] = {layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers}
+        self._gates: dict[int, Linear] = {
+            layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
+        }
         none = np.zeros(h.experts, np.float32)
         self._biases = {
             layer: dense.vector(f"{layer}.exp_probs_b") if dense.has(f"{layer}.exp_probs_b") else none

@@ -52,7 +52,7 @@ class _Scheduler:
     def __init__(self, spec: SchedulerSpec, fds: Mapping[str, int]) -> None:
         self._spec = spec
         self._fds = fds
-        self._context = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._control = self._context.socket(zmq.DEALER)
         self._control.setsockopt(zmq.ROUTING_ID, f"s{spec.generation}".encode())
         self._control.setsockopt(zmq.SNDTIMEO, int(spec.step_timeout_s * 1000))

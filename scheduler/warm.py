@@ -72,7 +72,7 @@ def _feed_forward() -> None:
 
 
 def _experts() -> None:
-    q, m = QuantizedRows.allocate(1, 256, 256), QuantizedRows.allocate(1, 256, 32)
+    m = QuantizedRows.allocate(1, 256, 32)
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     rows = np.frombuffer(bytes(4), np.int32)
     x = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)

@@ -15,7 +15,7 @@ class LaneMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Base of all: the tag is the class name."""
 
 
-class Hello(LaneMessage):
+class Hello(LaneMessage, frozen=True, kw_only=True):
     """A worker is there. `generation` counts how often its index was started."""
 
     index: int
@@ -31,13 +31,13 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
     matrices: list[tuple[int, int, int, int]]
 
 
-class Configure(LaneMessage):
+class Configure(LaneMessage, frozen=True, kw_only=True):
     """What a worker has to know before anything else: the shape of each layer's experts."""
 
     layers: dict[int, LayerShape]
 
 
-class Compute(LaneMessage):
+class Compute(LaneMessage, frozen=True, kw_only=True):
     """Run experts over token rows.
 
     kind: 0 (float32 rows follow) or the block of int8 rows (q, scales, sums follow); tokens: number
@@ -54,7 +54,7 @@ class Compute(LaneMessage):
     starts: list[int]
 
 
-class Outputs(LaneMessage):
+class Outputs(LaneMessage, frozen=True, kw_only=True):
     """Answer to `compute`: one frame follows, float32 (pairs, d_model), in the order of the pairs."""
 
     seq: int
@@ -79,14 +79,14 @@ class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
     slabs: list[FileSlab]
 
 
-class PageIn(LaneMessage):
+class PageIn(LaneMessage, frozen=True, kw_only=True):
     """Read experts into their slots."""
 
     seq: int
     experts: list[ExpertPage]
 
 
-class Paged(LaneMessage):
+class Paged(LaneMessage, frozen=True, kw_only=True):
     """The expert in `slot` is complete; `left` are still to come for this request."""
 
     seq: int
@@ -94,7 +94,7 @@ class Paged(LaneMessage):
     left: int
 
 
-class Trouble(LaneMessage):
+class Trouble(LaneMessage, frozen=True, kw_only=True):
     """The request `seq` could not be carried out; `code` and `text` are those of a SternaError."""
 
     seq: int

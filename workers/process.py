@@ -49,7 +49,7 @@ def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, frames: list[bytes]) -
                 serve.configure(message)
             case Compute():
                 outputs, rows = serve.compute(message, [memoryview(frame) for frame in frames[1:]])
-                lane.send_multipart([encode(outputs), rows])
+                lane.send_multipart([encode(outputs), rows.data])
             case PageIn():
                 for paged in serve.page_in(message):
                     lane.send(encode(paged))

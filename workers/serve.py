@@ -132,7 +132,7 @@ class ExpertWorker:
         crc = 0
         for slab, (matrix, at) in zip(page.slabs, shape.matrices, strict=True):
             raw = _read(self._model_fd, slab)
-            crc = zlib.crc32(raw, crc)
+            crc = zlib.crc32(raw.data, crc)
             pack_matrix(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.memory, base + at)
         self._slots.publish(
             page.slot,

@@ -58,7 +58,8 @@ class Deepseek2:
         self._attention = [self._load_attention(layer) for layer in range(h.layers)]
         self._ffn_norm = [dense.vector(f"{layer}.ffn_norm") for layer in range(h.layers)]
         self._ffn = [
-            self._load_ffn(layer, "ffn_{}" if layer < h.dense_layers else "ffn_{}_shexp") for layer in range(h.layers)
+            self._load_ffn(layer, "ffn_{}" if layer < h.dense_layers else "ffn_{}_shexp")
+            for layer in range(h.layers)
         ]
         self._output_norm = dense.vector("output_norm")
         self._output = dense.linear("output")
@@ -209,8 +210,21 @@ class Deepseek2:
         a.kv_a.apply(self._normed, self._index, count, self._kv)
         head = h.nope + h.rope
         q, kv = self._q.reshape(-1), self._kv.reshape(-1)
-        rope_pairs(q, h.nope, h.heads * head, h.heads, head, h.rope // 2, batch.positions, self._cosine, self._sine, count)
-        rope_pairs(kv, h.kv_rank, h.cache_width, 1, 0, h.rope // 2, batch.positions, self._cosine, self._sine, count)
+        rope_pairs(
+            q,
+            h.nope,
+            h.heads * head,
+            h.heads,
+            head,
+            h.rope // 2,
+            batch.positions,
+            self._cosine,
+            self._sine,
+            count,
+        )
+        rope_pairs(
+            kv, h.kv_rank, h.cache_width, 1, 0, h.rope // 2, batch.positions, self._cosine, self._sine, count
+        )
         rms_rows(self._kv, h.cache_width, a.kv_a_norm, eps, count, h.kv_rank, self._latent)
         layer_at = layer * self._streams.shape.layer_nbytes
         store_latent(

@@ -56,7 +56,8 @@ class Hyperparameters:
         architecture = file.require("general.architecture", str)
         if architecture not in ARCHITECTURES:
             raise ModelFileError(
-                f"{file.path}: general.architecture is {architecture!r}; supported: {', '.join(ARCHITECTURES)}"
+                f"{file.path}: general.architecture is {architecture!r}; "
+                f"supported: {', '.join(ARCHITECTURES)}"
             )
         _refuse_unsupported(file, architecture)
         read = _Keys(file, architecture)
@@ -89,29 +90,54 @@ class Hyperparameters:
 
     def check(self, source: str) -> None:
         """Raise ModelFileError when sizes contradict each other or the kernels' multiples."""
+        sixteen, thirty_two = "a positive multiple of 16", "a positive multiple of 32"
         rules = (
             ("block_count", self.layers, 1 <= self.layers <= 1024, "1..1024"),
-            ("leading_dense_block_count", self.dense_layers, 0 <= self.dense_layers <= self.layers, "0..block_count"),
-            ("embedding_length", self.d_model, self.d_model > 0 and self.d_model % 32 == 0, "a multiple of 32"),
-            ("feed_forward_length", self.d_ff_dense, self.d_ff_dense > 0 and self.d_ff_dense % 16 == 0, "a multiple of 16"),
+            (
+                "leading_dense_block_count",
+                self.dense_layers,
+                self.dense_layers <= self.layers,
+                "<= block_count",
+            ),
+            ("embedding_length", self.d_model, _multiple(self.d_model, 32), thirty_two),
+            ("feed_forward_length", self.d_ff_dense, _multiple(self.d_ff_dense, 16), sixteen),
             ("attention.head_count", self.heads, 1 <= self.heads <= 1024, "1..1024"),
-            ("attention.kv_lora_rank", self.kv_rank, self.kv_rank > 0 and self.kv_rank % 32 == 0, "a multiple of 32"),
+            ("attention.kv_lora_rank", self.kv_rank, _multiple(self.kv_rank, 32), thirty_two),
             ("attention.q_lora_rank", self.q_rank, self.q_rank % 16 == 0, "a multiple of 16"),
-            ("rope.dimension_count", self.rope, self.rope > 0 and self.rope % 16 == 0, "a multiple of 16"),
-            ("attention.key_length_mla", self.nope + self.rope, self.nope > 0 and self.nope % 16 == 0, "rope.dimension_count plus a multiple of 16"),
-            ("attention.value_length_mla", self.v_dim, self.v_dim > 0 and self.v_dim % 16 == 0, "a multiple of 16"),
+            ("rope.dimension_count", self.rope, _multiple(self.rope, 16), sixteen),
+            (
+                "attention.key_length_mla",
+                self.nope + self.rope,
+                _multiple(self.nope, 16),
+                f"rope + {sixteen}",
+            ),
+            ("attention.value_length_mla", self.v_dim, _multiple(self.v_dim, 16), sixteen),
             ("attention.layer_norm_rms_epsilon", self.eps, 0.0 < self.eps < 1.0, "between 0 and 1"),
             ("rope.freq_base", self.rope_base, 0.0 < self.rope_base < 1e12, "positive"),
             ("expert_count", self.experts, 1 <= self.experts <= 4096, "1..4096"),
-            ("expert_used_count", self.experts_used, 1 <= self.experts_used <= self.experts, "1..expert_count"),
-            ("expert_shared_count", self.shared_experts, 0 <= self.shared_experts <= 64, "0..64"),
-            ("expert_feed_forward_length", self.d_ff_expert, self.d_ff_expert > 0 and self.d_ff_expert % 16 == 0, "a multiple of 16"),
-            ("expert_gating_func", self.gating, self.gating in (SOFTMAX, SIGMOID), "1 (softmax) or 2 (sigmoid)"),
+            (
+                "expert_used_count",
+                self.experts_used,
+                1 <= self.experts_used <= self.experts,
+                "1..expert_count",
+            ),
+            ("expert_shared_count", self.shared_experts, self.shared_experts <= 64, "0..64"),
+            ("expert_feed_forward_length", self.d_ff_expert, _multiple(self.d_ff_expert, 16), sixteen),
+            (
+                "expert_gating_func",
+                self.gating,
+                self.gating in (SOFTMAX, SIGMOID),
+                "1 (softmax) or 2 (sigmoid)",
+            ),
             ("context_length", self.context_length, self.context_length > 0, "positive"),
-        )  # fmt: skip
+        )
         for key, found, fits, expected in rules:
             if not fits:
                 raise ModelFileError(f"{source}: {self.architecture}.{key} is {found}, expected {expected}")
+
+
+def _multiple(value: int, of: int) -> bool:
+    return value > 0 and value % of == 0
 
 
 class _Keys:
@@ -141,7 +167,8 @@ def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
     scaling = file.get(f"{architecture}.rope.scaling.type", str, "none")
     if scaling not in ("none", ""):
         raise ModelFileError(
-            f"{file.path}: {architecture}.rope.scaling.type is {scaling!r}; only unscaled rotation is supported yet"
+            f"{file.path}: {architecture}.rope.scaling.type is {scaling!r}; "
+            "only unscaled rotation is supported yet"
         )
     groups = file.get(f"{architecture}.expert_group_count", int, 1)
     if groups > 1:
@@ -150,6 +177,6 @@ def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
         )
     if f"{architecture}.attention.key_length_mla" not in file.metadata:
         raise ModelFileError(
-            f"{file.path}: {architecture}.attention.key_length_mla is missing: the file keeps attn_kv_b in one "
-            "piece; convert it with a llama.cpp of April 2025 or later"
+            f"{file.path}: {architecture}.attention.key_length_mla is missing: the file keeps attn_kv_b "
+            "in one piece; convert it with a llama.cpp of April 2025 or later"
         )

@@ -154,7 +154,9 @@ class _Planner:
         for name in PROJECTIONS:
             shape = (d_model, width) if name == "down" else (width, d_model)
             kinds.append(self._matrix(pattern.format(name), shape, layer).form)
-        self._same_activation(kinds[0], kinds[1], f"{pattern.format('gate')} and {pattern.format('up')}", layer)
+        self._same_activation(
+            kinds[0], kinds[1], f"{pattern.format('gate')} and {pattern.format('up')}", layer
+        )
 
     def _mixture(self, layer: int) -> None:
         h = self._plan.hyper
@@ -212,9 +214,7 @@ class _Planner:
         format_of(tensor.type, shape[-1], f"{self._file.path}: {tensor.name}")
         self._place(key, tensor, "raw", tensor.nbytes, None)
 
-    def _place(
-        self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None
-    ) -> None:
+    def _place(self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None) -> None:
         at = self._plan.dense_nbytes
         self._plan.dense[key] = DenseTensor(tensor=tensor, kind=kind, at=at, nbytes=nbytes, shape=shape)
         self._plan.dense_nbytes = at + align(nbytes)

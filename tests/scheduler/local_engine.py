@@ -54,9 +54,7 @@ class LocalLane:
             outputs.append(np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape))
         return outputs
 
-    def page_in(
-        self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]
-    ) -> None:
+    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
         for worker, pages in experts.items():
             for paged in self.workers[worker].page_in(PageIn(seq=0, experts=pages)):
                 progress(len(pages) - paged.left, len(pages))

@@ -20,10 +20,14 @@ _floating_gemm = floating.gemm
 
 
 @kernel
-def multiply(form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, out, out_at, step):
+def multiply(
+    form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, out, out_at, step
+):
     """out[t] = W @ x[rows[t]]: float formats read x, the others (q, scales, sums)."""
     if form == TL1:
-        _ternary_gemm(w, codes_at, scales_at, groups, columns, q, scales, sums, rows, count, out, out_at, step)
+        _ternary_gemm(
+            w, codes_at, scales_at, groups, columns, q, scales, sums, rows, count, out, out_at, step
+        )
     elif form == Q8:
         _q8_gemm(w, codes_at, scales_at, groups, columns, q, scales, sums, rows, count, out, out_at, step)
     else:
@@ -52,9 +56,7 @@ def feed_forward(
     g_form, g_codes, g_scales = matrices[m, 0, 0], matrices[m, 0, 1], matrices[m, 0, 2]
     u_form, u_codes, u_scales = matrices[m, 1, 0], matrices[m, 1, 1], matrices[m, 1, 2]
     d_form, d_codes, d_scales = matrices[m, 2, 0], matrices[m, 2, 1], matrices[m, 2, 2]
-    multiply(
-        g_form, w, g_codes, g_scales, groups, d_model, x, q, scales, sums, rows, count, gate, 0, d_ff
-    )
+    multiply(g_form, w, g_codes, g_scales, groups, d_model, x, q, scales, sums, rows, count, gate, 0, d_ff)
     multiply(u_form, w, u_codes, u_scales, groups, d_model, x, q, scales, sums, rows, count, up, 0, d_ff)
     gated(gate, up, count, d_ff)
     if d_form == TL1:

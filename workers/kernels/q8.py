@@ -73,7 +73,9 @@ def _block(acc, w, at, scale_at, q, q_at, x_sum, x_scale):
     if FLIP:
         for i in range(0, 8, 2):
             c0 = dot_unsigned(c0, _flip(load_bytes(w, at + i * 64)), broadcast_dword(q, q_at + i * 4))
-            c1 = dot_unsigned(c1, _flip(load_bytes(w, at + i * 64 + 64)), broadcast_dword(q, q_at + i * 4 + 4))
+            c1 = dot_unsigned(
+                c1, _flip(load_bytes(w, at + i * 64 + 64)), broadcast_dword(q, q_at + i * 4 + 4)
+            )
         c0 = sub_i32(c0, splat_i32(np.int32(128) * x_sum))
     else:
         for i in range(0, 8, 2):

@@ -7,8 +7,8 @@ import numpy as np
 from ..kernel import kernel
 from .ops import (
     add_f32,
-    as_f32,
     add_i32,
+    as_f32,
     div_f32,
     fma_f32,
     max_f32,

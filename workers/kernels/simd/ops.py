@@ -57,19 +57,16 @@ def _store(source, stored: ir.Type, narrow=None, doc: str = ""):
 
 
 def _lanewise(result, operands, body, doc: str = ""):
-    if len(operands) == 1:
+    def typed():
+        return result(*operands), lambda context, builder, signature, args: body(builder, *args)
 
-        def operation(typing, a):
-            return result(*operands), lambda context, builder, signature, args: body(builder, *args)
-    elif len(operands) == 2:
-
-        def operation(typing, a, b):
-            return result(*operands), lambda context, builder, signature, args: body(builder, *args)
-    else:
-
-        def operation(typing, a, b, c):
-            return result(*operands), lambda context, builder, signature, args: body(builder, *args)
-
+    # Numba reads the number of arguments from the function's own signature.
+    by_arity = (
+        lambda typing, a: typed(),
+        lambda typing, a, b: typed(),
+        lambda typing, a, b, c: typed(),
+    )
+    operation = by_arity[len(operands) - 1]
     operation.__doc__ = doc
     return intrinsic(operation)
 
@@ -182,9 +179,7 @@ def shift_right_bytes(bits: int):
 
     def body(builder, x):
         wide = builder.bitcast(x, llvm_type(I16, 2 * LANES))
-        return builder.bitcast(
-            builder.lshr(wide, constant(I16, bits, 2 * LANES)), llvm_type(I8, 4 * LANES)
-        )
+        return builder.bitcast(builder.lshr(wide, constant(I16, bits, 2 * LANES)), llvm_type(I8, 4 * LANES))
 
     return _lanewise(v64u8, (v64u8,), body)
 
