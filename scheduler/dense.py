@@ -7,7 +7,6 @@ that replaces a dead one finds the weights there and loads nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.ffn import feed_forward, multiply
+from ..workers.kernels.ffn import feed_forward, multiply, multiply_heads
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
@@ -73,76 +72,57 @@ class Rows:
         return rows
 
 
-@dataclass(frozen=True, slots=True)
 class Linear:
-    """A matrix of the dense arena: `apply` computes out[t] = W @ rows[index[t]]."""
+    """A matrix of the dense arena: `apply` computes out[t] = W @ rows[index[t]].
 
-    weights: npt.NDArray[np.uint8]
-    shape: MatrixShape
-    at: int
+    `padded` is the width of its output rows: `shape.rows` rounded up to 16.
+    """
 
-    @property
-    def kind(self) -> ActivationKind:
-        """What it reads."""
-        return activation_kind(self.shape.form)
-
-    @property
-    def padded(self) -> int:
-        """Width of its output rows: `rows` rounded up to 16."""
-        return self.shape.groups * 16
+    def __init__(self, weights: npt.NDArray[np.uint8], shape: MatrixShape, at: int) -> None:
+        self.weights = weights
+        self.shape = shape
+        self.kind = activation_kind(shape.form)
+        self.place = shape.place(at)
+        self.padded = shape.groups * 16
+        self._form = int(shape.form)
+        self._groups = shape.groups
+        self._columns = shape.columns
 
     def apply(
-        self,
-        rows: Rows,
-        index: npt.NDArray[np.int32],
-        count: int,
-        out: npt.NDArray[np.float32],
-        *,
-        used: int | None = None,
+        self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
-        """Write `count` rows of `padded` float32 to `out` (contiguous rows of that width).
-
-        `used`: how many rows of `rows` are filled, if more than `count`.
-        """
-        codes_at, scales_at = self.shape.place(self.at)
-        q = rows.as_kind(self.kind, used or count)
+        """Write `count` rows of `padded` float32 to `out` (contiguous rows of that width)."""
+        q = rows.as_kind(self.kind, count)
         multiply(
-            int(self.shape.form), self.weights, codes_at, scales_at, self.shape.groups, self.shape.columns,
+            self._form, self.weights, self.place[0], self.place[1], self._groups, self._columns,
             rows.x, q.q, q.scales, q.sums, index, count, out, 0, self.padded,
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
 class HeadLinear:
-    """One matrix per head, lying under each other: head h reads rows t * heads + h."""
+    """One matrix per head, lying under each other in `linear`: head h reads rows t * heads + h."""
 
-    linear: Linear
-    heads: int
+    def __init__(self, linear: Linear, heads: int) -> None:
+        whole = linear.shape
+        head = MatrixShape(form=whole.form, rows=whole.rows // heads, columns=whole.columns)
+        self._linear = linear
+        self._heads = heads
+        self._head = head
+        self._steps = head.codes_nbytes, head.scales_nbytes
 
     def apply(
-        self,
-        rows: Rows,
-        index: npt.NDArray[np.int32],
-        count: int,
-        out: npt.NDArray[np.float32],
+        self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
-        """Write (count, heads, rows per head) float32 to `out`.
+        """Write (count, heads * rows per head) float32 to `out`.
 
         `rows` holds (count * heads, columns); `index` is (heads, capacity): index[h, t] = t * heads + h.
         """
-        matrix = self.linear
-        per_head = MatrixShape(
-            form=matrix.shape.form, rows=matrix.shape.rows // self.heads, columns=matrix.shape.columns
-        )
-        codes_at, scales_at = matrix.shape.place(matrix.at)
-        q = rows.as_kind(matrix.kind, count * self.heads)
-        for h in range(self.heads):
-            multiply(
-                int(per_head.form), matrix.weights, codes_at + h * per_head.codes_nbytes,
-                scales_at + h * per_head.scales_nbytes, per_head.groups, per_head.columns,
-                rows.x, q.q, q.scales, q.sums, index[h], count, out, h * per_head.rows,
-                self.heads * per_head.rows,
-            )  # fmt: skip
+        matrix, head = self._linear, self._head
+        q = rows.as_kind(matrix.kind, count * self._heads)
+        multiply_heads(
+            int(head.form), matrix.weights, matrix.place[0], matrix.place[1], self._steps[0], self._steps[1],
+            self._heads, head.groups, head.columns, rows.x, q.q, q.scales, q.sums, index, count, out,
+        )  # fmt: skip
 
 
 class FeedForward:
@@ -152,7 +132,7 @@ class FeedForward:
         self._weights = gate.weights
         self._kind = gate.kind
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
-        places = [(int(m.shape.form), *m.shape.place(m.at)) for m in (gate, up, down)]
+        places = [(int(m.shape.form), *m.place) for m in (gate, up, down)]
         self._matrices = np.array([places], np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
         self._up = np.zeros((capacity, self._d_ff), np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class Engine:
         dense: npt.NDArray[np.uint8],
         streams: StreamMemory,
         lane: Lane,
-        owners: dict[tuple[int, int], int],
+        owners: Mapping[tuple[int, int], int],
         max_batch_tokens: int,
     ) -> None:
         weights = DenseWeights(plan, dense)

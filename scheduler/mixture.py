@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,24 @@ from .router import Router, RouterConfig
 FEW_TOKENS = 4
 
 
+class _Division:
+    """The experts of one layer in the order (owner, id): each worker's are neighbours.
+
+    place: int32 (experts,), an expert's place in that order; experts: the inverse; spans: for each
+    worker that owns any (worker, first place, last place + 1).
+    """
+
+    def __init__(self, layer: int, num_experts: int, owners: Mapping[tuple[int, int], int]) -> None:
+        owner = [owners[layer, expert] for expert in range(num_experts)]
+        self.experts = sorted(range(num_experts), key=lambda expert: (owner[expert], expert))
+        self.place = np.empty(num_experts, np.int32)
+        self.place[self.experts] = np.arange(num_experts)
+        self.spans = []
+        for worker in sorted(set(owner)):
+            places = self.place[[expert for expert in range(num_experts) if owner[expert] == worker]]
+            self.spans.append((worker, int(places.min()), int(places.max()) + 1))
+
+
 class Mixture:
     """Computes routed experts through the lane; callable as `Deepseek2.forward` expects."""
 
@@ -27,13 +45,13 @@ class Mixture:
         plan: ModelPlan,
         dense: DenseWeights,
         lane: Lane,
-        owners: dict[tuple[int, int], int],
+        owners: Mapping[tuple[int, int], int],
         capacity: int,
     ) -> None:
         h = plan.hyper
         self._plan = plan
         self._lane = lane
-        self._owners = owners
+        self._divisions = {layer: _Division(layer, h.experts, owners) for layer in h.moe_layers}
         self._gates: dict[int, Linear] = {
             layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
         }
@@ -72,28 +90,30 @@ class Mixture:
         """
         self._gates[layer].apply(rows, self._index, count, self._logits)
         self._router.route(self._logits, self._biases[layer], count, layer)
-        groups = self._scheduler.schedule(self._router.selected, count)
-        batches, pairs = self._batches(layer, rows, count, groups)
+        division = self._divisions[layer]
+        groups = self._scheduler.schedule(division.place[self._router.selected[:count]], count)
+        batches, firsts = self._batches(layer, rows, count, groups)
         result: list[npt.NDArray[np.float32]] = []
         outputs = self._lane.exchange_all(batches, lambda: result.append(shared()))
-        for output, mine in zip(outputs, pairs, strict=True):
-            scatter_pairs(output, groups.tokens[mine], groups.ranks[mine], 0, len(mine), self._y)
+        for output, first in zip(outputs, firsts, strict=True):
+            scatter_pairs(output, groups.tokens, groups.ranks, first, len(output), self._y)
         combine(x, self._y, self._router.weights, result[0], count)
 
     def _batches(
         self, layer: int, rows: Rows, count: int, groups: ExpertGroups
-    ) -> tuple[list[WorkerBatch], list[npt.NDArray[np.intp]]]:
-        """Split the layer's groups by owner; also return each batch's pair numbers."""
-        by_worker: dict[int, list[int]] = {}
-        for expert in groups.experts.tolist():
-            by_worker.setdefault(self._owners[layer, expert], []).append(expert)
+    ) -> tuple[list[WorkerBatch], list[int]]:
+        """Split the layer's groups by owner; also return the number of each batch's first pair."""
+        division = self._divisions[layer]
         kind = self._plan.expert_activation(layer)
-        batches, pairs = [], []
-        for worker, experts in sorted(by_worker.items()):
-            spans = [np.arange(groups.ends[e], groups.ends[e + 1]) for e in experts]
-            mine = np.concatenate(spans)
-            starts = np.concatenate(([0], np.cumsum([len(span) for span in spans]))).tolist()
-            needed, index = self._needed(groups.tokens[mine], count)
+        ends: list[int] = groups.ends.tolist()
+        batches, firsts = [], []
+        for worker, begin, end in division.spans:
+            first, last = ends[begin], ends[end]
+            if first == last:
+                continue
+            places = [place for place in range(begin, end) if ends[place + 1] > ends[place]]
+            experts = [division.experts[place] for place in places]
+            needed, index = self._needed(groups.tokens[first:last], count)
             batches.append(
                 WorkerBatch(
                     worker=worker,
@@ -101,28 +121,28 @@ class Mixture:
                     kind=int(kind),
                     experts=experts,
                     slots=[self._plan.slot_of(layer, expert) for expert in experts],
-                    starts=starts,
+                    starts=[ends[place] - first for place in places] + [last - first],
                     rows=index,
                     activations=_take(rows, kind, needed, count),
                 )
             )
-            pairs.append(mine)
-        return batches, pairs
+            firsts.append(first)
+        return batches, firsts
 
     def _needed(
         self, tokens: npt.NDArray[np.int32], count: int
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    ) -> tuple[npt.NDArray[np.int32] | slice, npt.NDArray[np.int32]]:
         """Return the rows a batch needs and, for each pair, its place among them."""
         if count <= FEW_TOKENS:
-            return self._index[:count], tokens
+            return slice(count), tokens
         needed, places = np.unique(tokens, return_inverse=True)
         return needed, places.astype(np.int32)
 
 
 def _take(
-    rows: Rows, kind: ActivationKind, needed: npt.NDArray[np.int32], count: int
+    rows: Rows, kind: ActivationKind, needed: npt.NDArray[np.int32] | slice, count: int
 ) -> tuple[npt.NDArray[np.generic], ...]:
-    """Return copies of the `needed` rows in the form that `kind` asks for."""
+    """Return the `needed` rows in the form that `kind` asks for."""
     if kind is ActivationKind.FLOAT:
         return (rows.x[needed],)
     q = rows.as_kind(kind, count)

@@ -60,6 +60,9 @@ def _multiply() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     out = np.zeros((1, 16), np.float32)
     ffn.multiply(ffn.TL1, _ARENA, 0, 1024, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, out, 0, 16)
+    ffn.multiply_heads(
+        ffn.TL1, _ARENA, 0, 1024, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1, out
+    )
 
 
 def _feed_forward() -> None:

@@ -135,7 +135,7 @@ def body(lines: int) -> str:
         ("workers/kernels/a.py", body(91), "f: 91 lines, limit 90"),
         ("shm/a.py", DOC + "def _f():\n    return 1\n", "_f: no return annotation"),
         (
-            "workers/kernels/a.py",
+            "workers/a.py",
             DOC + "def _f() -> None:\n    def g():\n        return 1\n",
             "_f.g: no return ann",
         ),

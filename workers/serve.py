@@ -66,6 +66,7 @@ class ExpertWorker:
         self._model_fd = model_fd
         self._scratch = _Scratch()
         self._layers: dict[int, _Expert] = {}
+        self._places: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
@@ -120,10 +121,17 @@ class ExpertWorker:
         for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
             if not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
-            base = self._slots.at(slot)
-            for j, (matrix, at) in enumerate(shape.matrices):
-                table[i, j] = (matrix.form, *matrix.place(base + at))
+            table[i] = self._places_in(message.layer, slot, shape)
         return table
+
+    def _places_in(self, layer: int, slot: int, shape: _Expert) -> list[tuple[int, int, int]]:
+        """Return (format, codes_at, scales_at) of gate, up, down in a slot; remembered."""
+        if (layer, slot) not in self._places:
+            base = self._slots.at(slot)
+            self._places[layer, slot] = [
+                (int(matrix.form), *matrix.place(base + at)) for matrix, at in shape.matrices
+            ]
+        return self._places[layer, slot]
 
     def _fill(self, page: ExpertPage) -> None:
         shape = self._layer(page.layer)

@@ -41,6 +41,7 @@ _FORMAT_OF = {
     "TQ2_0": (Format.TL1, 256),
     "TQ1_0": (Format.TL1, 256),
 }
+_READS = {Format.Q8: ActivationKind.Q8_32, Format.TL1: ActivationKind.Q8_256}
 _FLOAT_WIDTH = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
 
 
@@ -63,9 +64,7 @@ def format_of(file_type: TensorType, columns: int, where: str) -> Format:
 
 def activation_kind(form: Format) -> ActivationKind:
     """Return what the kernel of `form` reads."""
-    return {Format.Q8: ActivationKind.Q8_32, Format.TL1: ActivationKind.Q8_256}.get(
-        form, ActivationKind.FLOAT
-    )
+    return _READS.get(form, ActivationKind.FLOAT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

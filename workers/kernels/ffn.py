@@ -35,6 +35,22 @@ def multiply(
 
 
 @kernel
+def multiply_heads(
+    form, w, codes_at, scales_at, codes_step, scales_step, heads, groups, columns,
+    x, q, scales, sums, index, count, out,
+):  # fmt: skip
+    """out[t, h] = W[h] @ x[index[h, t]] for one matrix of 16 * groups rows per head, `*_step` bytes apart.
+
+    index: int32 (heads, >= count); out: float32 (count, heads * 16 * groups).
+    """
+    for h in range(heads):
+        multiply(
+            form, w, codes_at + h * codes_step, scales_at + h * scales_step, groups, columns,
+            x, q, scales, sums, index[h], count, out, h * 16 * groups, heads * 16 * groups,
+        )  # fmt: skip
+
+
+@kernel
 def gated(gate, up, count, width):
     """gate = silu(gate) * up for `count` contiguous rows of `width` float32."""
     for i in range(0, count * width, 16):
