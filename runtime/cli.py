@@ -89,11 +89,14 @@ def serve(
         raise UsageError("the model is given twice, as argument and with --model")
     flags["model"] = model or model_flag
     config = load_config(Path(config_file) if config_file else None, os.environ, flags)
-    if exit_with_parent is not None:
-        _exit_with_parent(exit_with_parent)
     from .daemon import serve as run_daemon
 
-    return run_daemon(config)
+    if exit_with_parent is None:
+        return run_daemon(config)
+    from .private_daemon import print_progress
+
+    _exit_with_parent(exit_with_parent)
+    return run_daemon(config, print_progress)
 
 
 @cli.command()
@@ -193,11 +196,14 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
         click.echo(f"sterna: {note}; starting one for this call", err=True)
     from .client import Client
     from .private_daemon import private_daemon
+    from .start_progress import StartProgress
 
     config = load_config(None, os.environ, {"model": model})
     arguments = [] if path is None else [str(path)]
-    with private_daemon(arguments, config.start_timeout_s) as url, Client(url) as client:
-        yield client
+    with contextlib.ExitStack() as stack:
+        with StartProgress() as progress:
+            url = stack.enter_context(private_daemon(arguments, config.start_timeout_s, progress.update))
+        yield stack.enter_context(Client(url))
 
 
 def _print_answer(stream: Stream, as_json: bool) -> Result:

@@ -13,18 +13,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..shm.errors import StartFailed
 
 STOP_TIMEOUT_S = 15.0
 _READY = b"ready socket="
+_LOADING = "loading "
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def print_progress(what: str, done: int, total: int) -> None:
+    """Print a step of the start for the parent to read; `private_daemon` hands it to its caller."""
+    print(f"{_LOADING}{what} {done} {total}", flush=True)
 
 
 @contextlib.contextmanager
-def private_daemon(arguments: list[str], start_timeout_s: float) -> Iterator[str]:
+def private_daemon(arguments: list[str], start_timeout_s: float, on_progress: Progress) -> Iterator[str]:
     """Run `sterna serve ARGUMENTS` on a private socket and yield its URL; it is stopped on leaving.
+
+    `on_progress(what, done, total)` is called while it starts.
 
     Raises StartFailed, with the daemon's last words, if it dies or is not ready in time.
     """
@@ -42,20 +53,27 @@ def private_daemon(arguments: list[str], start_timeout_s: float) -> Iterator[str
                 process_group=0,
             )
         try:
-            _await_ready(child, start_timeout_s, stderr_path)
+            _await_ready(child, start_timeout_s, stderr_path, on_progress)
             yield url
         finally:
             _stop(child)
 
 
-def _await_ready(child: subprocess.Popen[bytes], timeout_s: float, stderr_path: Path) -> None:
+def _await_ready(
+    child: subprocess.Popen[bytes], timeout_s: float, stderr_path: Path, on_progress: Progress
+) -> None:
     if child.stdout is None:
         raise StartFailed("the daemon was started without a pipe for its output")
     until_s = time.monotonic() + timeout_s
     seen = b""
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        while not any(line.startswith(_READY) for line in seen.split(b"\n")[:-1]):
+        while True:
+            *lines, seen = seen.split(b"\n")
+            for line in lines:
+                _report(line, on_progress)
+            if any(line.startswith(_READY) for line in lines):
+                return
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 raise StartFailed(f"the daemon was not ready after {timeout_s:g} s{_last_words(stderr_path)}")
@@ -65,6 +83,12 @@ def _await_ready(child: subprocess.Popen[bytes], timeout_s: float, stderr_path: 
             if not part:
                 raise StartFailed(_death(child, stderr_path))
             seen = seen[-65536:] + part
+
+
+def _report(line: bytes, on_progress: Progress) -> None:
+    words = line.decode(errors="replace").removeprefix(_LOADING).split()
+    if line.startswith(_LOADING.encode()) and len(words) == 3:
+        on_progress(words[0], int(words[1]), int(words[2]))
 
 
 def _death(child: subprocess.Popen[bytes], stderr_path: Path) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import zmq
 
 from ..shm.errors import InternalError, ProtocolError, WorkerLost, request_error
+from ..workers.framing import join
 from ..workers.messages import (
     Compute,
     Configure,
@@ -127,7 +128,7 @@ class ZmqLane:
                 slots=batch.slots,
                 starts=batch.starts,
             )
-            self._send(batch.worker, [encode(request), *batch.activations, batch.rows])
+            self._send(batch.worker, [encode(request), join((*batch.activations, batch.rows))])
         meanwhile()
         outputs: list[npt.NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(batches)
         deadline = time.monotonic() + self._timeout_s

@@ -122,4 +122,5 @@ def _routing() -> None:
     routing.group_by_expert(selected, 1, ends, pairs, pairs.copy())
     rows = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)
     routing.scatter_pairs(rows, pairs, pairs, 0, 1, y)
+    routing.all_below(np.frombuffer(bytes(4), np.int32), 1)
     routing.combine(np.zeros((1, 256), np.float32), y, weights, np.zeros((1, 256), np.float32), 1)

@@ -1,4 +1,4 @@
-"""What scheduler and workers say to each other. Bulk arrays travel as raw frames after the message.
+"""What scheduler and workers say to each other. Bulk arrays travel after the message, in one frame.
 
     scheduler -> worker   configure, compute (+ activations, routing), page_in
     worker -> scheduler   hello, outputs (+ rows), paged, trouble
@@ -42,7 +42,7 @@ class Compute(LaneMessage, frozen=True, kw_only=True):
 
     kind: 0 (float32 rows follow) or the block of int8 rows (q, scales, sums follow); tokens: number
     of rows; experts lie in `slots`; pairs of expert i are routing rows starts[i]:starts[i + 1]. The
-    last frame holds the routing rows, int32: for each pair the row of its token.
+    last array holds the routing rows, int32: for each pair the row of its token.
     """
 
     seq: int

@@ -14,6 +14,7 @@ import zmq
 from ..shm.arena import Arena
 from ..shm.errors import InternalError, SternaError
 from ..shm.slots import SlotTable
+from .framing import split
 from .messages import Compute, Configure, Hello, PageIn, ToScheduler, Trouble, decode_for_worker, encode
 from .serve import ExpertWorker
 from .spec import WorkerSpec
@@ -48,7 +49,7 @@ def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, frames: list[bytes]) -
             case Configure():
                 serve.configure(message)
             case Compute():
-                outputs, rows = serve.compute(message, [memoryview(frame) for frame in frames[1:]])
+                outputs, rows = serve.compute(message, split(frames[1]))
                 lane.send_multipart([encode(outputs), rows.data])
             case PageIn():
                 for paged in serve.page_in(message):

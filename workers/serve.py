@@ -20,6 +20,7 @@ from .checkpoint.formats import ActivationKind, Format, MatrixShape
 from .checkpoint.packing import pack_matrix
 from .checkpoint.types import TENSOR_TYPES
 from .kernels.ffn import expert_batch
+from .kernels.routing import all_below
 from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, PageIn
 
 MAX_PREAD = 16 * 2**20
@@ -89,7 +90,7 @@ class ExpertWorker:
         rows = np.frombuffer(frames[-1], np.int32)
         starts = np.asarray(message.starts, np.int64)
         pairs = int(starts[-1])
-        if len(rows) != pairs or (pairs and (rows.min() < 0 or rows.max() >= message.tokens)):
+        if len(rows) != pairs or not all_below(rows, message.tokens):
             raise InternalError(f"layer {message.layer}: {len(rows)} routing rows for {pairs} pairs")
         x, q, scales, sums = _activations(message, frames[:-1], shape.d_model)
         s = self._scratch

@@ -96,6 +96,15 @@ def group_by_expert(selected, count, ends, tokens, ranks):
 
 
 @kernel
+def all_below(values, limit):
+    """Return whether all `values` (int32) are in 0..limit - 1."""
+    for value in values:  # noqa: SIM110 - a generator would be slower here
+        if value < 0 or value >= limit:
+            return False
+    return True
+
+
+@kernel
 def scatter_pairs(outputs, tokens, ranks, first, count, y):
     """y[tokens[i], ranks[i]] = outputs[i - first] for the pairs first..first+count (float32 rows)."""
     width = y.shape[2]

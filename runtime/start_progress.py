@@ -1,0 +1,53 @@
+"""Showing how a daemon starts: bars on a terminal, a line per phase elsewhere. Only stderr."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PHASES = {
+    "kernels": "compiling kernels (kept for the next start)",
+    "weights": "loading dense weights",
+    "experts": "loading experts",
+}
+
+
+class StartProgress:
+    """A context in which `update` may be called with (what, done, total)."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, TaskID] = {}
+        self._said: set[str] = set()
+        self._bars: Progress | None = None
+
+    def __enter__(self) -> StartProgress:
+        if sys.stderr.isatty():
+            # Only here: rich costs 80 ms, and most commands show no progress.
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bars = Progress(console=Console(stderr=True), transient=True)
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of phase `what` are done."""
+        text = PHASES.get(what, what)
+        if self._bars is None:
+            if what not in self._said:
+                self._said.add(what)
+                print(f"sterna: {text}", file=sys.stderr, flush=True)
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(text, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
