@@ -20,7 +20,7 @@ help:
 	@sed -n 's/^# make /make /p' Makefile
 
 demo: $(READY)
-	@$(BIN)/sterna generate "Once upon a time" --temperature 0.7 --max-tokens 200
+	@$(BIN)/sterna generate "Once upon a time" --echo --temperature 0.7 --max-tokens 200
 
 serve: $(READY)
 	@$(BIN)/sterna serve

@@ -110,6 +110,7 @@ def serve(
 @click.option("--min-p", type=float, metavar="P", help="Drop below P times the best [0].")
 @click.option("--seed", type=int, metavar="N", help="Repeat an answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated.")
+@click.option("--echo", is_flag=True, help="Print the prompt before the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--stats/--no-stats", default=True, help="Speeds on stderr [on].")
 def generate(
@@ -117,6 +118,7 @@ def generate(
     socket: str | None,
     model: str | None,
     stop: tuple[str, ...],
+    echo: bool,
     as_json: bool,
     stats: bool,
     **options: float | None,
@@ -133,7 +135,7 @@ def generate(
         _daemon_for(socket, model, stats) as client,
         client.generate(text, stream=True, **sampling) as stream,
     ):
-        result = _print_answer(stream, as_json)
+        result = _print_answer(stream, text if echo else "", as_json)
     if stats:
         click.echo(statistics(result), err=True)
     return 0
@@ -206,12 +208,13 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
         yield stack.enter_context(Client(url))
 
 
-def _print_answer(stream: Stream, as_json: bool) -> Result:
+def _print_answer(stream: Stream, before: str, as_json: bool) -> Result:
     shown: Callable[[str], str] = for_terminal if sys.stdout.isatty() else str
     if as_json:
         result = stream.read()
         click.echo(_json(_as_dict(result)))
         return result
+    click.echo(shown(before), nl=False)
     for chunk in stream:
         click.echo(shown(chunk.text), nl=False)
         sys.stdout.flush()
