@@ -46,6 +46,9 @@ from .supervisor import Supervisor, WarmProgress
 log = logging.getLogger("sterna.daemon")
 
 GRACE_S = 2.0
+# So long the last messages to clients that do not read them hold up the end.
+LINGER_S = 0.5
+RUN_FOLDER_PREFIX = "sterna-"
 
 
 def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = None) -> int:
@@ -73,6 +76,7 @@ class Daemon:
         self._config = config
         self._on_progress = on_progress
         self._stop = asyncio.Event()
+        self._idle = asyncio.Event()
         self._signals: list[int] = []
         self._error: SternaError | None = None
         self.started_s = time.monotonic()
@@ -86,12 +90,16 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             self.model = LoadedModel(self._config)
             stack.callback(self.model.close)
-            stack.enter_context(_lock(ipc_path(self._config.socket)))
+            lock_fd = stack.enter_context(_lock(ipc_path(self._config.socket)))
             self.model.allocate()
-            folder = Path(tempfile.mkdtemp(prefix="sterna-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            async with asyncio.TaskGroup() as group:
-                await self._run_processes(folder, group)
+            folder = stack.enter_context(_run_folder(lock_fd))
+            stack.callback(zmq.Context.instance().destroy, int(LINGER_S * 1000))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    await self._run_processes(folder, group)
+            except BaseExceptionGroup as errors:
+                # What ended us comes first; the rest are tasks that ended with it.
+                raise errors.exceptions[0] from None
         if self._error is not None:
             raise self._error
         return 128 + self._signals[1] if len(self._signals) > 1 else 0
@@ -146,10 +154,11 @@ class Daemon:
         self._on_progress(loading.what, loading.done, loading.total)
 
     def _on_lost(self, error: SternaError) -> None:
-        """The engine is gone for good: say so to everybody and stop."""
-        self._error = error
-        if hasattr(self, "service"):
-            self.service.fail_all(EngineLost(str(error)))
+        """The engine is gone for good: say so to everybody and stop. The first cause is the exit code's."""
+        if self._error is None:
+            self._error = self._nursery_error() or error
+            if hasattr(self, "service"):
+                self.service.fail_all(EngineLost(str(self._error)))
         self._stop.set()
 
     # ---- serving ----
@@ -160,10 +169,11 @@ class Daemon:
             self.model.tokenizer,
             self._welcome(),
             self._report,
-            self._drain,
+            self._drain_and_stop,
             group,
         )
         self.service = Service(self._config, self.model, self.engine, self.endpoint.send)
+        self.service.on_idle = self._idle.set
         self.endpoint.attach(self.service)
         probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")
         lost = group.create_task(self._watch_nursery(), name="nursery.watch")
@@ -181,20 +191,31 @@ class Daemon:
         finally:
             probe.cancel()
             lost.cancel()
-            self.endpoint.close()
+            self.endpoint.close(LINGER_S)
 
     async def _watch_nursery(self) -> None:
-        status = await self.supervisor.lost
-        self._on_lost(EngineLost(f"the fork server {status.describe()}, and all processes with it"))
+        await asyncio.wait([self.supervisor.lost])
+        if (error := self._nursery_error()) is not None:
+            self._on_lost(error)
+
+    def _nursery_error(self) -> EngineLost | None:
+        """Return how the nursery was lost; its children's ends, which follow, are then no news."""
+        if not self.supervisor.lost.done():
+            return None
+        status = self.supervisor.lost.result()
+        return EngineLost(f"the fork server {status.describe()}, and all processes with it")
 
     async def _drain(self) -> None:
         """Take nothing new, and return when nothing runs."""
         self.service.draining = True
-        idle = asyncio.Event()
-        self.service.on_idle = idle.set
         while self.service.num_running or self.service.num_waiting:
-            idle.clear()
-            await idle.wait()
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _drain_and_stop(self) -> None:
+        """Do what a client asked for with `drain`; the answer to it leaves before the daemon stops."""
+        await self._drain()
+        self._stop.set()
 
     async def _drain_within(self, timeout_s: float) -> None:
         """Drain, at most so long and only until a second signal; what is left then fails."""
@@ -225,8 +246,8 @@ def _log_progress(what: str, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock beside the socket; a second bind of an ipc path would silently steal it.
+def _lock(path: Path) -> Iterator[int]:
+    """Hold the lock beside the socket and yield it; a second bind of an ipc path would silently steal it.
 
     Raises AlreadyRunning, or NotPermitted when the folder cannot be written. The socket goes at the
     end, the lock file stays: removing it would let two daemons hold two locks.
@@ -237,13 +258,35 @@ def _lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise NotPermitted(f"cannot make the socket's lock {path}.lock: {error.strerror}") from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        raise AlreadyRunning(f"another daemon serves ipc://{path}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"another daemon serves ipc://{path}") from None
+        try:
+            yield fd
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _run_folder(lock_fd: int) -> Iterator[Path]:
+    """Yield a fresh folder for the inner sockets and remove it at the end.
+
+    Its name stands in the lock file: one that a killed daemon left is removed by the next on that socket.
+    """
+    left = Path(os.fsdecode(os.pread(lock_fd, 4096, 0)))
+    if left.name.startswith(RUN_FOLDER_PREFIX) and left.is_dir() and left.stat().st_uid == os.getuid():
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=RUN_FOLDER_PREFIX))
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, os.fsencode(folder), 0)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.ftruncate(lock_fd, 0)
 
 
 def _bind(url: str) -> zmq.Socket[bytes]:

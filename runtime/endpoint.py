@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,7 @@ class Endpoint:
         self._report = report
         self._drain = drain
         self._group = group
+        self._tasks: set[asyncio.Task[None]] = set()
         self._connections: dict[bytes, Connection] = {}
         self._service: Service | None = None
         self.refused_frames = 0
@@ -92,9 +93,11 @@ class Endpoint:
         """Connections that said hello and were not seen to go."""
         return len(self._connections)
 
-    def close(self) -> None:
-        """Close the socket."""
-        self._reader.close()
+    def close(self, linger_s: float) -> None:
+        """Close the socket, leaving its last messages so long, and give up what is still being answered."""
+        for task in self._tasks:
+            task.cancel()
+        self._reader.close(linger_s)
 
     def say_goodbye(self) -> None:
         """Tell all connections that the daemon stops."""
@@ -195,9 +198,14 @@ class Endpoint:
                     identity, Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids))
                 )
             case Status():
-                self._group.create_task(self._send_report(identity, message.id), name="status")
+                self._start(self._send_report(identity, message.id), "status")
             case Drain():
-                self._group.create_task(self._send_drained(identity, message.id), name="drain")
+                self._start(self._send_drained(identity, message.id), "drain")
+
+    def _start(self, answer: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._group.create_task(answer, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _send_report(self, identity: bytes, request_id: str) -> None:
         self.send(identity, Report(id=request_id, body=await self._report()))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -29,6 +31,7 @@ log = logging.getLogger("sterna.engine")
 
 SPAWN_TIMEOUT_S = 20.0
 QUERY_TIMEOUT_S = 1.0
+KILL_TIMEOUT_S = 2.0
 MAX_DEATHS = 3
 BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 # A process that lived so long did not die of its start.
@@ -68,7 +71,10 @@ class EngineLink:
         self._control = SocketReader(socket, self._on_frames)
         self._generation = 0
         self._ready: asyncio.Future[None] | None = None
-        self._queries: dict[int, asyncio.Future[wire.Stats]] = {}
+        self._serving = False  # a scheduler is there and knows of the running streams
+        self._stats: asyncio.Future[wire.Stats] | None = None
+        self._cancelled: dict[int, Callable[[], None]] = {}  # by the nonce of the query behind the cancel
+        self._tasks: set[asyncio.Task[None]] = set()
         self._nonce = 0
         self._stopping = False
         self._deaths = 0
@@ -111,11 +117,19 @@ class EngineLink:
         if not done:
             raise StartFailed(f"the engine was not ready after {self._config.start_timeout_s:.0f} s")
         self._ready.result()
+        self._serving = True
 
     def close(self) -> None:
-        """Take no more notice of children that end; close the control socket."""
+        """Replace nobody any more; close the control socket."""
         self._stopping = True
+        for task in self._tasks:
+            task.cancel()
         self._control.close()
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _lane_url(self, generation: int) -> str:
         return f"ipc://{self._folder}/lane-{generation}.sock"
@@ -123,19 +137,23 @@ class EngineLink:
     async def _start_worker(self, index: int) -> None:
         spec = WorkerSpec(
             index=index,
-            generation=self._loop_number(),
+            generation=self._next_number(),
             lane_url=self._lane_url(self._generation),
             num_slots=self._model.plan.num_slots,
             slot_nbytes=self._model.plan.slot_nbytes,
         )
         await self._spawn(f"worker {index}", "sterna.workers.process:run", spec, self._model.worker_fds)
 
-    def _loop_number(self) -> int:
+    def _next_number(self) -> int:
         self._nonce += 1
         return self._nonce
 
     async def _spawn(self, name: str, entry: str, spec: msgspec.Struct, fds: dict[str, int]) -> None:
+        generation = self._generation
         child = await self._supervisor.spawn(name, entry, msgspec.to_builtins(spec), fds, SPAWN_TIMEOUT_S)
+        if generation != self._generation:  # its lane was given up meanwhile
+            child.signal(signal.SIGKILL)
+            return
         self.children[name] = child
         began = self._loop.time()
         child.exit.add_done_callback(lambda _: self._child_ended(name, child, began))
@@ -152,7 +170,7 @@ class EngineLink:
             index = int(name.split()[1])
             deaths = 0 if stable else self._worker_deaths.get(index, -1) + 1
             self._worker_deaths[index] = deaths
-            self._group.create_task(self._replace_worker(index, deaths), name=f"replace worker {index}")
+            self._start_task(self._replace_worker(index, deaths), f"replace worker {index}")
 
     async def _replace_worker(self, index: int, deaths: int) -> None:
         generation = self._generation
@@ -166,34 +184,53 @@ class EngineLink:
             self._lost(error)
 
     def _scheduler_ended(self, child: Child) -> None:
-        error = EngineLost(f"the {child.describe()}")
+        error = f"the {child.describe()}"
         if self._ready is not None and not self._ready.done():
             # Its last message may still be on the way, and says more than its exit code.
-            self._loop.call_later(LAST_WORDS_S, self._not_ready, self._ready, StartFailed(str(error)))
+            self._loop.call_later(LAST_WORDS_S, self._not_ready, self._ready, StartFailed(error))
             return
-        self._deaths += 1
-        if self._deaths >= MAX_DEATHS:
-            self._lost(EngineLost(f"{error}, {self._deaths} times in a row"))
-            return
-        self._group.create_task(self._replace_scheduler(), name="replace scheduler")
+        self._serving = False
+        self._start_task(self._replace_scheduler(error), "replace scheduler")
 
     def _not_ready(self, ready: asyncio.Future[None], error: SternaError) -> None:
         if not ready.done():
             ready.set_exception(error)
+            ready.exception()  # seen, though nobody may wait any more
 
-    async def _replace_scheduler(self) -> None:
-        """Start everything anew over the same memory; workers of the old lane are stopped."""
-        old = [child for name, child in self.children.items() if name != "scheduler"]
+    async def _replace_scheduler(self, death: str) -> None:
+        """Start everything anew over the same memory, again if the new one dies while it starts."""
+        while True:
+            self._deaths += 1
+            if self._deaths >= MAX_DEATHS:
+                self._lost(EngineLost(f"{death}, {self._deaths} times in a row"))
+                return
+            self.restarts["scheduler"] += 1
+            self._generation += 1  # whoever is starting a worker for the old lane gives up
+            await self._end_children()
+            self._release_cancelled()
+            try:
+                await self.start()
+                break
+            except StartFailed as error:
+                death = str(error)
+            except SternaError as error:
+                self._lost(error)
+                return
+        self.on_restart()
+
+    async def _end_children(self) -> None:
+        """Kill what the old lane left: it must not write to the memory that the next one uses."""
+        old = list(self.children.values())
         self.children.clear()
         for child in old:
-            child.signal(9)
-        self.restarts["scheduler"] += 1
-        try:
-            await self.start()
-        except SternaError as error:
-            self._lost(error)
-            return
-        self.on_restart()
+            child.signal(signal.SIGKILL)
+        if old:
+            await asyncio.wait([child.exit for child in old], timeout=KILL_TIMEOUT_S)
+
+    def _release_cancelled(self) -> None:
+        cancelled, self._cancelled = self._cancelled, {}
+        for then in cancelled.values():
+            then()
 
     def _lost(self, error: SternaError) -> None:
         if not self._stopping:
@@ -203,28 +240,31 @@ class EngineLink:
     # ---- messages ----
 
     def submit(self, request: wire.Submit) -> None:
-        """Hand a stream over; while the engine is replaced it is told again later anyway."""
-        self._send(request)
+        """Hand a stream over; while the engine is replaced `on_restart` does it, and only that."""
+        if self._serving:
+            self._send(request)
 
-    def cancel(self, stream: int, serial: int) -> None:
-        """Have a stream forgotten."""
+    def cancel(self, stream: int, serial: int, then: Callable[[], None]) -> None:
+        """Have a stream forgotten; `then` is called, never from here, when no step touches it any more."""
+        if not self._serving:
+            self._loop.call_soon(then)
+            return
+        # The scheduler takes messages between two steps only: its answer comes after the last one.
+        nonce = self._next_number()
+        self._cancelled[nonce] = then
         self._send(wire.Cancel(stream=stream, serial=serial))
-
-    def soon(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the loop's next turn."""
-        self._loop.call_soon(callback)
+        self._send(wire.Query(nonce=nonce))
 
     async def stats(self) -> wire.Stats | None:
         """Return the scheduler's figures, or None if it does not answer within a second."""
-        nonce = self._loop_number()
-        answer: asyncio.Future[wire.Stats] = self._loop.create_future()
-        self._queries[nonce] = answer
-        self._send(wire.Query(nonce=nonce))
-        try:
-            done, _ = await asyncio.wait([answer], timeout=QUERY_TIMEOUT_S)
-            return answer.result() if done else None
-        finally:
-            del self._queries[nonce]
+        answer = self._stats
+        if answer is None or answer.done():  # whoever asks meanwhile shares the answer
+            answer = self._stats = self._loop.create_future()
+            self._send(wire.Query(nonce=self._next_number()))
+        done, _ = await asyncio.wait([answer], timeout=QUERY_TIMEOUT_S)
+        if not done and self._stats is answer:
+            self._stats = None
+        return answer.result() if done else None
 
     def _send(self, message: wire.ToScheduler) -> None:
         try:
@@ -244,15 +284,19 @@ class EngineLink:
             case wire.StreamsFailed():
                 self.on_failed(message)
             case wire.Stats():
-                answer = self._queries.get(message.nonce)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+                self._on_stats(message)
             case wire.Loading():
                 self.on_loading(message)
             case wire.Ready():
                 self._set_ready(None)
             case wire.Trouble():
                 self._set_ready(message)
+
+    def _on_stats(self, stats: wire.Stats) -> None:
+        if (then := self._cancelled.pop(stats.nonce, None)) is not None:
+            then()
+        elif self._stats is not None and not self._stats.done():
+            self._stats.set_result(stats)
 
     def _set_ready(self, trouble: wire.Trouble | None) -> None:
         if self._ready is None or self._ready.done():

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..scheduler.messages import Step, StreamsFailed
 from ..shm.errors import (
@@ -231,23 +232,28 @@ class Service:
             self._engine.submit(
                 answer.submission(self._model.tokenizer.stop_ids, committed=len(answer.prompt), computed=0)
             )
-        if not self._answers:
-            self.on_idle()
 
     def _end(self, key: Key, answer: Answer, *, cancel: bool) -> None:
         """Forget an answer and free its record; `cancel`: the engine still has it."""
         del self._answers[key]
         if answer.stream < 0:
             self._waiting.remove(key)
-            return
-        del self._running[answer.stream]
-        self._model.release(answer.stream)
-        self._free.append(answer.stream)
+        else:
+            del self._running[answer.stream]
+            self._model.release(answer.stream)
+            if cancel:
+                # A step that runs may yet write a token there: the next prompt has to wait for its end.
+                self._engine.cancel(answer.stream, answer.serial, partial(self._reuse, answer.stream))
+            else:
+                self._free.append(answer.stream)
+                self._free.sort(reverse=True)
+        if not self._answers:
+            self.on_idle()
+
+    def _reuse(self, stream: int) -> None:
+        self._free.append(stream)
         self._free.sort(reverse=True)
-        if cancel:
-            self._engine.cancel(answer.stream, answer.serial)
-            # Not from here: the caller still speaks for the one that ends.
-            self._engine.soon(self._start_waiting)
+        self._start_waiting()
 
     def _fail(self, answer: Answer, error: RequestError) -> None:
         self.totals.failed += 1

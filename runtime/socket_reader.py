@@ -36,12 +36,12 @@ class SocketReader:
         finally:
             self._later()
 
-    def close(self) -> None:
-        """Stop reading and close the socket."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Stop reading and close the socket; what was sent has so long to leave once the context ends."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
-            self._socket.close()
+            self._socket.close(int(linger_s * 1000))
 
     def _later(self) -> None:
         if not self._again and not self._closed:

@@ -67,6 +67,8 @@ class Engine:
         for start in range(0, len(wanted), LOGIT_ROWS):
             part = wanted[start : start + LOGIT_ROWS]
             self._model.logits(np.array([w.row for w in part], np.int32), self._logits)
+            if (row := first_bad_row(self._logits, len(part), self._model.padded_vocabulary)) >= 0:
+                raise InternalError(f"position {batch.positions[part[row].row]}: the logits are not finite")
             for w, row_logits in zip(part, self._logits[:, : self._plan.vocab_size], strict=False):
                 if w.token is not None:
                     prompt[w.segment].append(float(row_logits[w.token]) - log_normaliser(row_logits))

@@ -16,8 +16,13 @@ def serve() -> Iterator[Serve]:
     """Return a function that starts `sterna serve ARGUMENTS`; each is stopped and checked for leaks."""
     started: list[Daemon] = []
 
-    def start(*arguments: str, ready: bool = True, env: dict[str, str] | None = None) -> Daemon:
-        daemon = Daemon(*arguments, env=env)
+    def start(
+        *arguments: str,
+        ready: bool = True,
+        env: dict[str, str] | None = None,
+        limit_bytes: int | None = None,
+    ) -> Daemon:
+        daemon = Daemon(*arguments, env=env, limit_bytes=limit_bytes)
         started.append(daemon)
         return daemon.start() if ready else daemon.launch()
 

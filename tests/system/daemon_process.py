@@ -78,10 +78,14 @@ def left_behind(folder: Path) -> list[str]:
 class Daemon:
     """One `sterna serve ARGUMENTS` on a private socket; `start` returns when it is ready."""
 
-    def __init__(self, *arguments: str, folder: Path | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, env: dict[str, str] | None = None, limit_bytes: int | None = None
+    ) -> None:
+        """`limit_bytes` bounds the size of files (RLIMIT_FSIZE), which is what shared memory counts as."""
         # Not pytest's tmp_path: a socket's path has 107 bytes at most.
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="st-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="st-"))
         self.arguments = arguments
+        self._limit_bytes = limit_bytes
         self.path = self.folder / "sterna.sock"
         self.url = f"ipc://{self.path}"
         self._env = clean_env(self.folder, **(env or {}))
@@ -111,6 +115,8 @@ class Daemon:
     def launch(self) -> Daemon:
         """Start the process and return at once."""
         command = [*COMMAND, "serve", *self.arguments, "--socket", self.url]
+        if self._limit_bytes is not None:
+            command = ["prlimit", f"--fsize={self._limit_bytes}", *command]
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=self._env

@@ -1,0 +1,63 @@
+"""Copies of the embedded model with something changed, written by the `gguf` package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf.quants import dequantize, quantize
+
+from sterna.runtime.config import embedded_model
+
+Type = gguf.GGMLQuantizationType
+# Returns what a tensor becomes: its bytes or values and their type; None leaves it out.
+Change = Callable[[str, npt.NDArray[np.generic], Type], tuple[npt.NDArray[np.generic], Type] | None]
+
+
+def unchanged(name: str, data: npt.NDArray[np.generic], kind: Type) -> tuple[npt.NDArray[np.generic], Type]:
+    return data, kind
+
+
+def copy_model(path: Path, change: Change = unchanged, *, architecture: str = "deepseek2") -> Path:
+    """Write the embedded model to `path` with `change` applied to each tensor; return the path."""
+    reader = gguf.GGUFReader(embedded_model())
+    writer = gguf.GGUFWriter(path, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        changed = change(tensor.name, tensor.data, tensor.tensor_type)
+        if changed is not None:
+            data, kind = changed
+            writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def without(missing: str) -> Change:
+    """Leave one tensor out."""
+    return lambda name, data, kind: None if name == missing else (data, kind)
+
+
+def half_of(halved: str) -> Change:
+    """Keep only half of one tensor's rows."""
+    return lambda name, data, kind: (data[: len(data) // 2] if name == halved else data, kind)
+
+
+def experts_as(new: Type) -> Change:
+    """Keep the experts' values (and those of all other ternary tensors) but store them as another type."""
+
+    def change(
+        name: str, data: npt.NDArray[np.generic], kind: Type
+    ) -> tuple[npt.NDArray[np.generic], Type]:
+        return (quantize(dequantize(data, kind), new), new) if kind == Type.TQ2_0 else (data, kind)
+
+    return change

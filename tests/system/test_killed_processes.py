@@ -1,0 +1,190 @@
+"""Processes of the daemon are killed or stopped in the middle of answers: nothing is lost, nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sterna.shm.errors import DaemonUnreachable, SternaError
+
+from .conftest import Serve, is_idle
+from .daemon_process import Daemon, processes_in, wait_until
+from .requests import Request, run_alone, run_together, run_while, sampled
+
+# A prompt of several chunks: kills also hit prefill, with log-probabilities that must not get lost.
+LONG = "There was once a king who had three daughters, and the youngest was so fair that the sun itself wondered"
+
+
+def requests(count: int, max_tokens: int = 200) -> list[Request]:
+    return [sampled(number, max_tokens) | {"logprobs": 2} for number in range(count)]
+
+
+def restarts(daemon: Daemon, kind: str) -> int:
+    count: int = daemon.status()["totals"][f"{kind}_restarts"]
+    return count
+
+
+def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
+    """Return a function that kills the last process of a kind, waits for the new one, and repeats."""
+
+    def kill() -> None:
+        for _ in range(times):
+            before = restarts(daemon, kind)
+            os.kill(daemon.pids(kind)[-1], signal.SIGKILL)
+            wait_until(lambda before=before: restarts(daemon, kind) > before, 10.0, f"{kind} is replaced")
+            wait_until(lambda: daemon.pids(kind), 10.0, f"{kind} is there again")
+            time.sleep(0.1)  # some steps with the new one
+
+    return kill
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_worker_costs_no_token(serve: Serve, workers: int) -> None:
+    daemon = serve("--workers", str(workers))
+    expected = run_alone(daemon.url, requests(4))
+    found = run_while(daemon.url, requests(4), killer(daemon, "worker", 3))
+    assert restarts(daemon, "worker") == 3
+    for one, other in zip(expected, found, strict=True):
+        assert (one.text, one.logprobs) == (other.text, other.logprobs)
+    assert is_idle(daemon)
+
+
+def test_killed_idle_worker_is_replaced(serve: Serve) -> None:
+    daemon = serve("--workers", "2")
+    expected = run_alone(daemon.url, requests(1, 16))
+    for pid in daemon.pids("worker"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: restarts(daemon, "worker") == 2, 10.0, "both workers are replaced")
+    assert run_alone(daemon.url, requests(1, 16))[0].text == expected[0].text
+
+
+def test_killed_scheduler_costs_no_token(serve: Serve) -> None:
+    daemon = serve("--workers", "2")
+    expected = run_alone(daemon.url, requests(4))
+    found = run_while(daemon.url, requests(4), killer(daemon, "scheduler", 2))
+    assert restarts(daemon, "scheduler") == 2
+    for one, other in zip(expected, found, strict=True):
+        assert (one.text, one.logprobs) == (other.text, other.logprobs)
+    assert is_idle(daemon)
+
+
+def test_requests_that_come_while_the_scheduler_is_replaced_are_answered_once(serve: Serve) -> None:
+    """They must not be handed to the new scheduler twice, once directly and once with the running ones."""
+    daemon = serve("--workers", "1")
+    late = [sampled(number, 60) for number in range(4, 8)]
+    expected = [result.text for result in run_alone(daemon.url, late)]
+    found: list[str] = []
+
+    def kill() -> None:
+        os.kill(daemon.pids("scheduler")[0], signal.SIGKILL)
+        found.extend(result.text for result in run_together(daemon.url, late))
+
+    run_while(daemon.url, requests(2), kill)
+    assert found == expected
+
+
+def test_cancelling_while_the_scheduler_is_replaced(serve: Serve) -> None:
+    daemon = serve("--workers", "1")
+    with daemon.client() as client, client.generate(stream=True, **sampled(0, 400)) as stream:
+        next(stream)
+        os.kill(daemon.pids("scheduler")[0], signal.SIGKILL)
+        stream.cancel()
+        assert stream.read().finish_reason == "cancelled"
+        wait_until(lambda: restarts(daemon, "scheduler") == 1, 10.0, "the scheduler is replaced")
+        assert client.generate(**sampled(1, 8)).usage.completion_tokens == 8
+    wait_until(lambda: is_idle(daemon), 5.0, "all blocks are free")
+
+
+def test_kills_in_prefill_lose_no_prompt_logprob(serve: Serve) -> None:
+    daemon = serve("--workers", "1", "--max-batch-tokens", "2")
+    request: Request = {"prompt": LONG, "max_tokens": 40, "temperature": 0.0, "prompt_logprobs": True}
+    (expected,) = run_alone(daemon.url, [request])
+
+    def kill_soon(kind: str) -> threading.Timer:
+        (pid,) = daemon.pids(kind)
+        timer = threading.Timer(0.03, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        return timer
+
+    for kind in ("worker", "scheduler", "worker", "scheduler"):
+        timer = kill_soon(kind)
+        (found,) = run_alone(daemon.url, [request])
+        timer.join(5)
+        assert found.prompt_logprobs == expected.prompt_logprobs
+        assert found.text == expected.text
+        wait_until(lambda kind=kind: daemon.pids(kind), 10.0, f"{kind} is there again")
+
+
+def test_stuck_worker_is_replaced(serve: Serve) -> None:
+    daemon = serve("--workers", "2", "--step-timeout", "1")
+    expected = [result.text for result in run_alone(daemon.url, requests(3))]
+
+    def stop() -> None:
+        os.kill(daemon.pids("worker")[0], signal.SIGSTOP)
+        wait_until(lambda: restarts(daemon, "worker") > 0, 20.0, "the stuck worker is replaced")
+
+    found = run_while(daemon.url, requests(3), stop)
+    assert [result.text for result in found] == expected
+
+
+def test_scheduler_that_dies_again_and_again_ends_the_daemon(serve: Serve) -> None:
+    """One that cannot even start is no use: the daemon gives up with an error instead of trying for ever."""
+    daemon = serve("--workers", "1")
+    until_s = time.monotonic() + 60
+    while daemon.process.poll() is None and time.monotonic() < until_s:
+        for process in processes_in(daemon.folder):
+            if process.name() == "sterna-schedule":
+                process.kill()
+        time.sleep(0.01)
+    assert daemon.wait(10) in (70, 75)
+    (line,) = [line for line in daemon.stderr.splitlines() if line.startswith("sterna: error: ")]
+    assert "scheduler" in line
+
+
+def test_killed_daemon_takes_everything_with_it(serve: Serve) -> None:
+    daemon = serve("--workers", "2")
+    children = len(processes_in(daemon.folder)) - 1
+    assert children == 4  # nursery, scheduler, two workers
+    errors: list[SternaError] = []
+
+    def stream() -> None:
+        try:
+            with daemon.client() as client:
+                client.generate(**sampled(0, 400))
+        except SternaError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    wait_until(lambda: daemon.status()["sequences"]["running"] == 1, 10.0, "the stream runs")
+    daemon.signal(signal.SIGKILL)
+    began_s = time.monotonic()
+    assert daemon.wait() == -signal.SIGKILL
+    wait_until(lambda: not processes_in(daemon.folder), 5.0, "no child is left")
+    assert time.monotonic() - began_s < 1.0
+    thread.join(10)
+    assert isinstance(errors[0], DaemonUnreachable)
+
+    with pytest.raises(DaemonUnreachable, match="nothing listens there"):
+        daemon.status()
+    daemon.start()  # over the socket file and the temporary folder that the killed one left
+    assert run_alone(daemon.url, requests(1, 8))[0].usage.completion_tokens == 8
+    assert len(list((daemon.folder / "tmp").iterdir())) == 1
+
+
+def test_killed_nursery_ends_the_daemon_with_an_error(serve: Serve) -> None:
+    daemon = serve("--workers", "2")
+    (nursery,) = daemon.pids("nursery")
+    with daemon.client() as client, client.generate(stream=True, **sampled(0, 400)) as stream:
+        next(stream)
+        os.kill(nursery, signal.SIGKILL)
+        with pytest.raises(SternaError) as caught:
+            stream.read()
+    assert caught.value.code == "engine_lost"
+    assert daemon.wait(10) == 75
+    assert daemon.stderr.splitlines()[-1].startswith("sterna: error: the fork server killed by SIGKILL")

@@ -1,0 +1,120 @@
+"""Many streams at once, clients that are killed or stop reading, and that the others never notice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .conftest import Serve
+from .daemon_process import Daemon, wait_until
+from .requests import run_alone, run_together, run_while, sampled
+
+# Streams all that it is told, one line per chunk.
+STREAMING = """
+import sys
+from sterna import Client
+with Client(sys.argv[1]) as client:
+    for chunk in client.generate("Once upon a time", stream=True, max_tokens=int(sys.argv[2]), ignore_eos=True):
+        print(len(chunk.token_ids), flush=True)
+print("end", flush=True)
+"""
+
+
+@contextmanager
+def streaming_process(daemon: Daemon, max_tokens: int) -> Iterator[subprocess.Popen[str]]:
+    """Yield another process that streams and has its first tokens."""
+    command = [sys.executable, "-c", STREAMING, daemon.url, str(max_tokens)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            watchdog = threading.Timer(60, process.kill)
+            watchdog.start()
+            assert process.stdout.readline() == "1\n"
+            yield process
+        finally:
+            watchdog.cancel()
+            process.kill()
+
+
+def sequences(daemon: Daemon) -> dict[str, Any]:
+    found: dict[str, Any] = daemon.status()["sequences"]
+    return found
+
+
+def test_sixteen_streams_complete_and_are_what_they_are_alone(shared: Daemon) -> None:
+    requests = [sampled(number) for number in range(16)]
+    together = run_together(shared.url, requests)
+    assert [len(result.token_ids) for result in together] == [64] * 16
+    assert [result.finish_reason for result in together] == ["length"] * 16
+    assert [result.text for result in together] == [result.text for result in run_alone(shared.url, requests)]
+
+
+def test_forty_streams_complete_over_sixteen_records(shared: Daemon) -> None:
+    requests = [sampled(number, max_tokens=8) for number in range(40)]
+    results = run_together(shared.url, requests)
+    assert [len(result.token_ids) for result in results] == [8] * 40
+    assert max(result.timings.queue_s for result in results) > 0
+
+
+def test_killed_client_is_gone_within_a_second_and_disturbs_nobody(shared: Daemon) -> None:
+    requests = [sampled(number, max_tokens=300) for number in range(4)]
+    expected = [result.text for result in run_alone(shared.url, requests)]
+    seconds: list[float] = []
+
+    with streaming_process(shared, 500) as victim:
+
+        def kill() -> None:
+            assert sequences(shared)["running"] == 5
+            cancelled = shared.status()["totals"]["requests_cancelled"]
+            victim.kill()
+            began_s = time.monotonic()
+            wait_until(lambda: sequences(shared)["running"] < 5, 5.0, "the killed client's sequence is gone")
+            seconds.append(time.monotonic() - began_s)
+            # It was the victim's, not one of the four.
+            assert shared.status()["totals"]["requests_cancelled"] == cancelled + 1
+
+        found = run_while(shared.url, requests, kill)
+    assert [result.text for result in found] == expected
+    assert seconds[0] < 1.0
+
+
+def test_killed_client_alone_is_gone_within_a_second(shared: Daemon) -> None:
+    with streaming_process(shared, 500) as victim:
+        assert sequences(shared)["running"] == 1
+        victim.kill()
+        began_s = time.monotonic()
+        wait_until(lambda: sequences(shared)["running"] == 0, 5.0, "the killed client's sequence is gone")
+        assert time.monotonic() - began_s < 1.0
+
+
+def test_client_killed_while_it_waits_leaves_the_queue(serve: Serve) -> None:
+    daemon = serve("--max-num-seqs", "1")
+    with streaming_process(daemon, 400):
+        waiting = subprocess.Popen([sys.executable, "-c", STREAMING, daemon.url, "10"], stdout=subprocess.PIPE)
+        with waiting:
+            wait_until(lambda: sequences(daemon)["waiting"] == 1, 20.0, "the second request waits")
+            waiting.kill()
+            wait_until(lambda: sequences(daemon)["waiting"] == 0, 2.0, "the second request is gone")
+        assert sequences(daemon)["running"] == 1
+
+
+def test_stopped_client_does_not_slow_others(shared: Daemon) -> None:
+    """A client that reads nothing for a while gets all of its answer when it goes on."""
+    requests = [sampled(number, max_tokens=100) for number in range(3)]
+    expected = [result.text for result in run_alone(shared.url, requests)]
+    with streaming_process(shared, 400) as slow:
+        slow.send_signal(signal.SIGSTOP)
+        results = run_together(shared.url, requests)
+        assert [result.text for result in results] == expected
+        wait_until(lambda: sequences(shared)["running"] == 0, 30.0, "the stopped client's answer is complete")
+        slow.send_signal(signal.SIGCONT)
+        out, _ = slow.communicate(timeout=30)
+    lines = out.split()
+    assert lines[-1] == "end"
+    assert 1 + sum(int(line) for line in lines[:-1]) == 400

@@ -1,0 +1,147 @@
+"""The checks that every kernel target has to pass, and digests of results to compare targets by.
+
+Run as a script it prints them as JSON: STERNA_KERNEL_TARGET is read when the kernels are imported, so
+that each target needs a process (and a NUMBA_CACHE_DIR) of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import sha256
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+ROWS = (1, 16, 23)
+TERNARY_COLUMNS = (256, 768, 8192, 32768)
+Q8_COLUMNS = (32, 96, 256, 4096)
+COUNT = 5  # four tokens at once and one alone
+
+
+def digests() -> dict[str, str]:
+    """Return {check: sha256 of the result's bytes}; raises AssertionError where a sum is not exact."""
+    return {**_ternary(), **_q8(), **_floating()}
+
+
+def assembly(kernel: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN401 - a numba dispatcher
+    """Return the machine code of `kernel` for `arguments`, compiled afresh: cached code shows none."""
+    fresh = njit(nogil=True, error_model="numpy")(kernel.py_func)
+    fresh(*arguments)
+    (text,) = fresh.inspect_asm().values()
+    return str(text)
+
+
+def smallest_product() -> tuple[object, ...]:
+    """Return arguments of ternary.gemm for one group, one block and one token."""
+    zeros = np.zeros((1, 1), np.float32)
+    return (
+        np.zeros(2048, np.uint8), 0, 1024, 1, 256, np.zeros((1, 256), np.int8), zeros,
+        zeros.astype(np.int32), np.zeros(1, np.int32), 1, np.zeros((1, 16), np.float32), 0, 16,
+    )  # fmt: skip
+
+
+def _run(form: str, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int) -> dict[str, F32]:
+    """Return the products with scales of 1 and with the block scales 1, 2, 3, ... / 7."""
+    gemm = import_module(f"sterna.workers.kernels.{form}").gemm
+    count, columns = q.shape
+    groups = -(-rows // 16)
+    sums = q.view(np.int8).reshape(count, -1, block).sum(axis=2, dtype=np.int32)
+    ones = np.ones(sums.shape, np.float32)
+    varied = (np.arange(1, sums.size + 1, dtype=np.float32) / np.float32(7)).reshape(sums.shape)
+    results = {}
+    for name, scales in (("exact", ones), ("scaled", varied)):
+        out = np.zeros((count, groups * 16), np.float32)
+        gemm(
+            arena, *places, groups, columns, q.view(np.int8), scales, sums, np.arange(count, dtype=np.int32),
+            count, out, 0, groups * 16,
+        )  # fmt: skip
+        results[name] = out[:, :rows]
+    return results
+
+
+def _digest(array: npt.NDArray[np.generic]) -> str:
+    return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _activations(rng: np.random.Generator, columns: int) -> U8:
+    """Return random rows, and one row each of 127 and -127."""
+    q = rng.integers(-127, 128, (COUNT, columns), dtype=np.int8)
+    q[1], q[2] = 127, -127
+    return q.view(np.uint8)
+
+
+def _ternary() -> dict[str, str]:
+    ternary = import_module("sterna.workers.kernels.ternary")
+    found = {}
+    for rows in ROWS:
+        for columns in TERNARY_COLUMNS:
+            rng = np.random.default_rng(rows * columns)
+            codes = rng.integers(0, 3, (rows, columns), dtype=np.uint8)
+            codes[0] = 2 if columns % 512 else 0
+            q = _activations(rng, columns)
+            scales_at = 32 + ternary.codes_nbytes(rows, columns)
+            arena = np.zeros(scales_at + ternary.scales_nbytes(rows, columns), np.uint8)
+            one = np.full((rows, columns // 256), 0x3C00, np.uint16)
+            ternary.pack(codes, one, arena, 32, scales_at)
+            results = _run("ternary", arena, (32, scales_at), rows, q, 256)
+            true = q.view(np.int8).astype(np.int64) @ (codes.astype(np.int64) - 1).T
+            assert (results["exact"] == true).all(), f"ternary {rows} x {columns}"
+            found |= {f"ternary {rows} x {columns} {k}": _digest(v) for k, v in results.items()}
+    return found
+
+
+def _q8() -> dict[str, str]:
+    q8 = import_module("sterna.workers.kernels.q8")
+    found = {}
+    for rows in ROWS:
+        for columns in Q8_COLUMNS:
+            rng = np.random.default_rng(rows * columns)
+            weights = rng.integers(-127, 128, (rows, columns), dtype=np.int8)
+            weights[0] = 127 if columns % 64 else -127
+            q = _activations(rng, columns)
+            blocks = np.zeros((rows, columns // 32, 34), np.uint8)
+            blocks[:, :, 1] = 0x3C
+            blocks[:, :, 2:] = weights.view(np.uint8).reshape(rows, -1, 32)
+            scales_at = 32 + q8.codes_nbytes(rows, columns)
+            arena = np.zeros(scales_at + q8.scales_nbytes(rows, columns), np.uint8)
+            q8.pack(np.frombuffer(blocks.tobytes(), np.uint8), rows, columns, arena, 32, scales_at)
+            results = _run("q8", arena, (32, scales_at), rows, q, 32)
+            true = q.view(np.int8).astype(np.int64) @ weights.astype(np.int64).T
+            inside = np.abs(true) < 2**23  # beyond 2^24 the float32 between blocks rounds
+            assert (results["exact"][inside] == true[inside]).all(), f"q8 {rows} x {columns}"
+            found |= {f"q8 {rows} x {columns} {k}": _digest(v) for k, v in results.items()}
+    return found
+
+
+def _floating() -> dict[str, str]:
+    floating = import_module("sterna.workers.kernels.floating")
+    activations = import_module("sterna.workers.kernels.activations")
+    rng = np.random.default_rng(5)
+    weights = rng.standard_normal((23, 256)).astype(np.float16)
+    x = rng.standard_normal((COUNT, 256)).astype(np.float32)
+    arena = np.zeros(floating.nbytes(23, 256, 2), np.uint8)
+    floating.pack(np.frombuffer(weights.tobytes(), np.uint8), 23, 256, 2, arena, 0)
+    out = np.zeros((COUNT, 32), np.float32)
+    floating.gemm(floating.F16, arena, 0, 2, 256, x, np.arange(COUNT, dtype=np.int32), COUNT, out, 0, 32)
+    rows = activations.QuantizedRows.allocate(COUNT, 256, 32)
+    rows.fill(x, COUNT)
+    parts = (rows.q.tobytes(), rows.scales.tobytes(), rows.sums.tobytes())
+    return {"floating": _digest(out), "quantised": sha256(b"".join(parts)).hexdigest()}
+
+
+def main() -> None:
+    """Print {"target", "digests", "assembly"} for the target of this process."""
+    target = import_module("sterna.workers.kernels.target").TARGET
+    ternary = import_module("sterna.workers.kernels.ternary")
+    text = assembly(ternary.gemm, smallest_product())
+    json.dump({"target": target, "digests": digests(), "assembly": text}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Whole experts: gate, up, SiLU, down, in every pairing of formats, and batches of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from sterna.workers.kernels import ffn
+
+from ... import oracles
+from .packed import F32, U8, Packed, Tokens, pack_floating, pack_q8, pack_ternary, same_bits
+
+D_MODEL, D_FF = 256, 512
+FORMS = {"F32": ffn.F32, "F16": ffn.F16, "BF16": ffn.BF16, "Q8": ffn.Q8, "TL1": ffn.TL1}
+PAIRS = [
+    ("TL1", "TL1"), ("TL1", "Q8"), ("TL1", "F16"), ("Q8", "Q8"), ("Q8", "TL1"), ("F32", "F32"), ("F16", "BF16"),
+    ("BF16", "TL1"),
+]  # fmt: skip
+
+
+def matrix(form: int, rows: int, columns: int, seed: int) -> tuple[Packed, F32]:
+    """Return a packed matrix and its values."""
+    rng = np.random.default_rng(seed)
+    if form == ffn.TL1:
+        codes = rng.integers(0, 3, (rows, columns), dtype=np.uint8)
+        scales = rng.uniform(0.02, 0.05, (rows, columns // 256)).astype(np.float16).astype(np.float32)
+        return pack_ternary(codes, scales), (codes.astype(np.float32) - 1) * scales.repeat(256, axis=1)
+    if form == ffn.Q8:
+        values = rng.integers(-127, 128, (rows, columns), dtype=np.int8)
+        scales = rng.uniform(2e-4, 5e-4, (rows, columns // 32)).astype(np.float16).astype(np.float32)
+        return pack_q8(values, scales), values * scales.repeat(32, axis=1)
+    return pack_floating(form, (rng.standard_normal((rows, columns)) * 0.03).astype(np.float32))
+
+
+@dataclass
+class Experts:
+    """Experts in one arena, as a worker sees them."""
+
+    arena: U8
+    table: oracles.I64
+    values: list[tuple[F32, F32, F32]]
+
+    @classmethod
+    def make(cls, wide: int, down: int, number: int) -> Experts:
+        arenas: list[U8] = []
+        table = np.zeros((number, 3, 3), np.int64)
+        values = []
+        at = 0
+        for m in range(number):
+            parts = [
+                matrix(wide, D_FF, D_MODEL, 10 * m),
+                matrix(wide, D_FF, D_MODEL, 10 * m + 1),
+                matrix(down, D_MODEL, D_FF, 10 * m + 2),
+            ]
+            for j, (packed, _) in enumerate(parts):
+                form, codes_at, scales_at = packed.place
+                table[m, j] = form, at + codes_at, at + scales_at
+                arenas.append(packed.arena)
+                at += len(packed.arena)
+            values.append(tuple(value for _, value in parts))
+        return cls(np.concatenate(arenas), table, values)
+
+    def run(self, x: F32, starts: list[int], rows: list[int]) -> F32:
+        """Return expert_batch's output (pairs, D_MODEL); arrays are read-only as in a worker."""
+        tokens = activations(x, int(self.table[0, 0, 0]))
+        pairs = max(1, starts[-1])
+        out = np.full((pairs + 1, D_MODEL), np.float32(7.0))
+        scratch = np.zeros((2, pairs, D_FF), np.float32)
+        ffn.expert_batch(
+            self.arena, self.table, np.array(starts, np.int64), frozen(np.array(rows, np.int32)), D_MODEL, D_FF,
+            frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), scratch[0],
+            scratch[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
+            np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32), out,
+        )  # fmt: skip
+        assert (out[starts[-1] :] == 7.0).all()
+        return out[: starts[-1]]
+
+
+def frozen(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """Return the array as a frame gives it: read-only, the type that is compiled for workers."""
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def activations(x: F32, form: int) -> Tokens:
+    if form == ffn.TL1:
+        return Tokens.quantized(x, 256)
+    return Tokens.quantized(x, 32) if form == ffn.Q8 else Tokens.floats(x)
+
+
+@pytest.mark.parametrize(("wide", "down"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+def test_an_expert_agrees_with_float64(wide: str, down: str) -> None:
+    experts = Experts.make(FORMS[wide], FORMS[down], 1)
+    x = np.random.default_rng(1).standard_normal((5, D_MODEL)).astype(np.float32)
+    found = experts.run(x, [0, 5], [0, 1, 2, 3, 4])
+    gate, up, low = (part.astype(np.float64) for part in experts.values[0])
+    true = oracles.feed_forward(gate, up, low, x)
+    error = ((found - true) ** 2).sum() / (true**2).sum()
+    # The middle's largest of 256 is some ten times its rms: int8 then costs (10 / 127)^2 / 12 = 5e-4
+    # of the power. A wrong kernel costs about 1; the next test looks closer.
+    whole = {"F32", "F16", "BF16"} >= {wide, down}
+    assert error < (1e-12 if whole else 1e-3)
+
+
+@pytest.mark.parametrize("form", ["TL1", "Q8"])
+def test_a_quantised_expert_is_the_composition_of_its_parts(form: str) -> None:
+    """With int8 activations the only freedom left is SiLU's last bit, which may turn one code."""
+    experts = Experts.make(FORMS[form], FORMS[form], 1)
+    block = 256 if form == "TL1" else 32
+    x = np.random.default_rng(2).standard_normal((4, D_MODEL)).astype(np.float32)
+    tokens = Tokens.quantized(x, block)
+    gate, up, down = (part.astype(np.float64) for part in experts.values[0])
+    heard = (tokens.q.reshape(4, -1, block) * tokens.scales[:, :, None].astype(np.float64)).reshape(4, -1)
+    middle = oracles.silu(heard @ gate.T) * (heard @ up.T)
+    q, scales, _ = oracles.quantize_rows(middle.astype(np.float32), block)
+    passed = (q.reshape(4, -1, block) * scales[:, :, None].astype(np.float64)).reshape(4, -1)
+    true = passed @ down.T
+    found = experts.run(x, [0, 4], [0, 1, 2, 3])
+    assert ((found - true) ** 2).sum() / (true**2).sum() < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_experts_gives_the_bits_of_each_token_alone(form: str) -> None:
+    experts = Experts.make(FORMS[form], FORMS[form], 4)
+    x = np.random.default_rng(3).standard_normal((7, D_MODEL)).astype(np.float32)
+    starts, rows = [0, 5, 5, 6, 15], [0, 2, 3, 5, 6, 4, 6, 5, 4, 3, 2, 1, 0, 0, 6]
+    together = experts.run(x, starts, rows)
+    for m in range(4):
+        one = Experts(experts.arena, experts.table[m : m + 1], [experts.values[m]])
+        for pair in range(starts[m], starts[m + 1]):
+            row = rows[pair]
+            assert same_bits(one.run(x[row : row + 1], [0, 1], [0])[0], together[pair])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_nan_activation_reaches_the_output_of_its_token(form: str) -> None:
+    experts = Experts.make(FORMS[form], FORMS[form], 1)
+    x = np.random.default_rng(4).standard_normal((5, D_MODEL)).astype(np.float32)
+    x[2, 100] = np.nan
+    found = experts.run(x, [0, 5], [0, 1, 2, 3, 4])
+    assert np.isnan(found[2]).all()
+    assert np.isfinite(np.delete(found, 2, axis=0)).all()
+
+
+def test_a_large_gate_overflows_visibly() -> None:
+    """Products beyond float32 must come out as inf or NaN, never as a plausible number."""
+    experts = Experts.make(ffn.F32, ffn.TL1, 1)
+    x = np.full((1, D_MODEL), 1e30, np.float32)
+    assert not np.isfinite(experts.run(x, [0, 1], [0])).any()
