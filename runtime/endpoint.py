@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from ..shm.errors import ProtocolError, SternaError
+from ..shm.errors import Overloaded, ProtocolError, SternaError, TooLong
 from . import codec
 from .messages import (
     Cancel,
@@ -37,6 +37,7 @@ from .messages import (
     Tokenize,
     Tokenized,
     Welcome,
+    tag_of,
 )
 from .service import Service
 from .socket_reader import SocketReader
@@ -49,6 +50,10 @@ IDLE_PROBES = 20  # connections without requests are probed that much more rarel
 # A client that lets so much pile up is cut off; the others never notice.
 MAX_BACKLOG_BYTES = 4 * 2**20
 PROBE = Pong(nonce=0)
+# Characters or token ids; ten thousand take some 5 ms.
+MAX_CONVERTED_IN_LOOP = 10_000
+MAX_CONVERTED = 2**20
+MAX_CONVERSIONS = 16
 
 
 @dataclass(slots=True)
@@ -79,6 +84,8 @@ class Endpoint:
         self._drain = drain
         self._group = group
         self._tasks: set[asyncio.Task[None]] = set()
+        self._converting = asyncio.Lock()  # one at a time: the other cores compute
+        self._num_converting = 0
         self._connections: dict[bytes, Connection] = {}
         self._service: Service | None = None
         self.refused_frames = 0
@@ -190,13 +197,10 @@ class Endpoint:
                 self._service.cancel(connection.client, message.id)
             case Ping():
                 self.send(identity, Pong(nonce=message.nonce))
-            case Tokenize():
-                ids = self._tokenizer.encode(message.text, add_bos=message.add_bos, special=message.special)
-                self.send(identity, Tokenized(id=message.id, token_ids=ids))
-            case Detokenize():
-                self.send(
-                    identity, Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids))
-                )
+            case Tokenize(text=text):
+                self._convert(identity, message, len(text))
+            case Detokenize(token_ids=token_ids):
+                self._convert(identity, message, len(token_ids))
             case Status():
                 self._start(self._send_report(identity, message.id), "status")
             case Drain():
@@ -206,6 +210,33 @@ class Endpoint:
         task = self._group.create_task(answer, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _convert(self, identity: bytes, message: Tokenize | Detokenize, size: int) -> None:
+        """Answer now what is short, and in a thread what would hold up everybody else."""
+        if size <= MAX_CONVERTED_IN_LOOP:
+            self.send(identity, self._converted(message))
+        elif size > MAX_CONVERTED:
+            raise TooLong(f"{tag_of(type(message))}: expected at most {MAX_CONVERTED} items, found {size}")
+        elif self._num_converting >= MAX_CONVERSIONS:
+            raise Overloaded(f"{self._num_converting} long texts are being converted already")
+        else:
+            self._start(self._send_converted(identity, message), "convert")
+
+    def _converted(self, message: Tokenize | Detokenize) -> Message:
+        if isinstance(message, Detokenize):
+            return Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids))
+        ids = self._tokenizer.encode(message.text, add_bos=message.add_bos, special=message.special)
+        return Tokenized(id=message.id, token_ids=ids)
+
+    async def _send_converted(self, identity: bytes, message: Tokenize | Detokenize) -> None:
+        self._num_converting += 1
+        try:
+            async with self._converting:
+                self.send(identity, await asyncio.to_thread(self._converted, message))
+        except SternaError as error:
+            self._refuse(identity, message.id, error)
+        finally:
+            self._num_converting -= 1
 
     async def _send_report(self, identity: bytes, request_id: str) -> None:
         self.send(identity, Report(id=request_id, body=await self._report()))

@@ -18,6 +18,8 @@ from .messages import ModelFacts
 from .tokenizer import Tokenizer
 
 MAX_DEFAULT_CONTEXT = 4096
+# So much is tokenized in any case, in 50 ms, so that the error can say how many tokens it is.
+MIN_PROMPT_CHARS = 65_536
 
 
 class LoadedModel:
@@ -35,6 +37,9 @@ class LoadedModel:
             name = file.get("general.name", str, Path(self.path).stem)
         longest = self.plan.hyper.context_length
         self.context = min(config.ctx_size or MAX_DEFAULT_CONTEXT, longest)
+        # No token stands for more text than its piece has characters.
+        longest_piece = max(len(self.tokenizer.id_to_piece(i)) for i in range(self.tokenizer.vocab_size))
+        self.max_prompt_chars = max(MIN_PROMPT_CHARS, self.context * longest_piece)
         self.streams_shape = StreamShape(
             layers=self.plan.hyper.layers,
             width=self.plan.hyper.cache_width,

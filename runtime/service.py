@@ -121,15 +121,16 @@ class Service:
         if request.token_ids is not None:
             ids = list(request.token_ids)
             limit = self._model.plan.vocab_size
-            for place, token in enumerate(ids):
+            for place, token in enumerate(ids[: self._model.context]):
                 if token >= limit:
                     raise BadRequest(f"token_ids[{place}]: expected 0 to {limit - 1}, found {token}")
         else:
-            # No token is longer than a word of the vocabulary, none covers more than 1 KiB here.
             text = request.prompt or ""
-            if len(text) > self._model.context * 1024:
+            if len(text) > self._model.max_prompt_chars:
+                # Not worth the time of tokenizing it, in which nobody else would be served.
                 raise TooLong(
-                    f"the prompt has {len(text)} characters; the context is {self._model.context} tokens"
+                    f"the prompt has {len(text)} characters, at most {self._model.max_prompt_chars} "
+                    f"fit into the context of {self._model.context} tokens"
                 )
             ids = self._model.tokenizer.encode(text, add_bos=request.add_bos)
         if not ids:

@@ -120,31 +120,40 @@ def test_workers_are_told_what_they_need(plan: ModelPlan) -> None:
 
 # ---- keys ----
 
+# What the error says beside the file: the key with its value, or the first tensor it contradicts.
 KEYS = {
-    "attention.head_count": ((5, Kind.UINT32), "shape"),
-    "embedding_length": ((255, Kind.UINT32), "deepseek2.embedding_length is 255, expected a multiple of 32"),
-    "expert_count": ((17, Kind.UINT32), "shape"),
-    "expert_used_count": ((17, Kind.UINT32), "deepseek2.expert_used_count is 17, expected 1..expert_count"),
-    "expert_gating_func": ((3, Kind.UINT32), "deepseek2.expert_gating_func is 3, expected 1 (softmax) or 2 (sigmoid)"),
-    "leading_dense_block_count": ((7, Kind.UINT32), "deepseek2.leading_dense_block_count is 7, expected 0..block_count"),
-    "block_count": ((7, Kind.UINT32), "blk.6."),
-    "expert_feed_forward_length": ((512, Kind.UINT32), "shape"),
+    "attention.head_count": ((5, Kind.UINT32), "blk.0.attn_q_b.weight"),
+    "embedding_length": ((255, Kind.UINT32), "deepseek2.embedding_length is 255"),
+    "expert_count": ((17, Kind.UINT32), "blk.1.ffn_gate_inp.weight"),
+    "expert_used_count": ((17, Kind.UINT32), "deepseek2.expert_used_count is 17"),
+    "expert_gating_func": ((3, Kind.UINT32), "deepseek2.expert_gating_func is 3"),
+    "leading_dense_block_count": ((7, Kind.UINT32), "deepseek2.leading_dense_block_count is 7"),
+    "block_count": ((7, Kind.UINT32), "blk.6.attn_norm.weight"),
+    "expert_feed_forward_length": ((512, Kind.UINT32), "blk.1.ffn_gate_shexp.weight"),
     "feed_forward_length": ((100, Kind.UINT32), "deepseek2.feed_forward_length is 100"),
-    "attention.kv_lora_rank": ((96, Kind.UINT32), "shape"),
+    "attention.kv_lora_rank": ((96, Kind.UINT32), "blk.0.attn_kv_a_mqa.weight"),
     "attention.key_length_mla": ((32, Kind.UINT32), "deepseek2.attention.key_length_mla is 32"),
     "attention.layer_norm_rms_epsilon": ((0.0, Kind.FLOAT32), "layer_norm_rms_epsilon is 0.0"),
     "rope.freq_base": ((-1.0, Kind.FLOAT32), "rope.freq_base is -1.0"),
     "rope.dimension_count": ((24, Kind.UINT32), "rope.dimension_count is 24"),
     "rope.scaling.type": (("yarn", Kind.STRING), "deepseek2.rope.scaling.type is 'yarn'"),
     "expert_group_count": ((8, Kind.UINT32), "deepseek2.expert_group_count is 8"),
-    "context_length": ((0, Kind.UINT32), "deepseek2.context_length is 0, expected positive"),
-}  # fmt: skip
+    "context_length": ((0, Kind.UINT32), "deepseek2.context_length is 0"),
+}
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_wrong_key_is_named(key: str, tmp_path: Path) -> None:
     value, text = KEYS[key]
     assert text in refusal(altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": value}))
+
+
+def test_an_error_is_one_line_even_for_an_odd_path(tmp_path: Path) -> None:
+    for number, key in enumerate(("expert_used_count", "rope.scaling.type", "expert_count")):
+        path = altered.write(tmp_path / f"a\nmodel{number}.gguf", keys={f"deepseek2.{key}": KEYS[key][0]})
+        with pytest.raises(ModelFileError) as caught:
+            plan_of(path)
+        assert "\n" not in str(caught.value)
 
 
 REQUIRED = (

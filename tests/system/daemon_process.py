@@ -81,7 +81,7 @@ class Daemon:
     def __init__(
         self, *arguments: str, env: dict[str, str] | None = None, limit_bytes: int | None = None
     ) -> None:
-        """`limit_bytes` bounds the size of files (RLIMIT_FSIZE), which is what shared memory counts as."""
+        """`limit_bytes` bounds what each of its processes can map (RLIMIT_AS)."""
         # Not pytest's tmp_path: a socket's path has 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="st-"))
         self.arguments = arguments
@@ -116,7 +116,7 @@ class Daemon:
         """Start the process and return at once."""
         command = [*COMMAND, "serve", *self.arguments, "--socket", self.url]
         if self._limit_bytes is not None:
-            command = ["prlimit", f"--fsize={self._limit_bytes}", *command]
+            command = ["prlimit", f"--as={self._limit_bytes}", *command]
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=self._env

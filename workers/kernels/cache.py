@@ -11,12 +11,12 @@ import platformdirs
 
 
 def sources_digest() -> str:
-    """Return 16 hex digits over all kernel sources and the compiler's versions.
+    """Return 16 hex digits over all kernel sources, the compiler's versions and a forced target.
 
-    Numba's own key sees only the file of the jitted function, not the modules that define its
-    intrinsics, so that an edited intrinsic would keep running as stale machine code.
+    Numba's own key sees only the file of the jitted function and the CPU, not the modules that define
+    its intrinsics, so that an edited intrinsic would keep running as stale machine code.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(os.environ.get("STERNA_KERNEL_TARGET", "").encode())
     for package in ("numba", "llvmlite", "numpy"):
         digest.update(f"{package}={version(package)};".encode())
     here = Path(__file__).parent
