@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -265,7 +264,8 @@ def _lock(path: Path) -> Iterator[int]:
         try:
             yield fd
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there may be something else in its place
+                path.unlink()
     finally:
         os.close(fd)
 
@@ -298,9 +298,7 @@ def _bind(url: str) -> zmq.Socket[bytes]:
         socket.bind(url)
     except zmq.ZMQError as error:
         socket.close()
-        if error.errno == errno.EACCES:
-            raise NotPermitted(f"cannot listen on {url}: {error.strerror}") from error
-        raise
+        raise NotPermitted(f"cannot listen on {url}: {error.strerror}") from error
     finally:
         os.umask(before)
     return socket

@@ -26,13 +26,19 @@ _LOADING = "loading "
 Progress = Callable[[str, int, int], None]
 
 
+def _ignore(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
 def print_progress(what: str, done: int, total: int) -> None:
     """Print a step of the start for the parent to read; `private_daemon` hands it to its caller."""
     print(f"{_LOADING}{what} {done} {total}", flush=True)
 
 
 @contextlib.contextmanager
-def private_daemon(arguments: list[str], start_timeout_s: float, on_progress: Progress) -> Iterator[str]:
+def private_daemon(
+    arguments: list[str], start_timeout_s: float, on_progress: Progress = _ignore
+) -> Iterator[str]:
     """Run `sterna serve ARGUMENTS` on a private socket and yield its URL; it is stopped on leaving.
 
     `on_progress(what, done, total)` is called while it starts.

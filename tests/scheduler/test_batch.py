@@ -39,7 +39,9 @@ def test_c8_three_tokens_of_two_experts_each() -> None:
     assert found == {2: [(0, 0), (2, 0)], 3: [(1, 1)], 5: [(0, 1), (1, 0)], 7: [(2, 1)]}
     assert list(found) == [2, 3, 5, 7]
     carried = {e: [float(weights[pair]) for pair in pairs] for e, pairs in found.items()}
-    assert carried == {e: pytest.approx(w) for e, w in {2: [0.6, 0.7], 3: [0.3], 5: [0.4, 0.7], 7: [0.3]}.items()}
+    assert carried == {
+        e: pytest.approx(w) for e, w in {2: [0.6, 0.7], 3: [0.3], 5: [0.4, 0.7], 7: [0.3]}.items()
+    }
 
 
 def test_c9_one_token() -> None:
@@ -66,7 +68,9 @@ def test_all_golden_schedules_are_there() -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 64), k=st.integers(1, 8), count=st.integers(1, 40))
+@given(
+    seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 64), k=st.integers(1, 8), count=st.integers(1, 40)
+)
 def test_random_batches_agree_with_naive_grouping(seed: int, experts: int, k: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     scheduler = MoeBatchScheduler(experts, k, 40)

@@ -104,7 +104,10 @@ def test_every_expert_has_a_slot_of_its_own(file: GgufFile, plan: ModelPlan) -> 
     page = plan.expert_page(file, 3, 7)
     assert (page.layer, page.expert, page.slot) == (3, 7, plan.slot_of(3, 7))
     gate = file.tensors["blk.3.ffn_gate_exps.weight"]
-    assert (page.slabs[0].offset, page.slabs[0].nbytes) == (gate.offset + 7 * gate.nbytes // 16, gate.nbytes // 16)
+    assert (page.slabs[0].offset, page.slabs[0].nbytes) == (
+        gate.offset + 7 * gate.nbytes // 16,
+        gate.nbytes // 16,
+    )
     assert [slab.tensor for slab in page.slabs] == [
         f"blk.3.ffn_{name}_exps.weight" for name in ("gate", "up", "down")
     ]
@@ -166,12 +169,18 @@ REQUIRED = (
 
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
-    assert f"deepseek2.{key}" in refusal(altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": None}))
+    assert f"deepseek2.{key}" in refusal(
+        altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": None})
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [("embedding_length", ("256", Kind.STRING)), ("rope.freq_base", (10_000, Kind.UINT32))])
+@pytest.mark.parametrize(
+    ("key", "value"), [("embedding_length", ("256", Kind.STRING)), ("rope.freq_base", (10_000, Kind.UINT32))]
+)
 def test_a_key_of_the_wrong_type_is_named(key: str, value: tuple[object, Kind], tmp_path: Path) -> None:
-    assert f"deepseek2.{key}" in refusal(altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": value}))
+    assert f"deepseek2.{key}" in refusal(
+        altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": value})
+    )
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
@@ -192,7 +201,9 @@ def test_keys_that_may_be_absent_have_the_defaults_of_the_format(tmp_path: Path)
 
 
 def hyper_of(path: Path, **keys: int | None) -> Hyperparameters:
-    changed = {f"deepseek2.{key}": None if value is None else (value, Kind.UINT32) for key, value in keys.items()}
+    changed = {
+        f"deepseek2.{key}": None if value is None else (value, Kind.UINT32) for key, value in keys.items()
+    }
     with GgufFile.open(altered.write(path, keys=changed)) as opened:
         return Hyperparameters.from_gguf(opened)
 
@@ -201,7 +212,9 @@ def hyper_of(path: Path, **keys: int | None) -> Hyperparameters:
     ("layers", "vocabulary", "gating"),
     [(47, 154880, SIGMOID), (48, 154880, SIGMOID), (47, 102400, SOFTMAX), (46, 154880, SOFTMAX)],
 )
-def test_early_glm_files_lack_the_gating_key(layers: int, vocabulary: int, gating: int, tmp_path: Path) -> None:
+def test_early_glm_files_lack_the_gating_key(
+    layers: int, vocabulary: int, gating: int, tmp_path: Path
+) -> None:
     """Spec 4.2: 47 or 48 layers with that vocabulary mean sigmoid."""
     h = hyper_of(tmp_path / "m.gguf", expert_gating_func=None, block_count=layers, vocab_size=vocabulary)
     assert h.gating == gating
@@ -256,7 +269,9 @@ def test_a_misshapen_tensor_shows_both_shapes(tmp_path: Path) -> None:
     assert "(128,)" in text
 
 
-@pytest.mark.parametrize("name", ["blk.2.ffn_gate_exps.weight", "blk.0.ffn_gate.weight", "blk.4.ffn_up_shexp.weight"])
+@pytest.mark.parametrize(
+    "name", ["blk.2.ffn_gate_exps.weight", "blk.0.ffn_gate.weight", "blk.4.ffn_up_shexp.weight"]
+)
 def test_gate_and_up_must_read_the_same_activations(name: str, tmp_path: Path) -> None:
     text = refusal(altered.write(tmp_path / "m.gguf", change=altered.only(name, altered.exact_q8(name))))
     assert f"layer {name.split('.')[1]}" in text
@@ -296,7 +311,10 @@ def test_single_and_merged_expert_tensors_are_found(tmp_path: Path) -> None:
         plans = (ModelPlan.from_file(other), ModelPlan.from_file(first))
         for layer in (2, 3):
             for expert in (0, 7, 15):
-                pages = (plans[0].expert_page(other, layer, expert), plans[1].expert_page(first, layer, expert))
+                pages = (
+                    plans[0].expert_page(other, layer, expert),
+                    plans[1].expert_page(first, layer, expert),
+                )
                 assert read(other, pages[0].slabs) == read(first, pages[1].slabs)
 
 

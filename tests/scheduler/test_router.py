@@ -69,7 +69,9 @@ def test_golden_selections(case: dict[str, list]) -> None:  # type: ignore[type-
 
 def test_golden_selections_cover_what_they_should() -> None:
     assert len(ROUTES) > 50
-    assert {"nan", "inf", "-inf"} <= {value for case in ROUTES for value in case["logits"] if isinstance(value, str)}
+    assert {"nan", "inf", "-inf"} <= {
+        value for case in ROUTES for value in case["logits"] if isinstance(value, str)
+    }
 
 
 def test_r17_the_same_logits_give_the_same_selection() -> None:
@@ -119,7 +121,9 @@ def test_a_small_bias_spread_decides_between_near_equals() -> None:
 
 
 @pytest.mark.parametrize("gating", GATES.values(), ids=GATES)
-@pytest.mark.parametrize(("experts", "k", "scale"), [(16, 2, 1.8), (64, 4, 1.8), (64, 8, 2.5), (3, 3, 1.0), (1, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("experts", "k", "scale"), [(16, 2, 1.8), (64, 4, 1.8), (64, 8, 2.5), (3, 3, 1.0), (1, 1, 1.0)]
+)
 def test_normalised_weights_sum_to_the_scale(gating: int, experts: int, k: int, scale: float) -> None:
     """F3: the scale is applied behind the normalisation."""
     rng = np.random.default_rng(experts)

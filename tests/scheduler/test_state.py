@@ -12,7 +12,9 @@ BLOCK_SIZE = 16
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
-def make(*, workers: Sequence[int] = (0,), tokens: int = 32, blocks: int = 64, joined: bool = True) -> st.SchedulerState:
+def make(
+    *, workers: Sequence[int] = (0,), tokens: int = 32, blocks: int = 64, joined: bool = True
+) -> st.SchedulerState:
     state = st.SchedulerState(
         num_blocks=blocks, block_size=BLOCK_SIZE, max_batch_tokens=tokens, workers=workers
     )
@@ -50,7 +52,7 @@ def brief(segments: Sequence[st.Segment]) -> list[tuple[int, int, int, bool]]:
 
 
 def done(state: st.SchedulerState, **sampled: int) -> list[st.Instruction]:
-    """End the step; done(state, s3=7) says that stream 3 sampled token 7."""
+    """End the step; `s3=7` says that stream 3 sampled token 7."""
     return handle(state, st.StepDone(sampled={int(name[1:]): token for name, token in sampled.items()}))
 
 
@@ -97,12 +99,24 @@ def test_decoding_streams_come_before_prompts_that_arrived_earlier() -> None:
     assert brief(step(done(state, s0=1, s1=1))) == [(0, 101, 1, True), (1, 5, 1, True), (2, 30, 30, False)]
 
 
+def test_an_answer_taken_over_comes_before_a_prompt_that_was_there_first() -> None:
+    state = make(tokens=32)
+    handle(state, submitted(0, 100))
+    handle(state, submitted(1, 10, committed=20, computed=19, blocks=(60, 61)))
+    assert brief(step(done(state))) == [(1, 19, 1, True), (0, 32, 31, False)]
+
+
 def test_prompts_share_a_step_in_order_of_arrival() -> None:
     state = make(tokens=32)
     handle(state, submitted(9, 1))
     for stream, prompt in ((4, 10), (2, 10), (7, 30)):
         assert handle(state, submitted(stream, prompt)) == []
-    assert brief(step(done(state, s9=1))) == [(9, 1, 1, True), (4, 0, 10, True), (2, 0, 10, True), (7, 0, 11, False)]
+    assert brief(step(done(state, s9=1))) == [
+        (9, 1, 1, True),
+        (4, 0, 10, True),
+        (2, 0, 10, True),
+        (7, 0, 11, False),
+    ]
 
 
 def test_a_prompt_of_one_token_counts_as_a_prompt() -> None:

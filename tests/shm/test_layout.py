@@ -17,9 +17,7 @@ DTYPES = (np.uint8, np.int8, np.float16, np.int32, np.int64, np.float32, RECORD)
 def layouts(draw: st.DrawFn) -> Layout:
     shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     drawn = draw(st.lists(st.tuples(st.sampled_from(DTYPES), shapes), max_size=8))
-    return Layout(
-        Field(name=f"f{i}", dtype=dtype, shape=shape) for i, (dtype, shape) in enumerate(drawn)
-    )
+    return Layout(Field(name=f"f{i}", dtype=dtype, shape=shape) for i, (dtype, shape) in enumerate(drawn))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

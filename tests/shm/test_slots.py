@@ -23,7 +23,9 @@ def test_slots_start_at_pages_behind_all_headers_and_fill_the_arena(num_slots: i
     assert slots_at(num_slots) >= num_slots * HEADER.itemsize
     slots = table(num_slots) if num_slots < 100 else None
     if slots is not None:
-        assert [slots.at(i + 1) - slots.at(i) for i in range(num_slots - 1)] == [SLOT_NBYTES] * (num_slots - 1)
+        assert [slots.at(i + 1) - slots.at(i) for i in range(num_slots - 1)] == [SLOT_NBYTES] * (
+            num_slots - 1
+        )
         assert slots.at(0) == slots_at(num_slots)
         assert slots.at(num_slots - 1) + SLOT_NBYTES == len(slots.memory)
 

@@ -28,19 +28,22 @@ STOP_TIMEOUT_S = 45.0
 POLL_S = 0.02
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Return the first true value of `condition`; fails when there is none in time."""
+def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Return when `condition` is true; fails when it is not in time."""
     until_s = time.monotonic() + timeout_s
-    while not (value := condition()):
+    while not condition():
         assert time.monotonic() < until_s, f"not within {timeout_s:g} s: {what}"
         time.sleep(POLL_S)
-    return value
 
 
 def clean_env(folder: Path, **extra: str) -> dict[str, str]:
     """Return an environment without settings of whoever runs the tests, with temporary files in `folder`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("STERNA_", "NOTIFY_"))}
-    private = {"TMPDIR": folder / "tmp", "XDG_RUNTIME_DIR": folder / "run", "XDG_CONFIG_HOME": folder / "config"}
+    private = {
+        "TMPDIR": folder / "tmp",
+        "XDG_RUNTIME_DIR": folder / "run",
+        "XDG_CONFIG_HOME": folder / "config",
+    }
     for path in private.values():
         path.mkdir(exist_ok=True)
     return env | {key: str(path) for key, path in private.items()} | extra
@@ -171,7 +174,9 @@ class Daemon:
                 self.stop()
                 assert "Traceback" not in self.stderr, self.stderr
             # Children of a killed daemon get their signal from the kernel, a moment later.
-            wait_until(lambda: not processes_in(self.folder), 3.0, f"no process left: {left_behind(self.folder)}")
+            wait_until(
+                lambda: not processes_in(self.folder), 3.0, f"no process left: {left_behind(self.folder)}"
+            )
             assert left_behind(self.folder) == []
         finally:
             for process in processes_in(self.folder):

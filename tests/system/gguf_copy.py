@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -21,15 +21,22 @@ def unchanged(name: str, data: npt.NDArray[np.generic], kind: Type) -> tuple[npt
     return data, kind
 
 
-def copy_model(path: Path, change: Change = unchanged, *, architecture: str = "deepseek2") -> Path:
-    """Write the embedded model to `path` with `change` applied to each tensor; return the path."""
+def copy_model(
+    path: Path,
+    change: Change = unchanged,
+    *,
+    architecture: str = "deepseek2",
+    metadata: Mapping[str, int] | None = None,
+) -> Path:
+    """Write the embedded model to `path`, with `change` applied to each tensor and other metadata."""
     reader = gguf.GGUFReader(embedded_model())
     writer = gguf.GGUFWriter(path, architecture)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+        value = (metadata or {}).get(field.name, field.contents())
+        writer.add_key_value(field.name, value, field.types[0], sub_type=sub_type)
     for tensor in reader.tensors:
         changed = change(tensor.name, tensor.data, tensor.tensor_type)
         if changed is not None:
@@ -55,9 +62,7 @@ def half_of(halved: str) -> Change:
 def experts_as(new: Type) -> Change:
     """Keep the experts' values (and those of all other ternary tensors) but store them as another type."""
 
-    def change(
-        name: str, data: npt.NDArray[np.generic], kind: Type
-    ) -> tuple[npt.NDArray[np.generic], Type]:
+    def change(name: str, data: npt.NDArray[np.generic], kind: Type) -> tuple[npt.NDArray[np.generic], Type]:
         return (quantize(dequantize(data, kind), new), new) if kind == Type.TQ2_0 else (data, kind)
 
     return change

@@ -13,7 +13,7 @@ PROTOCOL = 1
 TIMEOUT_MS = 10_000
 
 
-def frame(tag: str, **body: Any) -> bytes:
+def frame(tag: str, **body: object) -> bytes:
     """Return a frame of the protocol, without any check of its fields."""
     return bytes(msgpack.packb([PROTOCOL, tag, body]))
 
@@ -62,10 +62,12 @@ class RawClient:
 
 
 @contextlib.contextmanager
-def raw_client(url: str) -> Iterator[RawClient]:
+def raw_client(url: str, identity: bytes = b"") -> Iterator[RawClient]:
     """Yield a connected client that has said nothing yet."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDTIMEO, TIMEOUT_MS)
+        if identity:
+            socket.setsockopt(zmq.ROUTING_ID, identity)
         socket.connect(url)
         yield RawClient(socket)

@@ -62,13 +62,20 @@ def run_together(url: str, requests: Sequence[Request]) -> list[Result]:
     return run_while(url, requests, lambda: None)
 
 
-def run_while(url: str, requests: Sequence[Request], act: Callable[[], None], after: int = 4) -> list[Result]:
-    """Run requests side by side and call `act` in a thread when each has `after` tokens."""
-    return asyncio.run(_run_while(url, requests, act, after))
+def run_while(
+    url: str,
+    requests: Sequence[Request],
+    act: Callable[[], None],
+    *,
+    watched: int | None = None,
+    after: int = 4,
+) -> list[Result]:
+    """Run requests side by side; call `act` in a thread when the first `watched` have `after` tokens."""
+    return asyncio.run(_run_while(url, requests, act, watched, after))
 
 
 async def _run_while(
-    url: str, requests: Sequence[Request], act: Callable[[], None], after: int
+    url: str, requests: Sequence[Request], act: Callable[[], None], watched: int | None, after: int
 ) -> list[Result]:
     begun = [asyncio.Event() for _ in requests]
 
@@ -79,6 +86,7 @@ async def _run_while(
                 count += len(chunk.token_ids)
                 if count >= after:
                     begun.set()
+        begun.set()  # it may have been shorter
         assert stream.result is not None
         return stream.result
 
@@ -88,7 +96,7 @@ async def _run_while(
                 group.create_task(run(client, request, event))
                 for request, event in zip(requests, begun, strict=True)
             ]
-            for event in begun:
+            for event in begun[:watched]:
                 await event.wait()
             await asyncio.to_thread(act)
         return [task.result() for task in running]

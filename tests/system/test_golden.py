@@ -62,7 +62,9 @@ def test_prompt_logprobs_are_close(results: list[Result]) -> None:
         assert result.prompt_logprobs is not None
         assert result.prompt_logprobs[0] is None
         found = result.prompt_logprobs[1:]
-        differences += [abs(a - b) for a, b in zip(found, case["prompt_logprobs"], strict=True) if a is not None]
+        differences += [
+            abs(a - b) for a, b in zip(found, case["prompt_logprobs"], strict=True) if a is not None
+        ]
     assert len(differences) == sum(len(case["prompt_ids"]) - 1 for case in CASES)
     mean = statistics.mean(differences)
     print(f"\ngolden: mean difference of {len(differences)} prompt log-probabilities {mean:.4f}")

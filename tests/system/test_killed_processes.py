@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -14,13 +15,16 @@ from sterna.shm.errors import DaemonUnreachable, SternaError
 
 from .conftest import Serve, is_idle
 from .daemon_process import Daemon, processes_in, wait_until
-from .requests import Request, run_alone, run_together, run_while, sampled
+from .requests import Request, essence, run_alone, run_together, run_while, sampled
 
+BLOCK_TOKENS = 16  # of the KV cache
 # A prompt of several chunks: kills also hit prefill, with log-probabilities that must not get lost.
-LONG = "There was once a king who had three daughters, and the youngest was so fair that the sun itself wondered"
+LONG = (
+    "There was once a king who had three daughters, and the youngest was so fair that the sun itself wondered"
+)
 
 
-def requests(count: int, max_tokens: int = 200) -> list[Request]:
+def requests(count: int, max_tokens: int = 160) -> list[Request]:
     return [sampled(number, max_tokens) | {"logprobs": 2} for number in range(count)]
 
 
@@ -46,7 +50,7 @@ def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_worker_costs_no_token(serve: Serve, workers: int) -> None:
     daemon = serve("--workers", str(workers))
-    expected = run_alone(daemon.url, requests(4))
+    expected = run_together(daemon.url, requests(4))
     found = run_while(daemon.url, requests(4), killer(daemon, "worker", 3))
     assert restarts(daemon, "worker") == 3
     for one, other in zip(expected, found, strict=True):
@@ -65,7 +69,7 @@ def test_killed_idle_worker_is_replaced(serve: Serve) -> None:
 
 def test_killed_scheduler_costs_no_token(serve: Serve) -> None:
     daemon = serve("--workers", "2")
-    expected = run_alone(daemon.url, requests(4))
+    expected = run_together(daemon.url, requests(4))
     found = run_while(daemon.url, requests(4), killer(daemon, "scheduler", 2))
     assert restarts(daemon, "scheduler") == 2
     for one, other in zip(expected, found, strict=True):
@@ -77,7 +81,7 @@ def test_requests_that_come_while_the_scheduler_is_replaced_are_answered_once(se
     """They must not be handed to the new scheduler twice, once directly and once with the running ones."""
     daemon = serve("--workers", "1")
     late = [sampled(number, 60) for number in range(4, 8)]
-    expected = [result.text for result in run_alone(daemon.url, late)]
+    expected = [result.text for result in run_together(daemon.url, late)]
     found: list[str] = []
 
     def kill() -> None:
@@ -120,9 +124,39 @@ def test_kills_in_prefill_lose_no_prompt_logprob(serve: Serve) -> None:
         wait_until(lambda kind=kind: daemon.pids(kind), 10.0, f"{kind} is there again")
 
 
+def test_scheduler_killed_when_the_oldest_stream_needs_a_block(serve: Serve) -> None:
+    """Its successor must not give the oldest a block that another stream still holds."""
+    daemon = serve("--workers", "1")
+    streams = [sampled(number, 60) | {"logprobs": 0} for number in range(4)]
+    expected = run_together(daemon.url, streams)
+    for _ in range(2):
+        (pid,) = daemon.pids("scheduler")
+        # After so many tokens of the answer the step that follows is the first of a block.
+        after = BLOCK_TOKENS + 1 - len(expected[0].prompt_token_ids) % BLOCK_TOKENS
+        kill = partial(os.kill, pid, signal.SIGKILL)
+        found = run_while(daemon.url, streams, kill, watched=1, after=after)
+        assert [essence(result) for result in found] == [essence(result) for result in expected]
+        wait_until(lambda pid=pid: daemon.pids("scheduler") not in ([], [pid]), 10.0, "a new scheduler")
+    assert is_idle(daemon)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["worker", "scheduler"])
+def test_many_kills_cost_no_token(serve: Serve, kind: str) -> None:
+    daemon = serve("--workers", "2")
+    streams = requests(8, 480)
+    expected = [essence(result) for result in run_together(daemon.url, streams)]
+    for _ in range(4):
+        found = run_while(daemon.url, streams, killer(daemon, kind, 5))
+        assert [essence(result) for result in found] == expected
+    assert restarts(daemon, kind) == 20
+    assert is_idle(daemon)
+
+
 def test_stuck_worker_is_replaced(serve: Serve) -> None:
     daemon = serve("--workers", "2", "--step-timeout", "1")
-    expected = [result.text for result in run_alone(daemon.url, requests(3))]
+    expected = [result.text for result in run_together(daemon.url, requests(3))]
 
     def stop() -> None:
         os.kill(daemon.pids("worker")[0], signal.SIGSTOP)

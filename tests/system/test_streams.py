@@ -20,7 +20,8 @@ STREAMING = """
 import sys
 from sterna import Client
 with Client(sys.argv[1]) as client:
-    for chunk in client.generate("Once upon a time", stream=True, max_tokens=int(sys.argv[2]), ignore_eos=True):
+    options = {"max_tokens": int(sys.argv[2]), "ignore_eos": True}
+    for chunk in client.generate("Once upon a time", stream=True, **options):
         print(len(chunk.token_ids), flush=True)
 print("end", flush=True)
 """
@@ -63,8 +64,8 @@ def test_forty_streams_complete_over_sixteen_records(shared: Daemon) -> None:
 
 
 def test_killed_client_is_gone_within_a_second_and_disturbs_nobody(shared: Daemon) -> None:
-    requests = [sampled(number, max_tokens=300) for number in range(4)]
-    expected = [result.text for result in run_alone(shared.url, requests)]
+    requests = [sampled(number, max_tokens=200) for number in range(4)]
+    expected = [result.text for result in run_together(shared.url, requests)]
     seconds: list[float] = []
 
     with streaming_process(shared, 500) as victim:
@@ -96,7 +97,9 @@ def test_killed_client_alone_is_gone_within_a_second(shared: Daemon) -> None:
 def test_client_killed_while_it_waits_leaves_the_queue(serve: Serve) -> None:
     daemon = serve("--max-num-seqs", "1")
     with streaming_process(daemon, 400):
-        waiting = subprocess.Popen([sys.executable, "-c", STREAMING, daemon.url, "10"], stdout=subprocess.PIPE)
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", STREAMING, daemon.url, "10"], stdout=subprocess.PIPE
+        )
         with waiting:
             wait_until(lambda: sequences(daemon)["waiting"] == 1, 20.0, "the second request waits")
             waiting.kill()
@@ -107,7 +110,7 @@ def test_client_killed_while_it_waits_leaves_the_queue(serve: Serve) -> None:
 def test_stopped_client_does_not_slow_others(shared: Daemon) -> None:
     """A client that reads nothing for a while gets all of its answer when it goes on."""
     requests = [sampled(number, max_tokens=100) for number in range(3)]
-    expected = [result.text for result in run_alone(shared.url, requests)]
+    expected = [result.text for result in run_together(shared.url, requests)]
     with streaming_process(shared, 400) as slow:
         slow.send_signal(signal.SIGSTOP)
         results = run_together(shared.url, requests)

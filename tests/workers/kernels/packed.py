@@ -50,9 +50,7 @@ def pack_ternary(codes: U8, scales: F32, at: int = 0) -> Packed:
     ternary.pack(np.ascontiguousarray(codes), bits, arena, at, scales_at)
     assert (arena[:at] == POISON).all()
     assert (arena[end:] == POISON).all()
-    return Packed(
-        form=ffn.TL1, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns
-    )
+    return Packed(form=ffn.TL1, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns)
 
 
 def q8_blocks(values: I8, scales: F32) -> U8:

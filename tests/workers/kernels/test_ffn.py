@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.kernels import ffn
 
 from ... import oracles
-from .packed import F32, U8, Packed, Tokens, pack_floating, pack_q8, pack_ternary, same_bits
+from .packed import F32, U8, Packed, Tokens, multiply, pack_floating, pack_q8, pack_ternary, same_bits
 
 D_MODEL, D_FF = 256, 512
 FORMS = {"F32": ffn.F32, "F16": ffn.F16, "BF16": ffn.BF16, "Q8": ffn.Q8, "TL1": ffn.TL1}
 PAIRS = [
-    ("TL1", "TL1"), ("TL1", "Q8"), ("TL1", "F16"), ("Q8", "Q8"), ("Q8", "TL1"), ("F32", "F32"), ("F16", "BF16"),
-    ("BF16", "TL1"),
+    ("TL1", "TL1"), ("TL1", "Q8"), ("TL1", "F16"), ("Q8", "Q8"), ("Q8", "TL1"), ("F32", "F32"),
+    ("F16", "BF16"), ("BF16", "TL1"),
 ]  # fmt: skip
 
 
@@ -69,8 +70,8 @@ class Experts:
         out = np.full((pairs + 1, D_MODEL), np.float32(7.0))
         scratch = np.zeros((2, pairs, D_FF), np.float32)
         ffn.expert_batch(
-            self.arena, self.table, np.array(starts, np.int64), frozen(np.array(rows, np.int32)), D_MODEL, D_FF,
-            frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), scratch[0],
+            self.arena, self.table, np.array(starts, np.int64), frozen(np.array(rows, np.int32)), D_MODEL,
+            D_FF, frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), scratch[0],
             scratch[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
             np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32), out,
         )  # fmt: skip
@@ -148,3 +149,22 @@ def test_a_large_gate_overflows_visibly() -> None:
     experts = Experts.make(ffn.F32, ffn.TL1, 1)
     x = np.full((1, D_MODEL), 1e30, np.float32)
     assert not np.isfinite(experts.run(x, [0, 1], [0])).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_are_matrices_under_each_other(form: str) -> None:
+    """Head h of the product over all heads is that of its own rows."""
+    heads, rows, count = 3, 32, 5
+    whole, _ = matrix(FORMS[form], heads * rows, D_MODEL, 5)
+    shape = MatrixShape(form=Format(whole.form), rows=rows, columns=D_MODEL)
+    x = np.random.default_rng(6).standard_normal((count * heads, D_MODEL)).astype(np.float32)
+    tokens = activations(x, FORMS[form])
+    index = np.array([[t * heads + h for t in range(count)] for h in range(heads)], np.int32)
+    out = np.full((count, heads * rows), np.float32(7.0))
+    ffn.multiply_heads(
+        whole.form, whole.arena, whole.codes_at, whole.scales_at, shape.codes_nbytes, shape.scales_nbytes,
+        heads, shape.groups, D_MODEL, tokens.x, tokens.q, tokens.scales, tokens.sums, index, count, out,
+    )  # fmt: skip
+    for h in range(heads):
+        expected = multiply(whole, tokens, index[h].tolist())[:, h * rows : (h + 1) * rows]
+        assert same_bits(out[:, h * rows : (h + 1) * rows].copy(), expected)

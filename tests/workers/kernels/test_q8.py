@@ -26,9 +26,7 @@ def ones(rows: int, columns: int) -> F32:
 
 def exact(weights: I8, q: I8) -> F32:
     """Return what fma over the blocks gives with scales of 1; the block sums are exact in any case."""
-    return oracles.scaled_gemm(
-        weights.astype(np.int64), ones(*weights.shape), q, ones(*q.shape), BLOCK
-    )
+    return oracles.scaled_gemm(weights.astype(np.int64), ones(*weights.shape), q, ones(*q.shape), BLOCK)
 
 
 @pytest.mark.parametrize("rows", [*range(1, 41), 100])
@@ -46,7 +44,9 @@ def test_every_row_tail_gives_exact_integers(rows: int) -> None:
 @pytest.mark.parametrize("columns", [32, 64, 160, 768, 4096])
 @pytest.mark.parametrize("weight", [127, -127, None])
 @pytest.mark.parametrize("activation", [127, -127, None])
-def test_worst_inputs_of_every_width_are_exact(columns: int, weight: int | None, activation: int | None) -> None:
+def test_worst_inputs_of_every_width_are_exact(
+    columns: int, weight: int | None, activation: int | None
+) -> None:
     rng = np.random.default_rng(columns)
     weights = random_bytes(rng, 17, columns) if weight is None else np.full((17, columns), weight, np.int8)
     q = random_bytes(rng, 5, columns) if activation is None else np.full((5, columns), activation, np.int8)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.workers.kernels.routing import combine, group_by_expert, scatter_pairs
+from sterna.workers.kernels.routing import all_below, combine, group_by_expert, scatter_pairs
 
 from ... import oracles
 from .packed import same_bits
@@ -48,3 +48,18 @@ def test_outputs_are_summed_in_rank_order(ranks: int, width: int) -> None:
     combine(x, y, weights, shared, 4)
     assert same_bits(x[:4], oracles.combine(before[:4], y[:4], weights[:4], shared[:4]))
     assert same_bits(x[4], before[4])
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "inside"),
+    [
+        ([], 0, True),
+        ([0, 3], 4, True),
+        ([0, 4], 4, False),
+        ([-1, 0], 4, False),
+        ([0], 0, False),
+        ([2**31 - 1], 2**31, True),
+    ],
+)
+def test_bounds_are_checked(values: list[int], limit: int, inside: bool) -> None:
+    assert all_below(np.frombuffer(np.array(values, np.int32).tobytes(), np.int32), limit) is inside

@@ -47,7 +47,9 @@ def test_every_row_tail_gives_exact_integers(rows: int) -> None:
 @pytest.mark.parametrize("columns", [256, 512, 768, 1536, 4096, 32768])
 @pytest.mark.parametrize("code", [0, 1, 2, None])
 @pytest.mark.parametrize("activation", [127, -127, -128, None])
-def test_worst_inputs_of_every_width_are_exact(columns: int, code: int | None, activation: int | None) -> None:
+def test_worst_inputs_of_every_width_are_exact(
+    columns: int, code: int | None, activation: int | None
+) -> None:
     rng = np.random.default_rng(columns)
     rows, count = 17, 5  # four tokens at once and one alone
     codes = random_codes(rng, rows, columns) if code is None else np.full((rows, columns), code, np.uint8)
@@ -65,7 +67,9 @@ def test_signs_of_weights_and_activations_in_step_give_the_largest_sums() -> Non
     columns = 32768
     codes = np.tile(np.array([0, 2], np.uint8), (3, columns // 2))
     q = np.tile(np.array([-127, 127], np.int8), (5, columns // 2))
-    found = multiply(pack_ternary(codes, ones(3, columns)), Tokens.exact(q, ones(5, columns), BLOCK), range(5))
+    found = multiply(
+        pack_ternary(codes, ones(3, columns)), Tokens.exact(q, ones(5, columns), BLOCK), range(5)
+    )
     assert (found == 127 * columns).all()
 
 
@@ -75,7 +79,9 @@ def test_each_weight_meets_its_own_activation() -> None:
     codes = np.ones((columns, columns), np.uint8)
     np.fill_diagonal(codes, 2)
     q = (np.arange(columns) % 251 - 125).astype(np.int8)[None]
-    found = multiply(pack_ternary(codes, ones(columns, columns)), Tokens.exact(q, ones(1, columns), BLOCK), [0])
+    found = multiply(
+        pack_ternary(codes, ones(columns, columns)), Tokens.exact(q, ones(1, columns), BLOCK), [0]
+    )
     assert (found[0] == q[0]).all()
 
 
@@ -125,7 +131,9 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(rows: list[int]
 def test_every_number_of_tokens_is_computed(count: int) -> None:
     rng = np.random.default_rng(count)
     codes, q = random_codes(rng, 16, 256), random_activations(rng, count, 256)
-    found = multiply(pack_ternary(codes, ones(16, 256)), Tokens.exact(q, ones(count, 256), BLOCK), range(count))
+    found = multiply(
+        pack_ternary(codes, ones(16, 256)), Tokens.exact(q, ones(count, 256), BLOCK), range(count)
+    )
     assert same_bits(found, exact(codes, q))
 
 

@@ -1,0 +1,148 @@
+"""A ZeroMQ lane over the embedded model with real worker processes, and a scripted peer; no test here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from sterna.runtime.config import embedded_model
+from sterna.scheduler.lane import WorkerBatch
+from sterna.scheduler.lane_zmq import ZmqLane
+from sterna.scheduler.model.plan import ModelPlan
+from sterna.shm.arena import Arena
+from sterna.shm.slots import SlotTable, arena_nbytes
+from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.kernels.activations import QuantizedRows
+from sterna.workers.messages import Compute, Configure, Hello, PageIn, decode_for_worker, encode
+from sterna.workers.serve import ExpertWorker
+
+# A cold cache makes the first compute wait for the compiler.
+PATIENT_S, START_S = 90.0, 30.0
+LAYER, D_MODEL = 2, 256
+PROGRAM = """
+import json, sys
+from sterna.workers.process import run
+run(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+"""
+Floats = npt.NDArray[np.float32]
+
+
+class Stage:
+    """A model, an arena, a lane, and the workers that were started on it."""
+
+    def __init__(self, folder: Path, timeout_s: float) -> None:
+        path = folder / "model.gguf"
+        shutil.copyfile(embedded_model(), path)
+        self.file = GgufFile.open(path)
+        self.plan = ModelPlan.from_file(self.file)
+        plan = self.plan
+        self.arena = Arena.create("weights", arena_nbytes(plan.num_slots, plan.slot_nbytes))
+        self.slots = SlotTable(self.arena.bytes, plan.num_slots, plan.slot_nbytes)
+        self.url = f"ipc://{folder}/lane.sock"
+        self.configure = Configure(layers=plan.layer_shapes())
+        self.lane = ZmqLane(self.url, self.configure, D_MODEL, timeout_s)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, index: int, generation: int = 0) -> subprocess.Popen[bytes]:
+        """Start a real worker; it joins when it has said hello."""
+        spec = {
+            "index": index, "generation": generation, "lane_url": self.url,
+            "num_slots": self.plan.num_slots, "slot_nbytes": self.plan.slot_nbytes,
+        }  # fmt: skip
+        fds = {"weights": self.arena.fd, "model": self.file.fd}
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(spec), json.dumps(fds)], pass_fds=list(fds.values())
+        )
+        self.processes.append(process)
+        return process
+
+    def join(self, *indices: int) -> None:
+        """Wait until exactly these workers have joined."""
+        waiting, until_s = set(indices), time.monotonic() + START_S
+        while waiting:
+            assert time.monotonic() < until_s, f"worker {waiting} did not come"
+            self.lane.socket.poll(100)
+            waiting -= set(self.lane.poll_hello())
+
+    def batch(self, worker: int, pairs: dict[int, list[int]], seed: int = 1) -> WorkerBatch:
+        """Return a batch of random rows for {expert: rows}."""
+        count = 1 + max(row for rows in pairs.values() for row in rows)
+        q = QuantizedRows.allocate(count, D_MODEL, 256)
+        q.fill(np.random.default_rng(seed).standard_normal((count, D_MODEL)).astype(np.float32), count)
+        return WorkerBatch(
+            worker=worker,
+            layer=LAYER,
+            kind=256,
+            experts=list(pairs),
+            slots=[self.plan.slot_of(LAYER, expert) for expert in pairs],
+            starts=np.concatenate(([0], np.cumsum([len(rows) for rows in pairs.values()]))).tolist(),
+            rows=np.array([row for rows in pairs.values() for row in rows], np.int32),
+            activations=(q.q, q.scales, q.sums),
+        )
+
+    def page_in(self, worker: int, *experts: int) -> list[tuple[int, int]]:
+        """Have `worker` read experts of LAYER in; return the progress reported."""
+        seen: list[tuple[int, int]] = []
+        pages = [self.plan.expert_page(self.file, LAYER, expert) for expert in experts]
+        self.lane.page_in({worker: pages}, lambda done, total: seen.append((done, total)))
+        return seen
+
+    def expected(self, batch: WorkerBatch) -> Floats:
+        """Return what an in-process worker makes of `batch`."""
+        worker = ExpertWorker(self.slots, self.file.fd)
+        worker.configure(self.configure)
+        message = Compute(
+            seq=0, layer=batch.layer, kind=batch.kind, tokens=len(batch.activations[0]),
+            experts=batch.experts, slots=batch.slots, starts=batch.starts,
+        )  # fmt: skip
+        arrays = (*batch.activations, batch.rows)
+        return worker.compute(message, [memoryview(array.tobytes()) for array in arrays])[1].copy()
+
+    def close(self) -> None:
+        self.lane.close()
+        for process in self.processes:
+            process.kill()
+            process.wait(START_S)
+        self.arena.close()
+        self.file.close()
+
+
+class Peer:
+    """Says what it is told to; its process is a sleeping one, so that it can die."""
+
+    def __init__(self, stage: Stage, index: int, identity: bytes = b"") -> None:
+        self.process = subprocess.Popen(["sleep", "600"])
+        stage.processes.append(self.process)
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.setsockopt(zmq.ROUTING_ID, identity or f"peer {index}".encode())
+        self.socket.connect(stage.url)
+        self.hello = Hello(index=index, generation=0, pid=self.process.pid)
+
+    def say(self, message: msgspec.Struct, *frames: bytes) -> None:
+        self.socket.send_multipart([encode(message), *frames])
+
+    def hear(self) -> tuple[Configure | Compute | PageIn, list[bytes]]:
+        assert self.socket.poll(5000), "the lane sent nothing"
+        first, *frames = self.socket.recv_multipart()
+        return decode_for_worker(first), frames
+
+    def computation(self) -> Compute:
+        """Return the next `compute`, which must come."""
+        message, _ = self.hear()
+        assert isinstance(message, Compute)
+        return message
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
