@@ -6,6 +6,7 @@ that no heartbeat is needed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from ..shm.errors import InternalError, ProtocolError, WorkerLost, request_error
+from ..shm.errors import InternalError, ProtocolError, WorkerLost, error_of
 from ..workers.framing import join
 from ..workers.messages import (
     Compute,
@@ -101,8 +102,9 @@ class ZmqLane:
         except ProcessLookupError:
             return  # died right after its hello; the daemon starts another one
         self._peers[hello.index] = _Peer(hello.index, identity, hello.pid, pidfd)
-        self._joined.append(hello.index)
-        self._send(hello.index, [self._configure])
+        with contextlib.suppress(WorkerLost):  # its pidfd tells the rest
+            self._send(hello.index, [self._configure])
+            self._joined.append(hello.index)
 
     def _forget(self, index: int) -> None:
         peer = self._peers.pop(index, None)
@@ -133,10 +135,8 @@ class ZmqLane:
         outputs: list[npt.NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(batches)
         deadline = time.monotonic() + self._timeout_s
         while waiting:
-            silent = {batches[position].worker for position in waiting.values()}
+            silent = {seq: batches[position].worker for seq, position in waiting.items()}
             message, frames = self._receive(silent, deadline, f"layer {batches[0].layer}")
-            if not isinstance(message, Outputs) or message.seq not in waiting:
-                continue  # of a step that was given up
             position = waiting.pop(message.seq)
             pairs = batches[position].starts[-1]
             if len(frames) != 3 or len(frames[2]) != pairs * self._d_model * 4:
@@ -147,16 +147,17 @@ class ZmqLane:
     def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
         """See `Lane.page_in`; the time limit holds between two experts."""
         total = sum(len(wanted) for wanted in experts.values())
-        done = 0
+        waiting: dict[int, int] = {}
         for worker, wanted in experts.items():
             self._seq += 1
+            waiting[self._seq] = worker
             self._send(worker, [encode(PageIn(seq=self._seq, experts=wanted))])
-        while done < total:
+        for done in range(1, total + 1):
             deadline = time.monotonic() + self._timeout_s
-            message, _ = self._receive(set(experts), deadline, "reading experts")
-            if isinstance(message, Paged):
-                done += 1
-                progress(done, total)
+            message, _ = self._receive(waiting, deadline, "reading experts")
+            if isinstance(message, Paged) and not message.left:
+                del waiting[message.seq]
+            progress(done, total)
 
     def _send(self, worker: int, frames: Sequence[Any]) -> None:
         peer = self._peers.get(worker)
@@ -169,28 +170,36 @@ class ZmqLane:
                 f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}"
             ) from None
 
-    def _receive(self, workers: set[int], deadline: float, awaited: str) -> tuple[ToScheduler, list[bytes]]:
-        """Return the next message; raises when one of `workers` died or `deadline` passed."""
+    def _receive(
+        self, waiting: Mapping[int, int], deadline: float, awaited: str
+    ) -> tuple[Outputs | Paged, list[bytes]]:
+        """Return the next answer to one of `waiting` (request number: worker).
+
+        Raises what a worker reports, or WorkerLost when one of them died or `deadline` passed. What
+        belongs to a request that was given up is dropped.
+        """
         while True:
             # Waiting for the socket alone costs half of what polling pidfds beside it does; a death
             # is seen after one slice.
             if self.socket.poll(SLICE_MS, zmq.POLLIN):
                 frames = self.socket.recv_multipart()
                 message = self._decode(frames)
-                if isinstance(message, Trouble):
-                    raise request_error(message.code, message.text)
-                if not isinstance(message, Hello):
+                if isinstance(message, Hello):
+                    self._join(frames[0], message)
+                    if message.index in waiting.values():
+                        raise WorkerLost(f"worker {message.index} died and was replaced ({awaited})")
+                elif message.seq in waiting:
+                    if isinstance(message, Trouble):
+                        raise error_of(message.code, message.text)
                     return message, frames
-                self._join(frames[0], message)
-                if message.index in workers:
-                    raise WorkerLost(f"worker {message.index} died and was replaced ({awaited})")
-            for index in workers:
-                peer = self._peers.get(index)
-                if peer is None or _ended(peer.pidfd):
-                    raise WorkerLost(f"worker {index} died ({awaited})")
+            else:
+                for index in waiting.values():
+                    peer = self._peers.get(index)
+                    if peer is None or _ended(peer.pidfd):
+                        raise WorkerLost(f"worker {index} died ({awaited})")
             if time.monotonic() > deadline:
-                self._stop_late(workers)
-                names = ", ".join(str(index) for index in sorted(workers))
+                self._stop_late(set(waiting.values()))
+                names = ", ".join(str(index) for index in sorted(set(waiting.values())))
                 raise WorkerLost(
                     f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed"
                 )

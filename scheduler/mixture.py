@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from ..shm.errors import InternalError
 from ..workers.checkpoint.formats import ActivationKind
+from ..workers.kernels.norms import first_bad_row
 from ..workers.kernels.routing import combine, scatter_pairs
 from .batch import ExpertGroups, MoeBatchScheduler
 from .dense import DenseWeights, Linear, Rows
@@ -89,6 +91,8 @@ class Mixture:
         WorkerLost or InternalError; `x` is then not to be used.
         """
         self._gates[layer].apply(rows, self._index, count, self._logits)
+        if first_bad_row(self._logits, count, self._logits.shape[1]) >= 0:
+            raise InternalError(f"layer {layer}: the router's scores are not finite")
         self._router.route(self._logits, self._biases[layer], count, layer)
         division = self._divisions[layer]
         groups = self._scheduler.schedule(division.place[self._router.selected[:count]], count)

@@ -102,6 +102,7 @@ class _Scheduler:
             block_size=shape.block_size,
             max_batch_tokens=spec.max_batch_tokens,
             workers=range(spec.workers),
+            held=self._held_blocks(),
         )
         self._await_workers()
         self.send(wire.Ready(seconds=time.monotonic() - begin))
@@ -159,7 +160,7 @@ class _Scheduler:
             message = wire.decode_for_scheduler(self._control.recv())
             match message:
                 case wire.Submit():
-                    self._handle(st.Submitted(request=message, blocks=self._known_blocks(message)))
+                    self._handle(st.Submitted(request=message))
                 case wire.Cancel():
                     self._handle(st.Cancelled(stream=message.stream, serial=message.serial))
                 case wire.Drain():
@@ -167,9 +168,13 @@ class _Scheduler:
                 case wire.Query():
                     self.send(self._stats(message.nonce))
 
-    def _known_blocks(self, request: wire.Submit) -> tuple[int, ...]:
-        count = -(-request.computed // self._streams.shape.block_size)
-        return tuple(self._streams.tables[request.stream, :count].tolist())
+    def _held_blocks(self) -> dict[int, list[int]]:
+        """Return the blocks with KV of all running streams: none for the first scheduler."""
+        records, size = self._streams.records, self._streams.shape.block_size
+        return {
+            int(stream): self._streams.tables[stream, : -(-records["computed"][stream] // size)].tolist()
+            for stream in records["active"].nonzero()[0]
+        }
 
     def _take_workers(self) -> None:
         for index in self._lane.poll_lost():

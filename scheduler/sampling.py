@@ -37,14 +37,7 @@ def choose(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -
         return int(np.argmax(logits))
     count = len(logits)
     keep = count if sampling.top_k == 0 else min(sampling.top_k, count)
-    if keep < count:
-        # Everything that ties with the k-th best, then a stable cut: lower ids win.
-        threshold = np.partition(logits, count - keep)[count - keep]
-        candidates = np.flatnonzero(logits >= threshold)
-    else:
-        candidates = np.arange(count)
-    order = np.argsort(-logits[candidates], kind="stable")[:keep]
-    ids = candidates[order]
+    ids = best_ids(logits, keep)
     scores = logits[ids].astype(np.float64)
     p = np.exp(scores - scores[0])
     p /= p.sum()
@@ -60,6 +53,16 @@ def choose(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -
     return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
 
 
+def best_ids(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
+    """Return the ids of the `count` largest logits, best first, ties to the lower id."""
+    candidates = np.arange(len(logits))
+    if count < len(logits):
+        # Everything that ties with the last one, then a stable cut.
+        threshold = np.partition(logits, len(logits) - count)[len(logits) - count]
+        candidates = np.flatnonzero(logits >= threshold)
+    return candidates[np.argsort(-logits[candidates], kind="stable")[:count]]
+
+
 def log_normaliser(logits: npt.NDArray[np.float32]) -> float:
     """Return log(sum(exp(logits))) in float64."""
     top = float(logits.max())
@@ -71,7 +74,6 @@ def score(logits: npt.NDArray[np.float32], token: int, top_n: int) -> TokenScore
     base = log_normaliser(logits)
     top: list[tuple[int, float]] = []
     if top_n:
-        best = np.argpartition(-logits, min(top_n, len(logits) - 1))[:top_n]
-        best = best[np.lexsort((best, -logits[best]))]
+        best = best_ids(logits, top_n)
         top = [(int(i), float(logits[i]) - base) for i in best]
     return TokenScore(logprob=float(logits[token]) - base, top=top)

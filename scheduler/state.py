@@ -10,7 +10,7 @@ A step that failed changed nothing here, so it is simply planned again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .kv import BlockPool
@@ -24,10 +24,9 @@ MAX_FAILED_STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A new stream; `blocks` are those it held under a predecessor."""
+    """A new stream, or one that a predecessor had: then `held` named its blocks at the start."""
 
     request: Submit
-    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +140,18 @@ class SchedulerState:
     """All streams, their blocks, and which workers are there."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_batch_tokens: int, workers: Sequence[int]
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_tokens: int,
+        workers: Sequence[int],
+        held: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
+        """Start empty; `held`: blocks with KV that streams had under a predecessor.
+
+        Those are kept for them until they are submitted again: no other stream may write there.
+        """
         self._block_size = block_size
         self._max_batch_tokens = max_batch_tokens
         self._expected = frozenset(workers)
@@ -151,6 +160,8 @@ class SchedulerState:
         self._running: tuple[Segment, ...] = ()
         self._failed_steps = 0
         self.blocks = BlockPool(num_blocks)
+        for stream, blocks in (held or {}).items():
+            self.blocks.adopt(stream, list(blocks))
         self.draining = False
 
     @property
@@ -210,8 +221,8 @@ class SchedulerState:
         if request.stream in self._streams:
             self._remove(request.stream)
         self._streams[request.stream] = _Stream(request, known=request.committed, computed=request.computed)
-        if event.blocks:
-            self.blocks.adopt(request.stream, list(event.blocks))
+        if not request.computed:
+            self.blocks.release(request.stream)  # of a stream that was cancelled meanwhile
         return self._plan()
 
     def _cancel(self, stream: int, serial: int) -> list[Instruction]:
@@ -256,6 +267,8 @@ class SchedulerState:
         keys = tuple((s.stream, s.serial) for s in segments if self._live(s.stream, s.serial))
         for stream, _ in keys:
             self._remove(stream)
+        if not keys:
+            return self._plan()
         return [Fail(streams=keys, code=event.code, text=event.text), *self._plan()]
 
     def _remove(self, stream: int) -> None:

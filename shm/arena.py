@@ -6,7 +6,6 @@ them. A process that dies takes nothing with it. There is no name that could lea
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -40,18 +39,18 @@ class Arena:
         later be a SIGBUS in a worker into an error now.
         """
         nbytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        fd = os.memfd_create(f"sterna-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = -1
         try:
+            fd = os.memfd_create(f"sterna-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(name, fd, nbytes)
         except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise OutOfResources(
-                    f"no memory for the {name} arena: {nbytes / 2**20:.1f} MiB were asked for"
-                ) from error
-            raise
+            if fd >= 0:
+                os.close(fd)
+            raise OutOfResources(
+                f"no memory for the {name} arena of {nbytes / 2**20:.1f} MiB: {error.strerror}"
+            ) from error
 
     @classmethod
     def attach(cls, name: str, fd: int) -> Arena:

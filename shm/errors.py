@@ -197,6 +197,16 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
 }  # fmt: skip
 
 
+def error_of(code: str, text: str) -> SternaError:
+    """Return the error of whatever class `code` names; an unknown code is an InternalError."""
+    classes = [SternaError]
+    for cls in classes:
+        if cls.code == code and cls is not SternaError and cls is not RequestError:
+            return cls(text)
+        classes.extend(cls.__subclasses__())
+    return InternalError(text)
+
+
 def request_error(code: str, text: str) -> RequestError:
     """Return the error that `code` names on the wire; an unknown code is an InternalError."""
     return REQUEST_ERRORS.get(code, InternalError)(text)

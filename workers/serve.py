@@ -10,13 +10,14 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError, ModelReadError
 from ..shm.slots import SlotTable
-from .checkpoint.formats import ActivationKind, Format, MatrixShape
+from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from .checkpoint.packing import pack_matrix
 from .checkpoint.types import TENSOR_TYPES
 from .kernels.ffn import expert_batch
@@ -44,7 +45,7 @@ class _Scratch:
     """Buffers for one batch; grown when a larger one comes, then kept."""
 
     def __init__(self) -> None:
-        self._pairs = 0
+        self._pairs = -1
 
     def fit(self, pairs: int, d_model: int, d_ff: int) -> None:
         if pairs <= self._pairs:
@@ -83,15 +84,16 @@ class ExpertWorker:
     ) -> tuple[Outputs, npt.NDArray[np.float32]]:
         """Run `message` and return its answer; the array is valid until the next call.
 
-        Raises InternalError when an expert is not in its slot or frames are too short.
+        Raises InternalError when an expert is not in its slot or the message contradicts itself: the
+        kernels check nothing.
         """
         begin_ns = time.perf_counter_ns()
         shape = self._layer(message.layer)
+        pairs = _check(message, frames, shape)
         rows = np.frombuffer(frames[-1], np.int32)
+        if not all_below(rows, message.tokens):
+            raise InternalError(f"layer {message.layer}: a routing row is not among {message.tokens} tokens")
         starts = np.asarray(message.starts, np.int64)
-        pairs = int(starts[-1])
-        if len(rows) != pairs or not all_below(rows, message.tokens):
-            raise InternalError(f"layer {message.layer}: {len(rows)} routing rows for {pairs} pairs")
         x, q, scales, sums = _activations(message, frames[:-1], shape.d_model)
         s = self._scratch
         s.fit(pairs, shape.d_model, shape.d_ff)
@@ -120,7 +122,8 @@ class ExpertWorker:
     def _matrices(self, message: Compute, shape: _Expert) -> npt.NDArray[np.int64]:
         table = np.empty((len(message.experts), 3, 3), np.int64)
         for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
-            if not self._slots.holds(slot, message.layer, expert):
+            in_range = 0 <= slot < self._slots.num_slots
+            if not in_range or not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
             table[i] = self._places_in(message.layer, slot, shape)
         return table
@@ -151,6 +154,27 @@ class ExpertWorker:
             nbytes=sum(matrix.nbytes for matrix, _ in shape.matrices),
             crc32=crc,
         )
+
+
+def _check(message: Compute, frames: Sequence[memoryview], shape: _Expert) -> int:
+    """Return the number of pairs; raises InternalError unless counts, kind and sizes fit together."""
+    starts, kind, tokens = message.starts, message.kind, message.tokens
+    where = f"layer {message.layer}"
+    if not len(message.experts) == len(message.slots) == len(starts) - 1:
+        raise InternalError(
+            f"{where}: {len(message.experts)} experts, {len(message.slots)} slots and {len(starts)} starts"
+        )
+    if starts[0] != 0 or any(a > b for a, b in pairwise(starts)) or tokens < 0:
+        raise InternalError(f"{where}: {tokens} tokens, and pairs start at {starts}")
+    expected = activation_kind(shape.matrices[0][0].form)
+    if kind != expected:
+        raise InternalError(f"{where}: activations of kind {kind}, expected {int(expected)}")
+    values, blocks = tokens * shape.d_model, tokens * shape.d_model // kind if kind else 0
+    sizes = [4 * values] if kind == ActivationKind.FLOAT else [values, 4 * blocks, 4 * blocks]
+    found = [frame.nbytes for frame in frames]
+    if found != [*sizes, 4 * starts[-1]]:
+        raise InternalError(f"{where}: arrays of {found} bytes, expected {[*sizes, 4 * starts[-1]]}")
+    return starts[-1]
 
 
 def _activations(

@@ -56,7 +56,7 @@ class Hyperparameters:
         architecture = file.require("general.architecture", str)
         if architecture not in ARCHITECTURES:
             raise ModelFileError(
-                f"{file.path}: general.architecture is {architecture!r}; "
+                f"{file.label}: general.architecture is {architecture!r}; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
         _refuse_unsupported(file, architecture)
@@ -85,7 +85,7 @@ class Hyperparameters:
             gating=_gating(file, read),
             context_length=read.int("context_length"),
         )
-        hyper.check(str(file.path))
+        hyper.check(file.label)
         return hyper
 
     def check(self, source: str) -> None:
@@ -167,16 +167,16 @@ def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
     scaling = file.get(f"{architecture}.rope.scaling.type", str, "none")
     if scaling not in ("none", ""):
         raise ModelFileError(
-            f"{file.path}: {architecture}.rope.scaling.type is {scaling!r}; "
+            f"{file.label}: {architecture}.rope.scaling.type is {scaling!r}; "
             "only unscaled rotation is supported yet"
         )
     groups = file.get(f"{architecture}.expert_group_count", int, 1)
     if groups > 1:
         raise ModelFileError(
-            f"{file.path}: {architecture}.expert_group_count is {groups}; expert groups are not supported yet"
+            f"{file.label}: {architecture}.expert_group_count is {groups}; expert groups are not supported yet"
         )
     if f"{architecture}.attention.key_length_mla" not in file.metadata:
         raise ModelFileError(
-            f"{file.path}: {architecture}.attention.key_length_mla is missing: the file keeps attn_kv_b "
+            f"{file.label}: {architecture}.attention.key_length_mla is missing: the file keeps attn_kv_b "
             "in one piece; convert it with a llama.cpp of April 2025 or later"
         )

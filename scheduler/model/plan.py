@@ -65,7 +65,7 @@ class ModelPlan:
         hyper = Hyperparameters.from_gguf(file)
         embedding = names.find(file, "token_embd")
         if embedding is None or len(embedding.shape) != 2:
-            raise ModelFileError(f"{file.path}: token_embd.weight is missing or not a matrix")
+            raise ModelFileError(f"{file.label}: token_embd.weight is missing or not a matrix")
         plan = cls(hyper=hyper, vocab_size=embedding.shape[0])
         planner = _Planner(file, plan)
         planner.model()
@@ -177,9 +177,9 @@ class _Planner:
             forms = set()
             for expert in range(h.experts):
                 slab = names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
-                forms.add(format_of(slab.type, columns, f"{self._file.path}: {slab.tensor}"))
+                forms.add(format_of(slab.type, columns, f"{self._file.label}: {slab.tensor}"))
             if len(forms) != 1:
-                raise ModelFileError(f"{self._file.path}: layer {layer}: experts differ in type for {role}")
+                raise ModelFileError(f"{self._file.label}: layer {layer}: experts differ in type for {role}")
             shape = MatrixShape(form=forms.pop(), rows=rows, columns=columns)
             matrices.append(ExpertMatrix(role=role, shape=shape, at=at))
             at += shape.nbytes
@@ -190,7 +190,7 @@ class _Planner:
     def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
         if activation_kind(gate) is not activation_kind(up):
             raise ModelFileError(
-                f"{self._file.path}: layer {layer}: {what} are {gate.name} and {up.name}; "
+                f"{self._file.label}: layer {layer}: {what} are {gate.name} and {up.name}; "
                 "both must read the same kind of activations"
             )
 
@@ -199,7 +199,7 @@ class _Planner:
     ) -> MatrixShape:
         """Place a matrix; heads of a 3-D tensor lie under each other as rows."""
         tensor = names.require(self._file, role or key, shape, layer)
-        where = f"{self._file.path}: {tensor.name}"
+        where = f"{self._file.label}: {tensor.name}"
         rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
         packed = MatrixShape(form=format_of(tensor.type, shape[-1], where), rows=rows, columns=shape[-1])
         self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
@@ -211,7 +211,7 @@ class _Planner:
 
     def _raw(self, key: str, shape: tuple[int, ...]) -> None:
         tensor = names.require(self._file, key, shape)
-        format_of(tensor.type, shape[-1], f"{self._file.path}: {tensor.name}")
+        format_of(tensor.type, shape[-1], f"{self._file.label}: {tensor.name}")
         self._place(key, tensor, "raw", tensor.nbytes, None)
 
     def _place(self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None) -> None:

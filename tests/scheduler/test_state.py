@@ -13,10 +13,15 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
 def make(
-    *, workers: Sequence[int] = (0,), tokens: int = 32, blocks: int = 64, joined: bool = True
+    *,
+    workers: Sequence[int] = (0,),
+    tokens: int = 32,
+    blocks: int = 64,
+    joined: bool = True,
+    held: dict[int, tuple[int, ...]] | None = None,
 ) -> st.SchedulerState:
     state = st.SchedulerState(
-        num_blocks=blocks, block_size=BLOCK_SIZE, max_batch_tokens=tokens, workers=workers
+        num_blocks=blocks, block_size=BLOCK_SIZE, max_batch_tokens=tokens, workers=workers, held=held
     )
     if joined:
         for worker in workers:
@@ -26,13 +31,13 @@ def make(
 
 def submitted(
     stream: int, prompt: int, *, serial: int = 1, committed: int | None = None, computed: int = 0,
-    max_length: int = 1000, stop: Sequence[int] = (), blocks: Sequence[int] = (),
+    max_length: int = 1000, stop: Sequence[int] = (),
 ) -> st.Submitted:  # fmt: skip
     request = Submit(
         stream=stream, serial=serial, prompt_length=prompt, committed=committed or prompt, computed=computed,
         max_length=max_length, sampling=GREEDY, stop_ids=list(stop), logprobs=None, prompt_logprobs=False,
     )  # fmt: skip
-    return st.Submitted(request=request, blocks=tuple(blocks))
+    return st.Submitted(request=request)
 
 
 def handle(state: st.SchedulerState, event: st.Event) -> list[st.Instruction]:
@@ -100,9 +105,9 @@ def test_decoding_streams_come_before_prompts_that_arrived_earlier() -> None:
 
 
 def test_an_answer_taken_over_comes_before_a_prompt_that_was_there_first() -> None:
-    state = make(tokens=32)
+    state = make(tokens=32, held={1: (60, 61)})
     handle(state, submitted(0, 100))
-    handle(state, submitted(1, 10, committed=20, computed=19, blocks=(60, 61)))
+    handle(state, submitted(1, 10, committed=20, computed=19))
     assert brief(step(done(state))) == [(1, 19, 1, True), (0, 32, 31, False)]
 
 
@@ -321,8 +326,8 @@ def test_draining_refuses_what_is_new_and_finishes_what_runs() -> None:
 
 
 def test_a_stream_taken_over_goes_on_where_its_kv_ends() -> None:
-    state = make()
-    following = handle(state, submitted(2, 20, serial=4, committed=30, computed=29, blocks=(5, 9)))
+    state = make(held={2: (5, 9)})
+    following = handle(state, submitted(2, 20, serial=4, committed=30, computed=29))
     assert following == [
         st.RunStep(segments=(st.Segment(stream=2, serial=4, start=29, count=1, sample=True),))
     ]
@@ -334,31 +339,40 @@ def test_a_stream_taken_over_goes_on_where_its_kv_ends() -> None:
 
 
 def test_a_stream_taken_over_within_its_prompt_computes_the_rest() -> None:
-    state = make(tokens=32)
-    following = handle(state, submitted(0, 100, computed=32, blocks=(1, 0)))
+    state = make(tokens=32, held={0: (1, 0)})
+    following = handle(state, submitted(0, 100, computed=32))
     assert following[0] == st.GrantBlocks(stream=0, first=2, blocks=(2, 3))
     assert brief(step(following)) == [(0, 32, 32, False)]
 
 
 TAKEN_OVER = {
     "a prompt nobody began": submitted(0, 20),
-    "a prompt half computed": submitted(1, 100, computed=32, blocks=(4, 5)),
-    "an answer at the end of its block": submitted(2, 10, committed=17, computed=16, blocks=(1,)),
-    "an answer amid its block": submitted(3, 10, committed=20, computed=19, blocks=(0, 2)),
+    "a prompt half computed": submitted(1, 100, computed=32),
+    "an answer at the end of its block": submitted(2, 10, committed=17, computed=16),
+    "an answer amid its block": submitted(3, 10, committed=20, computed=19),
 }
+
+
+HELD = {1: (4, 5), 2: (1,), 3: (0, 2)}
 
 
 def test_streams_taken_over_keep_their_blocks_whoever_comes_first() -> None:
     """A successor hears of the streams one after the other; none may be given another's KV."""
     doubled = []
     for order in itertools.permutations(TAKEN_OVER):
-        state = make()
+        state = make(held=HELD)
         for name in order:
             state.handle(TAKEN_OVER[name])
         held = [block for event in TAKEN_OVER.values() for block in state.blocks.held(event.request.stream)]
         if len(held) != len(set(held)):
             doubled.append(order)
     assert doubled == []
+
+
+def test_blocks_of_a_stream_that_nobody_wants_any_more_are_free_again() -> None:
+    """Cancelled between two schedulers; its record is then used for a new request."""
+    state = make(blocks=2, held={0: (0, 1)})
+    assert st.GrantBlocks(stream=0, first=0, blocks=(0, 1)) in handle(state, submitted(0, 20, serial=7))
 
 
 def test_a_resubmission_replaces_the_stream() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import psutil
 import pytest
 
 from sterna.shm.errors import DaemonUnreachable, SternaError
@@ -172,8 +174,9 @@ def test_scheduler_that_dies_again_and_again_ends_the_daemon(serve: Serve) -> No
     until_s = time.monotonic() + 60
     while daemon.process.poll() is None and time.monotonic() < until_s:
         for process in processes_in(daemon.folder):
-            if process.name() == "sterna-schedule":
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() == "sterna-schedule":
+                    process.kill()
         time.sleep(0.01)
     assert daemon.wait(10) in (70, 75)
     (line,) = [line for line in daemon.stderr.splitlines() if line.startswith("sterna: error: ")]

@@ -38,8 +38,8 @@ def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, selec
 
     logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; p:
     float32 scratch; selected: int32 (tokens, k) best first, ties to the lower id; weights: float32
-    (tokens, k) from the unbiased p, divided by their sum if `normalise`, times `scale`. A
-    non-finite score is never selected.
+    (tokens, k) from the unbiased p, divided by their sum if `normalise`, times `scale`. An
+    expert with a non-finite logit or score is never selected.
     """
     k = selected.shape[1]
     for t in range(count):
@@ -49,7 +49,7 @@ def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, selec
             best_score = np.float32(-np.inf)
             for e in range(experts):
                 score = p[e] + bias[e]
-                if not math.isfinite(score) or score <= best_score:
+                if not (math.isfinite(score) and math.isfinite(logits[t, e])) or score <= best_score:
                     continue
                 taken = False
                 for r in range(rank):
