@@ -1,12 +1,18 @@
-"""Where tests keep compiled kernels: with the daemon's, in a folder whose name is their digest.
+"""What holds for all tests: where kernels are kept, and how hypothesis runs.
 
-Numba's own place, __pycache__, has a key that misses edits in the intrinsics.
+Kernels lie with the daemon's, in a folder whose name is their digest: Numba's own place, __pycache__,
+has a key that misses edits in the intrinsics. Timings never fail a test, so examples have no deadline;
+a CI run repeats exactly.
 """
 
 from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 from sterna.workers.kernels.cache import cache_dir
 
 os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir()))
+settings.register_profile("sterna", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("sterna")

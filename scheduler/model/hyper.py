@@ -173,7 +173,8 @@ def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
     groups = file.get(f"{architecture}.expert_group_count", int, 1)
     if groups > 1:
         raise ModelFileError(
-            f"{file.label}: {architecture}.expert_group_count is {groups}; expert groups are not supported yet"
+            f"{file.label}: {architecture}.expert_group_count is {groups}; "
+            "expert groups are not supported yet"
         )
     if f"{architecture}.attention.key_length_mla" not in file.metadata:
         raise ModelFileError(

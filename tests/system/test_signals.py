@@ -24,11 +24,10 @@ REQUESTS = [sampled(number, 100) for number in range(3)]
 ENDLESS: Request = sampled(0, 500)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_running_answers_are_finished(serve: Serve, number: signal.Signals) -> None:
+def test_running_answers_are_finished(serve: Serve) -> None:
     daemon = serve()
     expected = [result.text for result in run_together(daemon.url, REQUESTS)]
-    found = run_while(daemon.url, REQUESTS, lambda: daemon.signal(number))
+    found = run_while(daemon.url, REQUESTS, lambda: daemon.signal(signal.SIGTERM))
     assert [result.text for result in found] == expected
     assert daemon.wait() == 0
 
@@ -36,7 +35,8 @@ def test_running_answers_are_finished(serve: Serve, number: signal.Signals) -> N
 def test_last_words_reach_the_client(serve: Serve) -> None:
     """The end of an answer that is the last thing before the sockets close must not be lost with them."""
     for _ in range(2):
-        daemon = serve("--workers", "1")
+        # A service manager that does not listen is no reason to fail.
+        daemon = serve("--workers", "1", env={"NOTIFY_SOCKET": "/nowhere/notify"})
         (found,) = run_while(
             daemon.url, [sampled(0, 12)], lambda daemon=daemon: daemon.signal(signal.SIGTERM)
         )
@@ -121,7 +121,7 @@ def test_client_that_reads_nothing_does_not_hold_up_the_end(serve: Serve) -> Non
         assert len(stream.read().token_ids) == 200
 
 
-@pytest.mark.parametrize("delay_s", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("delay_s", [0.3, 0.9])
 def test_signal_while_starting(serve: Serve, delay_s: float) -> None:
     daemon = serve(ready=False)
     time.sleep(delay_s)
@@ -178,11 +178,6 @@ def test_service_manager_is_told(serve: Serve, tmp_path: Path) -> None:
         assert "STATUS=loading the model" in told
         daemon.stop()
         assert channel.recv(4096).decode() == "STOPPING=1\nSTATUS=draining"
-
-
-def test_service_manager_that_does_not_listen_is_no_reason_to_fail(serve: Serve, tmp_path: Path) -> None:
-    daemon = serve(env={"NOTIFY_SOCKET": str(tmp_path / "nobody")})
-    assert daemon.stop() == 0
 
 
 def test_ctrl_c_to_the_whole_group_is_the_daemon_s_alone(serve: Serve) -> None:
