@@ -59,12 +59,17 @@ def _dot_generic(builder, acc, w, a, extend=None):
 _BODIES = {"avx512vnni": _dot_vnni, "avx2": _dot_avx2, "neon": _dot_neon, "generic": _dot_generic}
 
 
+def emit_dot_unsigned(builder, acc, w, a):
+    """Emit acc + dot of unsigned w with a for this target."""
+    return _BODIES[TARGET](builder, acc, w, a)
+
+
 @intrinsic
 def dot_unsigned(typing, acc, w, a):
     """acc (v16i32) + dot of w (v64u8, unsigned) with a (v16i32 holding 4 int8 each)."""
 
     def emit(context, builder, signature, args):
-        return _BODIES[TARGET](builder, *args)
+        return emit_dot_unsigned(builder, *args)
 
     return v16i32(v16i32, v64u8, v16i32), emit
 
@@ -102,11 +107,16 @@ def _signed_vnni(builder, acc, w, a):
 _SIGNED = {"avx512vnni": _signed_vnni, "avx2": _signed_avx2, "neon": _dot_neon, "generic": _signed_generic}
 
 
+def emit_dot_signed(builder, acc, w, a):
+    """Emit acc + dot of signed w with a for this target."""
+    return _SIGNED[TARGET](builder, acc, w, a)
+
+
 @intrinsic
 def dot_signed(typing, acc, w, a):
     """acc (v16i32) + dot of w (v64u8 seen as int8, -127..127) with a (v16i32 of 4 int8 each)."""
 
     def emit(context, builder, signature, args):
-        return _SIGNED[TARGET](builder, *args)
+        return emit_dot_signed(builder, *args)
 
     return v16i32(v16i32, v64u8, v16i32), emit
