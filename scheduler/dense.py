@@ -16,7 +16,7 @@ from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.ffn import feed_forward, multiply, multiply_heads
+from ..workers.kernels.ffn import feed_forward, multiply, multiply_heads, scratch_nbytes
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
@@ -54,6 +54,7 @@ class Rows:
         self._quantized: dict[ActivationKind, QuantizedRows] = {}
         self._fresh: set[ActivationKind] = set()
         self._none = QuantizedRows.allocate(1, 1, 1)
+        self.scratch = np.zeros(scratch_nbytes(width, capacity), np.uint8)
 
     def changed(self) -> None:
         """Say that `x` holds new values."""
@@ -95,7 +96,7 @@ class Linear:
         q = rows.as_kind(self.kind, count)
         multiply(
             self._form, self.weights, self.place[0], self.place[1], self._groups, self._columns,
-            rows.x, q.q, q.scales, q.sums, index, count, out, 0, self.padded,
+            rows.x, q.q, q.scales, q.sums, index, count, rows.scratch, out, 0, self.padded,
         )  # fmt: skip
 
 
@@ -121,7 +122,8 @@ class HeadLinear:
         q = rows.as_kind(matrix.kind, count * self._heads)
         multiply_heads(
             int(head.form), matrix.weights, matrix.place[0], matrix.place[1], self._steps[0], self._steps[1],
-            self._heads, head.groups, head.columns, rows.x, q.q, q.scales, q.sums, index, count, out,
+            self._heads, head.groups, head.columns, rows.x, q.q, q.scales, q.sums, index, count,
+            rows.scratch, out,
         )  # fmt: skip
 
 
@@ -135,6 +137,8 @@ class FeedForward:
         places = [(int(m.shape.form), *m.place) for m in (gate, up, down)]
         self._matrices = np.array([places], np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
+        widest = max(self._d_model, self._d_ff)
+        self._scratch = np.zeros(scratch_nbytes(widest, capacity), np.uint8)
         self._up = np.zeros((capacity, self._d_ff), np.float32)
         self._middle = QuantizedRows.allocate(
             capacity, self._d_ff, 32 if self._d_ff % 32 == 0 else self._d_ff
@@ -148,7 +152,8 @@ class FeedForward:
         m = self._middle
         feed_forward(
             self._weights, self._matrices, 0, self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums,
-            index, count, self._gate, self._up, m.q, m.scales, m.sums, index, out, 0, self._d_model,
+            index, count, self._gate, self._up, m.q, m.scales, m.sums, index, self._scratch, out, 0,
+            self._d_model,
         )  # fmt: skip
 
 

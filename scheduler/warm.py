@@ -14,6 +14,7 @@ from ..workers.kernels import attention, ffn, floating, norms, q8, routing, tern
 from ..workers.kernels.activations import QuantizedRows
 
 _ARENA = np.zeros(1 << 16, np.uint8)
+_SCRATCH = np.zeros(1 << 14, np.uint8)
 _INDEX = np.zeros(1, np.int32)
 _ROWS = np.zeros((1, 256), np.float32)
 
@@ -59,9 +60,27 @@ def _quantize() -> None:
 def _multiply() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     out = np.zeros((1, 16), np.float32)
-    ffn.multiply(ffn.TL1, _ARENA, 0, 1024, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, out, 0, 16)
+    ffn.multiply(
+        ffn.TL1, _ARENA, 0, 1024, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, _SCRATCH, out, 0, 16
+    )
     ffn.multiply_heads(
-        ffn.TL1, _ARENA, 0, 1024, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1, out
+        ffn.TL1,
+        _ARENA,
+        0,
+        1024,
+        0,
+        0,
+        1,
+        1,
+        256,
+        _ROWS,
+        q.q,
+        q.scales,
+        q.sums,
+        _INDEX.reshape(1, 1),
+        1,
+        _SCRATCH,
+        out,
     )
 
 
@@ -70,7 +89,7 @@ def _feed_forward() -> None:
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     ffn.feed_forward(
         _ARENA, _matrices(), 0, 256, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, gate, up, m.q,
-        m.scales, m.sums, _INDEX, out, 0, 256,
+        m.scales, m.sums, _INDEX, _SCRATCH, out, 0, 256,
     )  # fmt: skip
 
 
@@ -85,7 +104,7 @@ def _experts() -> None:
     starts = np.array([0, 1], np.int64)
     ffn.expert_batch(
         _ARENA, _matrices(), starts, rows, 256, 256, x, qx, scales, sums, gate, up, m.q, m.scales,
-        m.sums, _INDEX, out,
+        m.sums, _INDEX, _SCRATCH, out,
     )  # fmt: skip
 
 

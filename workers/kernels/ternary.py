@@ -94,10 +94,33 @@ def _finish(acc, sums, weight_scales, x_sum, x_scale):
     return fma_f32(exact, mul_f32(weight_scales, splat_f32(x_scale)), acc)
 
 
-@piece
-def _fields_in_place(c0, c1, c2, c3):
-    """Sum accumulators whose codes stood at bits 0, 2, 4, 6: multiples of 1, 4, 16, 64."""
-    return add_i32(add_i32(c0, _sum2(c1)), add_i32(_sum4(c2), _sum6(c3)))
+if SMALL_CODES:
+    # Codes must stay small: the upper two fields are shifted down by four bits.
+    @piece
+    def _third(v):
+        return _field0(_down4(v))
+
+    @piece
+    def _fourth(v):
+        return _field1(_down4(v))
+
+    @piece
+    def _whole(c0, c1, c2, c3):
+        return add_i32(add_i32(c0, c2), _sum2(add_i32(c1, c3)))
+
+else:
+    # The fields stay where they are: their sums are multiples of 1, 4, 16 and 64.
+    @piece
+    def _third(v):
+        return _field2(v)
+
+    @piece
+    def _fourth(v):
+        return _field3(v)
+
+    @piece
+    def _whole(c0, c1, c2, c3):
+        return add_i32(add_i32(c0, _sum2(c1)), add_i32(_sum4(c2), _sum6(c3)))
 
 
 @kernel
@@ -122,13 +145,13 @@ def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, p
             e0 = dot_unsigned(e0, _field0(u), x0)
             c1 = dot_unsigned(c1, _field1(v), x1)
             e1 = dot_unsigned(e1, _field1(u), x1)
-            c2 = dot_unsigned(c2, _field2(v), x2)
-            e2 = dot_unsigned(e2, _field2(u), x2)
-            c3 = dot_unsigned(c3, _field3(v), x3)
-            e3 = dot_unsigned(e3, _field3(u), x3)
+            c2 = dot_unsigned(c2, _third(v), x2)
+            e2 = dot_unsigned(e2, _third(u), x2)
+            c3 = dot_unsigned(c3, _fourth(v), x3)
+            e3 = dot_unsigned(e3, _fourth(u), x3)
         s, h = x_sums[row, b], x_scales[row, b]
-        a = _finish(a, _fields_in_place(c0, c1, c2, c3), load_f16(w, scales + b * 32), s, h)
-        d = _finish(d, _fields_in_place(e0, e1, e2, e3), load_f16(w, scales + pair // 32 + b * 32), s, h)
+        a = _finish(a, _whole(c0, c1, c2, c3), load_f16(w, scales + b * 32), s, h)
+        d = _finish(d, _whole(e0, e1, e2, e3), load_f16(w, scales + pair // 32 + b * 32), s, h)
     store_f32(out, 4 * place, a)
     if pair:
         store_f32(out, 4 * (place + 16), d)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from .dot import emit_dot_signed, emit_dot_unsigned
+from .dot import emit_dot_offset, emit_dot_unsigned
 from .vector import I32, llvm_type, pointer, splat, v64u8
 
 
@@ -82,9 +82,9 @@ def tile_dot_unsigned(tokens: int):
     return _tile_dot(tokens, emit_dot_unsigned)
 
 
-def tile_dot_signed(tokens: int):
-    """Return the same for signed w and v."""
-    return _tile_dot(tokens, emit_dot_signed)
+def tile_dot_offset(tokens: int):
+    """Return the same for weights stored as int8 + 128, see `dot.dot_offset`."""
+    return _tile_dot(tokens, emit_dot_offset)
 
 
 def store_tile(count: int):
