@@ -26,10 +26,9 @@ from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, 
 
 MAX_PREAD = 16 * 2**20
 
-# Read-only like the frames, because numba compiles a function anew for each array type.
-_NO_X = np.frombuffer(bytes(4), np.float32).reshape(1, 1)
-_NO_Q = np.frombuffer(bytes(1), np.int8).reshape(1, 1)
-_NO_SUMS = np.frombuffer(bytes(4), np.int32).reshape(1, 1)
+_NO_X = np.zeros((1, 1), np.float32)
+_NO_Q = np.zeros((1, 1), np.int8)
+_NO_SUMS = np.zeros((1, 1), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,8 @@ class ExpertWorker:
         self, message: Compute, frames: Sequence[memoryview]
     ) -> tuple[Outputs, npt.NDArray[np.float32]]:
         """Run `message` and return its answer; the array is valid until the next call.
+
+        `frames` are writable (numba has a type of its own for read-only arrays).
 
         Raises InternalError when an expert is not in its slot or the message contradicts itself: the
         kernels check nothing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import floating, q8, ternary
 from .activations import quantize_rows
-from .kernel import kernel
+from .kernel import kernel, piece
 from .simd.mathematics import silu_f32
 from .simd.ops import load_f32, mul_f32, store_f32
 
@@ -57,14 +57,14 @@ def multiply_heads(
         )  # fmt: skip
 
 
-@kernel
+@piece
 def gated(gate, up, count, width):
     """gate = silu(gate) * up for `count` contiguous rows of `width` float32."""
     for i in range(0, count * width, 16):
         store_f32(gate, 4 * i, mul_f32(silu_f32(load_f32(gate, 4 * i)), load_f32(up, 4 * i)))
 
 
-@kernel
+@piece
 def feed_forward(
     w, matrices, m, d_model, d_ff, x, q, scales, sums, rows, count,
     gate, up, hq, h_scales, h_sums, identity, scratch, out, out_at, out_step,
