@@ -30,10 +30,12 @@ def proven_target() -> str:
     if os.environ.get(VARIABLE):
         return os.environ[VARIABLE]
     memory = cache_root() / f"target-{_machine_digest()}"
-    with contextlib.suppress(OSError):
-        return memory.read_text()
-    from ..workers.kernels.features import candidates
+    from ..workers.kernels.features import TARGETS, candidates
 
+    with contextlib.suppress(OSError):
+        remembered = memory.read_text(errors="replace")
+        if remembered in TARGETS:  # a crash of the machine may leave an empty file
+            return remembered
     failures = []
     for target in candidates():
         failure = _try(target)

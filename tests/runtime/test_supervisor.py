@@ -25,7 +25,10 @@ from sterna.runtime.supervisor import Supervisor, WarmProgress
 from sterna.shm.errors import StartFailed
 
 HERE = Path(__file__).parent
-ENV = {"PYTHONPATH": str(HERE)}
+ENV = {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+    "STERNA_KERNEL_TARGET": "generic",  # a forced one needs no proof, which would compile
+}
 Run = Callable[[Coroutine[object, object, None]], None]
 
 
@@ -202,9 +205,12 @@ def test_killed_nursery_takes_its_children_along_and_is_reported(run: Run) -> No
 def test_nursery_killed_while_it_warms_up_fails_the_call(run: Run) -> None:
     async def main() -> None:
         async with supervised() as supervisor:
-            asyncio.get_running_loop().call_later(0.3, os.kill, supervisor.nursery_pid, signal.SIGKILL)
+
+            def kill(_: WarmProgress) -> None:
+                os.kill(supervisor.nursery_pid, signal.SIGKILL)
+
             with pytest.raises(StartFailed, match=r"after step short \(1/2\): nursery .* killed by SIGKILL"):
-                await supervisor.warm(None, 10.0, steps="nursery_entries:endless_steps")
+                await supervisor.warm(kill, 10.0, steps="nursery_entries:endless_steps")
 
     run(main())
 

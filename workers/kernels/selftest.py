@@ -104,7 +104,7 @@ def _check_floats(random: np.random.Generator) -> None:
     weights = random.integers(-8, 9, (ROWS, COLUMNS)).astype(np.float32)
     x = random.integers(-8, 9, (TOKENS, COLUMNS)).astype(np.float32)
     expected = x.astype(np.int64) @ weights.astype(np.int64).T
-    forms = {
+    forms: dict[int, npt.NDArray[np.generic]] = {
         F32: weights,
         F16: weights.astype(np.float16),
         BF16: (weights.view(np.uint32) >> 16).astype(np.uint16),
