@@ -45,8 +45,8 @@ from .tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.endpoint")
 
-PROBE_S = 0.5
-IDLE_PROBES = 20  # connections without requests are probed that much more rarely
+PROBE_S = 0.2
+IDLE_PROBES = 50  # connections without requests are probed that much more rarely
 # A client that lets so much pile up is cut off; the others never notice.
 MAX_BACKLOG_BYTES = 4 * 2**20
 PROBE = Pong(nonce=0)

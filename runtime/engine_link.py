@@ -19,7 +19,7 @@ import zmq
 
 from ..scheduler import messages as wire
 from ..scheduler.spec import SchedulerSpec
-from ..shm.errors import EngineLost, StartFailed, SternaError
+from ..shm.errors import EngineLost, StartFailed, SternaError, error_of
 from ..workers.spec import WorkerSpec
 from .child import Child
 from .config import Config
@@ -304,15 +304,4 @@ class EngineLink:
         if trouble is None:
             self._ready.set_result(None)
         else:
-            self._ready.set_exception(load_error(trouble.code, trouble.text))
-
-
-def load_error(code: str, text: str) -> SternaError:
-    """Return the error that a scheduler met while loading, of the class that `code` names."""
-    stack = [SternaError]
-    while stack:
-        cls = stack.pop()
-        if cls.code == code and cls is not SternaError:
-            return cls(text)
-        stack.extend(cls.__subclasses__())
-    return StartFailed(text)
+            self._ready.set_exception(error_of(trouble.code, trouble.text))

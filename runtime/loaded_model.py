@@ -11,6 +11,7 @@ from ..scheduler.kv import StreamMemory, StreamShape
 from ..scheduler.model.plan import ModelPlan
 from ..scheduler.spec import model_id
 from ..shm.arena import Arena
+from ..shm.errors import ConfigError
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
 from .config import Config, embedded_model
@@ -36,7 +37,11 @@ class LoadedModel:
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
             name = file.get("general.name", str, Path(self.path).stem)
         longest = self.plan.hyper.context_length
-        self.context = min(config.ctx_size or MAX_DEFAULT_CONTEXT, longest)
+        if config.ctx_size > longest:
+            raise ConfigError(
+                f"ctx_size is {config.ctx_size}; {self.path} was made for {longest} tokens at most"
+            )
+        self.context = config.ctx_size or min(MAX_DEFAULT_CONTEXT, longest)
         # No token stands for more text than its piece has characters.
         longest_piece = max(len(self.tokenizer.id_to_piece(i)) for i in range(self.tokenizer.vocab_size))
         self.max_prompt_chars = max(MIN_PROMPT_CHARS, self.context * longest_piece)

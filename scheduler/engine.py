@@ -50,12 +50,19 @@ class Engine:
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
         self._mixture = Mixture(plan, weights, lane, owners, max_batch_tokens)
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
+        # Our own copy: the daemon may give a record to the next request while a step still runs.
+        self._tokens = np.zeros_like(streams.tokens)
+
+    def admit(self, request: Submit) -> None:
+        """Take the stream's tokens from the stream memory; call it before the stream's first step."""
+        known = self._streams.tokens[request.stream, : request.committed]
+        self._tokens[request.stream, : request.committed] = known
 
     def step(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[StreamStep]:
         """Compute `segments` as one batch; request i belongs to segment i.
 
-        Sampled tokens are also written to the stream memory, behind the known ones. Raises WorkerLost
-        or InternalError; nothing that counts has changed then and the step can be repeated.
+        Raises WorkerLost or InternalError; nothing that counts has changed then and the step can be
+        repeated.
         """
         batch = self._batch(segments)
         self._model.forward(batch, self._mixture)
@@ -84,7 +91,7 @@ class Engine:
         ids, streams, positions = [], [], []
         for s in segments:
             end = s.start + s.count
-            ids.append(self._streams.tokens[s.stream, s.start : end])
+            ids.append(self._tokens[s.stream, s.start : end])
             streams.append(np.full(s.count, s.stream, np.int32))
             positions.append(np.arange(s.start, end, dtype=np.int32))
         return TokenBatch(np.concatenate(ids), np.concatenate(streams), np.concatenate(positions))
@@ -96,7 +103,7 @@ class Engine:
         for number, (s, request) in enumerate(zip(segments, requests, strict=True)):
             if request.prompt_logprobs:
                 known = min(s.start + s.count, request.prompt_length - 1)
-                tokens = self._streams.tokens[s.stream, s.start + 1 : known + 1].tolist()
+                tokens = self._tokens[s.stream, s.start + 1 : known + 1].tolist()
                 wanted.extend(_Wanted(row + i, number, token) for i, token in enumerate(tokens))
             row += s.count
             if s.sample:
@@ -107,7 +114,7 @@ class Engine:
         position = segment.start + segment.count
         token = choose(logits, request.sampling, position)
         if position < self._streams.shape.context:
-            self._streams.tokens[segment.stream, position] = token
+            self._tokens[segment.stream, position] = token
         return StreamStep(
             stream=segment.stream,
             serial=segment.serial,

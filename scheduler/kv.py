@@ -5,8 +5,8 @@
     tokens   int32 (streams, context): prompt, then answer
     records  one per stream: request key, committed length, prompt length, generation
 
-The daemon owns the memory and alone writes `records`; the scheduler writes `kv`, `tables` and the
-tokens that it samples. Whatever lies beyond the committed length is garbage by definition: a step
+The daemon owns the memory and alone writes `records` and `tokens`; the scheduler writes `kv` and
+`tables`. Whatever lies beyond the committed length is garbage by definition: a step
 that was begun by a scheduler that died is simply repeated.
 """
 

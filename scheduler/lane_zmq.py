@@ -64,6 +64,7 @@ class ZmqLane:
         self._timeout_s = timeout_s
         self._peers: dict[int, _Peer] = {}
         self._joined: list[int] = []
+        self._lost: list[int] = []
         self._seq = 0
 
     def close(self) -> None:
@@ -90,9 +91,9 @@ class ZmqLane:
 
     def poll_lost(self) -> list[int]:
         """Return the workers that died since the last call and forget them."""
-        lost = [peer.index for peer in self._peers.values() if _ended(peer.pidfd)]
-        for index in lost:
-            self._forget(index)
+        for index in [peer.index for peer in self._peers.values() if _ended(peer.pidfd)]:
+            self._give_up(index)
+        lost, self._lost = self._lost, []
         return lost
 
     def _join(self, identity: bytes, hello: Hello) -> None:
@@ -105,6 +106,12 @@ class ZmqLane:
         with contextlib.suppress(WorkerLost):  # its pidfd tells the rest
             self._send(hello.index, [self._configure])
             self._joined.append(hello.index)
+
+    def _give_up(self, index: int) -> None:
+        """Take a worker for dead: a dying process closes its sockets before its pidfd says so."""
+        if index in self._peers:
+            self._forget(index)
+            self._lost.append(index)
 
     def _forget(self, index: int) -> None:
         peer = self._peers.pop(index, None)
@@ -166,6 +173,7 @@ class ZmqLane:
         try:
             self.socket.send_multipart([peer.identity, *frames], flags=zmq.DONTWAIT)
         except zmq.ZMQError as error:
+            self._kill({worker})
             raise WorkerLost(
                 f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}"
             ) from None
@@ -198,18 +206,19 @@ class ZmqLane:
                     if peer is None or _ended(peer.pidfd):
                         raise WorkerLost(f"worker {index} died ({awaited})")
             if time.monotonic() > deadline:
-                self._stop_late(set(waiting.values()))
+                self._kill(set(waiting.values()))
                 names = ", ".join(str(index) for index in sorted(set(waiting.values())))
                 raise WorkerLost(
                     f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed"
                 )
 
-    def _stop_late(self, workers: set[int]) -> None:
-        """Kill workers that hang; the daemon sees them end and starts new ones."""
+    def _kill(self, workers: set[int]) -> None:
+        """Kill workers that hang or take nothing; the daemon sees them end and starts new ones."""
         for index in workers:
             peer = self._peers.get(index)
             if peer is not None and not _ended(peer.pidfd):
                 signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
+            self._give_up(index)
 
     def _decode(self, frames: list[bytes]) -> ToScheduler:
         try:

@@ -160,6 +160,7 @@ class _Scheduler:
             message = wire.decode_for_scheduler(self._control.recv())
             match message:
                 case wire.Submit():
+                    self._engine.admit(message)
                     self._handle(st.Submitted(request=message))
                 case wire.Cancel():
                     self._handle(st.Cancelled(stream=message.stream, serial=message.serial))
@@ -187,7 +188,12 @@ class _Scheduler:
             self._handle(st.WorkerJoined(worker=index))
 
     def _run_step(self) -> None:
-        segments, self._next = self._next, ()
+        # What was cancelled since the step was planned is left out; its end is an event all the same.
+        segments = [s for s in self._next if self._state.live(s.stream, s.serial)]
+        self._next = ()
+        if not segments:
+            self._handle(st.StepDone(sampled={}))
+            return
         begin_ns = time.perf_counter_ns()
         try:
             results = self._engine.step(segments, [self._state.request(s.stream) for s in segments])

@@ -227,11 +227,12 @@ class SchedulerState:
 
     def _cancel(self, stream: int, serial: int) -> list[Instruction]:
         # A running step may still write to the blocks: nobody reads them before writing them again.
-        if self._live(stream, serial):
+        if self.live(stream, serial):
             self._remove(stream)
         return []
 
-    def _live(self, stream: int, serial: int) -> bool:
+    def live(self, stream: int, serial: int) -> bool:
+        """Return whether the stream is still that submission."""
         known = self._streams.get(stream)
         return known is not None and known.request.serial == serial
 
@@ -240,7 +241,7 @@ class SchedulerState:
         self._failed_steps = 0
         done: list[Instruction] = []
         for segment in segments:
-            if not self._live(segment.stream, segment.serial):
+            if not self.live(segment.stream, segment.serial):
                 continue
             stream = self._streams[segment.stream]
             stream.computed = segment.start + segment.count
@@ -264,7 +265,7 @@ class SchedulerState:
         if event.code == "worker_lost" and self._failed_steps < MAX_FAILED_STEPS:
             return self._plan()
         self._failed_steps = 0
-        keys = tuple((s.stream, s.serial) for s in segments if self._live(s.stream, s.serial))
+        keys = tuple((s.stream, s.serial) for s in segments if self.live(s.stream, s.serial))
         for stream, _ in keys:
             self._remove(stream)
         if not keys:

@@ -136,6 +136,7 @@ class LocalEngine:
                 logprobs=0,
                 prompt_logprobs=True,
             )
+            self.engine.admit(request)
             todo += self.state.handle(st.Submitted(request=request))
         while todo:
             todo += self._carry_out(todo.pop(0), results)

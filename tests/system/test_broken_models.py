@@ -133,4 +133,5 @@ def test_wrong_settings(serve: Serve, arguments: list[str], code: int, words: st
 
 def test_out_of_memory_for_the_streams_is_one_line(serve: Serve) -> None:
     line = error_of(serve("--max-num-seqs", "1024", ready=False, limit_bytes=2**30), 71)
-    assert line == "no memory for the streams arena: 962.2 MiB were asked for"
+    assert line.startswith("no memory for the streams arena")
+    assert "962.2 MiB" in line

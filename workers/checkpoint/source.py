@@ -56,6 +56,8 @@ def _open_error(label: str, error: OSError) -> SternaError:
             f"{label}: user id {os.geteuid()} may not read this file ({reason});"
             " it needs read permission on the file and search permission on its folders"
         )
+    if error.errno == errno.ENXIO:
+        return ModelFileError(f"{label}: a socket or device, expected a regular file")
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return OutOfResources(f"{label}: cannot open or map the file: {reason}")
     return ModelReadError(f"{label}: cannot open or map the file: {reason}")

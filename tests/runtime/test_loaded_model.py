@@ -1,0 +1,35 @@
+"""The model as the daemon holds it: context, arenas, records."""
+
+from __future__ import annotations
+
+import pytest
+from sterna.runtime.config import Config
+from sterna.runtime.loaded_model import LoadedModel
+from sterna.shm.errors import ConfigError
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ctx_size is 513; .*tales-small.gguf was made for 512 tokens"):
+        LoadedModel(Config(ctx_size=513))
+
+
+def test_the_default_context_is_the_model_s() -> None:
+    model = LoadedModel(Config())
+    try:
+        assert model.context == 512
+    finally:
+        model.close()
+
+
+def test_arenas_are_given_back() -> None:
+    model = LoadedModel(Config(ctx_size=64, max_num_seqs=2))
+    model.allocate()
+    assert set(model.scheduler_fds) == {"weights", "dense", "streams"}
+    assert model.memory_bytes["kv"] == 2 * 64 * 6 * 160 * 2  # streams, positions, layers, width, float16
+    model.put_prompt(1, 9, [5, 6, 7])
+    model.commit(1, 3, 8)
+    record = model.streams.records[1]
+    assert (record["computed"], record["committed"], record["serial"]) == (3, 4, 9)
+    assert model.streams.tokens[1, :4].tolist() == [5, 6, 7, 8]
+    model.close()
+    assert model.scheduler_fds == {}
