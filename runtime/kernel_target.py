@@ -19,7 +19,13 @@ from ..workers.kernels.cache import cache_dir, cache_root, sources_digest
 
 VARIABLE = "STERNA_KERNEL_TARGET"
 TIMEOUT_S = 600.0  # it compiles
-_CODE = "from sterna.workers.kernels import selftest; selftest.run()"
+# The child ends with us, whatever ends us (PR_SET_PDEATHSIG, SIGKILL).
+_CODE = """
+import ctypes
+ctypes.CDLL(None).prctl(1, 9)
+from sterna.workers.kernels import selftest
+selftest.run()
+"""
 
 
 def proven_target() -> str:
@@ -80,7 +86,9 @@ def _machine_digest() -> str:
 
 
 def _remember(memory: Path, target: str) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
+    """Write the target down; where nothing can be kept, the next start tries again."""
     part = memory.with_suffix(f".{os.getpid()}")
-    part.write_text(target)
-    part.replace(memory)
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(target)
+        part.replace(memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sterna.runtime.config import Config
 from sterna.runtime.loaded_model import LoadedModel
 from sterna.shm.errors import ConfigError
