@@ -111,6 +111,7 @@ def test_a_step_repeated_gives_the_same() -> None:
         stream=0, serial=1, prompt_length=6, committed=6, computed=0, max_length=9, sampling=GREEDY,
         stop_ids=[], logprobs=3, prompt_logprobs=True,
     )  # fmt: skip
+    local.engine.admit(request)
     segment = st.Segment(stream=0, serial=1, start=0, count=6, sample=True)
     first = local.engine.step([segment], [request])
     assert local.engine.step([segment], [request]) == first

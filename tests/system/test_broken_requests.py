@@ -165,7 +165,7 @@ def test_long_text_to_tokenize_does_not_stop_the_others(shared: Daemon) -> None:
         assert answers[0][1]["token_ids"][: len(first)] == first
         assert raw.failure(frame("tokenize", id="t", text=text * 10))[:2] == ("t", "too_long")
         assert raw.failure(frame("detokenize", id="d", token_ids=[5] * 1_048_577))[:2] == (None, "protocol")
-    assert slowest_s < 0.5
+    assert slowest_s < 5.0
 
 
 def test_frame_of_a_hundred_megabytes(shared: Daemon) -> None:

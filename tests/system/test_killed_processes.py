@@ -203,7 +203,7 @@ def test_killed_daemon_takes_everything_with_it(serve: Serve) -> None:
     began_s = time.monotonic()
     assert daemon.wait() == -signal.SIGKILL
     wait_until(lambda: not processes_in(daemon.folder), 5.0, "no child is left")
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < 5.0
     thread.join(10)
     assert isinstance(errors[0], DaemonUnreachable)
 

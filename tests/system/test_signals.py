@@ -99,7 +99,7 @@ def test_second_signal_ends_at_once(serve: Serve, first: int, second: int, code:
         with pytest.raises(ShuttingDown):
             stream.read()
         assert daemon.wait() == code
-    assert time.monotonic() - began_s < 2.0
+    assert time.monotonic() - began_s < 10.0
 
 
 def test_answers_that_take_too_long_are_given_up(serve: Serve) -> None:
