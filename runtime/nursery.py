@@ -47,6 +47,8 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 1, 15, 38
 # which aborts a child forked after any parallel kernel was merely loaded.
 THREAD_SETTINGS = {
     "NUMBA_THREADING_LAYER": "workqueue",
+    # Kernels are vectorised by hand; -O3 doubles the time to compile them and gains nothing.
+    "NUMBA_OPT": "2",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -215,7 +217,9 @@ class Nursery:
             return
         os.environ.update(THREAD_SETTINGS)
         from ..workers.kernels.cache import cache_dir
+        from .kernel_target import VARIABLE, proven_target
 
+        os.environ[VARIABLE] = proven_target()
         os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
         self._prepared = True
 

@@ -16,7 +16,7 @@ from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.ffn import feed_forward, multiply, multiply_heads
+from ..workers.kernels.ffn import expert_batch, multiply_heads, scratch_nbytes
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
@@ -54,6 +54,7 @@ class Rows:
         self._quantized: dict[ActivationKind, QuantizedRows] = {}
         self._fresh: set[ActivationKind] = set()
         self._none = QuantizedRows.allocate(1, 1, 1)
+        self.scratch = np.zeros(scratch_nbytes(width, capacity), np.uint8)
 
     def changed(self) -> None:
         """Say that `x` holds new values."""
@@ -75,58 +76,42 @@ class Rows:
 class Linear:
     """A matrix of the dense arena: `apply` computes out[t] = W @ rows[index[t]].
 
-    `padded` is the width of its output rows: `shape.rows` rounded up to 16.
+    With `heads` > 1 it holds one matrix per head, lying under each other, and head h reads the row
+    t * heads + h. `padded` is the width of an output row: `shape.rows` rounded up to 16.
     """
 
-    def __init__(self, weights: npt.NDArray[np.uint8], shape: MatrixShape, at: int) -> None:
+    def __init__(self, weights: npt.NDArray[np.uint8], shape: MatrixShape, at: int, heads: int = 1) -> None:
         self.weights = weights
         self.shape = shape
         self.kind = activation_kind(shape.form)
         self.place = shape.place(at)
         self.padded = shape.groups * 16
-        self._form = int(shape.form)
-        self._groups = shape.groups
-        self._columns = shape.columns
-
-    def apply(
-        self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
-    ) -> None:
-        """Write `count` rows of `padded` float32 to `out` (contiguous rows of that width)."""
-        q = rows.as_kind(self.kind, count)
-        multiply(
-            self._form, self.weights, self.place[0], self.place[1], self._groups, self._columns,
-            rows.x, q.q, q.scales, q.sums, index, count, out, 0, self.padded,
-        )  # fmt: skip
-
-
-class HeadLinear:
-    """One matrix per head, lying under each other in `linear`: head h reads rows t * heads + h."""
-
-    def __init__(self, linear: Linear, heads: int) -> None:
-        whole = linear.shape
-        head = MatrixShape(form=whole.form, rows=whole.rows // heads, columns=whole.columns)
-        self._linear = linear
         self._heads = heads
-        self._head = head
-        self._steps = head.codes_nbytes, head.scales_nbytes
+        self._head = MatrixShape(form=shape.form, rows=shape.rows // heads, columns=shape.columns)
+        self._sizes = (
+            self._head.codes_nbytes,
+            self._head.scales_nbytes,
+            heads,
+            self._head.groups,
+            shape.columns,
+        )
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
-        """Write (count, heads * rows per head) float32 to `out`.
+        """Write `count` rows of `padded` float32 to `out` (contiguous rows of that width).
 
-        `rows` holds (count * heads, columns); `index` is (heads, capacity): index[h, t] = t * heads + h.
+        `index` is (heads, capacity): which of `rows` head h of token t reads.
         """
-        matrix, head = self._linear, self._head
-        q = rows.as_kind(matrix.kind, count * self._heads)
+        q = rows.as_kind(self.kind, count * self._heads)
         multiply_heads(
-            int(head.form), matrix.weights, matrix.place[0], matrix.place[1], self._steps[0], self._steps[1],
-            self._heads, head.groups, head.columns, rows.x, q.q, q.scales, q.sums, index, count, out,
+            int(self.shape.form), self.weights, *self.place, *self._sizes, rows.x, q.q, q.scales, q.sums,
+            index, count, rows.scratch, out,
         )  # fmt: skip
 
 
 class FeedForward:
-    """Gate, up and down of a dense layer or of the shared experts, over the dense arena."""
+    """Gate, up and down of a dense layer or of the shared experts: one expert that every token uses."""
 
     def __init__(self, gate: Linear, up: Linear, down: Linear, capacity: int) -> None:
         self._weights = gate.weights
@@ -134,21 +119,26 @@ class FeedForward:
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
         places = [(int(m.shape.form), *m.place) for m in (gate, up, down)]
         self._matrices = np.array([places], np.int64)
+        self._starts = np.zeros(2, np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
         self._up = np.zeros((capacity, self._d_ff), np.float32)
-        self._middle = QuantizedRows.allocate(
-            capacity, self._d_ff, 32 if self._d_ff % 32 == 0 else self._d_ff
-        )
+        self._scratch = np.zeros(scratch_nbytes(max(self._d_model, self._d_ff), capacity), np.uint8)
+        block = 32 if self._d_ff % 32 == 0 else self._d_ff
+        self._middle = QuantizedRows.allocate(capacity, self._d_ff, block)
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
-        """Write down(silu(gate x) * up x) of the first `count` rows to `out` (count, d_model)."""
+        """Write down(silu(gate x) * up x) of the first `count` rows to `out` (count, d_model).
+
+        `index` is int32 0, 1, 2, ... up to the capacity.
+        """
         q = rows.as_kind(self._kind, count)
         m = self._middle
-        feed_forward(
-            self._weights, self._matrices, 0, self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums,
-            index, count, self._gate, self._up, m.q, m.scales, m.sums, index, out, 0, self._d_model,
+        self._starts[1] = count
+        expert_batch(
+            self._weights, self._matrices, self._starts, index, self._d_model, self._d_ff, rows.x, q.q,
+            q.scales, q.sums, self._gate, self._up, m.q, m.scales, m.sums, index, self._scratch, out,
         )  # fmt: skip
 
 
@@ -163,12 +153,12 @@ class DenseWeights:
         """Return the plan's entry of `key`."""
         return self._plan.dense[key]
 
-    def linear(self, key: str) -> Linear:
-        """Return the matrix `key`."""
+    def linear(self, key: str, heads: int = 1) -> Linear:
+        """Return the matrix `key`, made of one matrix for each of `heads`."""
         entry = self.entry(key)
         if entry.shape is None:
             raise KeyError(f"{key} is not a matrix")
-        return Linear(self._weights, entry.shape, entry.at)
+        return Linear(self._weights, entry.shape, entry.at, heads)
 
     def vector(self, key: str) -> npt.NDArray[np.float32]:
         """Return the float32 vector `key`."""

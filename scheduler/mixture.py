@@ -75,7 +75,7 @@ class Mixture:
         self._scheduler = MoeBatchScheduler(h.experts, h.experts_used, capacity)
         self._logits = np.zeros((capacity, -(-h.experts // 16) * 16), np.float32)
         self._y = np.zeros((capacity, h.experts_used, h.d_model), np.float32)
-        self._index = np.arange(capacity, dtype=np.int32)
+        self._index = np.arange(capacity, dtype=np.int32).reshape(1, capacity)
 
     def __call__(
         self,

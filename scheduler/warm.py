@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..workers.kernels import attention, ffn, floating, norms, q8, routing, ternary
+from ..workers.kernels import attention, ffn, floating, norms, q8, routing, selftest, ternary
 from ..workers.kernels.activations import QuantizedRows
 
 _ARENA = np.zeros(1 << 16, np.uint8)
+_SCRATCH = np.zeros(1 << 14, np.uint8)
 _INDEX = np.zeros(1, np.int32)
 _ROWS = np.zeros((1, 256), np.float32)
 
@@ -26,11 +27,11 @@ def steps() -> list[tuple[str, Callable[[], None]]]:
         ("pack floats", _pack_floats),
         ("quantise activations", _quantize),
         ("matrix products", _multiply),
-        ("feed-forward", _feed_forward),
         ("experts", _experts),
         ("norms", _norms),
         ("attention", _attention),
         ("routing", _routing),
+        ("self-test", selftest.run),
     ]
 
 
@@ -59,33 +60,18 @@ def _quantize() -> None:
 def _multiply() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     out = np.zeros((1, 16), np.float32)
-    ffn.multiply(ffn.TL1, _ARENA, 0, 1024, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, out, 0, 16)
     ffn.multiply_heads(
-        ffn.TL1, _ARENA, 0, 1024, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1, out
-    )
-
-
-def _feed_forward() -> None:
-    q, m = QuantizedRows.allocate(1, 256, 256), QuantizedRows.allocate(1, 256, 32)
-    gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
-    ffn.feed_forward(
-        _ARENA, _matrices(), 0, 256, 256, _ROWS, q.q, q.scales, q.sums, _INDEX, 1, gate, up, m.q,
-        m.scales, m.sums, _INDEX, out, 0, 256,
+        ffn.TL1, _ARENA, 0, 1024, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1,
+        _SCRATCH, out,
     )  # fmt: skip
 
 
 def _experts() -> None:
-    m = QuantizedRows.allocate(1, 256, 32)
+    q, m = QuantizedRows.allocate(1, 256, 256), QuantizedRows.allocate(1, 256, 32)
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
-    rows = np.frombuffer(bytes(4), np.int32)
-    x = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)
-    qx = np.frombuffer(bytes(256), np.int8).reshape(1, 256)
-    scales = np.frombuffer(bytes(4), np.float32).reshape(1, 1)
-    sums = np.frombuffer(bytes(4), np.int32).reshape(1, 1)
-    starts = np.array([0, 1], np.int64)
     ffn.expert_batch(
-        _ARENA, _matrices(), starts, rows, 256, 256, x, qx, scales, sums, gate, up, m.q, m.scales,
-        m.sums, _INDEX, out,
+        _ARENA, _matrices(), np.array([0, 1], np.int64), _INDEX, 256, 256, _ROWS, q.q, q.scales, q.sums,
+        gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -122,5 +108,5 @@ def _routing() -> None:
     routing.group_by_expert(selected, 1, ends, pairs, pairs.copy())
     rows = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)
     routing.scatter_pairs(rows, pairs, pairs, 0, 1, y)
-    routing.all_below(np.frombuffer(bytes(4), np.int32), 1)
+    routing.all_below(_INDEX, 1)
     routing.combine(np.zeros((1, 256), np.float32), y, weights, np.zeros((1, 256), np.float32), 1)

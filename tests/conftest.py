@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 
+import numba
 from hypothesis import settings
 
 from sterna.workers.kernels.cache import cache_dir
 
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir()))
+# Only here, not in the environment: for the processes that tests start that names the root.
+numba.config.CACHE_DIR = str(cache_dir())
 settings.register_profile("sterna", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("sterna")

@@ -178,7 +178,7 @@ def test_unit_lets_libzmq_and_numba_live() -> None:
     assert "sched_setscheduler" in allowed[-1], "libzmq aborts (thread.cpp) when it may not call it"
     assert "MemoryDenyWriteExecute" not in service
     assert "WatchdogSec" not in service
-    assert "NUMBA_CACHE_DIR" not in UNIT.read_text(), "it would replace the name with the kernels' digest"
+    assert "NUMBA_CACHE_DIR" not in UNIT.read_text(), "CACHE_DIRECTORY says it already"
 
 
 def test_unit_verifies(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-ALIGNMENT = 16  # what the data of a bytes object has
+ALIGNMENT = 16  # what the data of a bytearray has
 _ZEROS = bytes(ALIGNMENT)
 
 
@@ -27,7 +27,7 @@ def join(arrays: Sequence[npt.NDArray[np.generic]]) -> bytes:
     return b"".join(parts)
 
 
-def split(frame: bytes) -> list[memoryview]:
+def split(frame: bytes | bytearray) -> list[memoryview]:
     """Return the arrays' bytes in `frame`, without a copy; raises ValueError if it is none of ours."""
     view = memoryview(frame)
     if len(view) < 4:

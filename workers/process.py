@@ -49,7 +49,7 @@ def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, frames: list[bytes]) -
             case Configure():
                 serve.configure(message)
             case Compute():
-                outputs, rows = serve.compute(message, split(frames[1]))
+                outputs, rows = serve.compute(message, split(bytearray(frames[1])))
                 lane.send_multipart([encode(outputs), rows.data])
             case PageIn():
                 for paged in serve.page_in(message):

@@ -20,16 +20,15 @@ from ..shm.slots import SlotTable
 from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from .checkpoint.packing import pack_matrix
 from .checkpoint.types import TENSOR_TYPES
-from .kernels.ffn import expert_batch
+from .kernels.ffn import expert_batch, scratch_nbytes
 from .kernels.routing import all_below
 from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, PageIn
 
 MAX_PREAD = 16 * 2**20
 
-# Read-only like the frames, because numba compiles a function anew for each array type.
-_NO_X = np.frombuffer(bytes(4), np.float32).reshape(1, 1)
-_NO_Q = np.frombuffer(bytes(1), np.int8).reshape(1, 1)
-_NO_SUMS = np.frombuffer(bytes(4), np.int32).reshape(1, 1)
+_NO_X = np.zeros((1, 1), np.float32)
+_NO_Q = np.zeros((1, 1), np.int8)
+_NO_SUMS = np.zeros((1, 1), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class _Scratch:
         self.scales = np.zeros((pairs, max(1, d_ff // 32)), np.float32)
         self.sums = np.zeros((pairs, max(1, d_ff // 32)), np.int32)
         self.identity = np.arange(pairs, dtype=np.int32)
+        self.scratch = np.zeros(scratch_nbytes(max(d_model, d_ff), pairs), np.uint8)
         self.out = np.zeros((pairs, d_model), np.float32)
 
 
@@ -84,6 +84,8 @@ class ExpertWorker:
     ) -> tuple[Outputs, npt.NDArray[np.float32]]:
         """Run `message` and return its answer; the array is valid until the next call.
 
+        `frames` are writable (numba has a type of its own for read-only arrays).
+
         Raises InternalError when an expert is not in its slot or the message contradicts itself: the
         kernels check nothing.
         """
@@ -99,7 +101,7 @@ class ExpertWorker:
         s.fit(pairs, shape.d_model, shape.d_ff)
         expert_batch(
             self._slots.memory, self._matrices(message, shape), starts, rows, shape.d_model, shape.d_ff,
-            x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.out,
+            x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.scratch, s.out,
         )  # fmt: skip
         busy_ns = time.perf_counter_ns() - begin_ns
         return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ...workers.checkpoint.types import dequantize
 from ...workers.kernels.attention import latent_attention
 from ...workers.kernels.norms import add_rows, rms_rows, rope_pairs, store_latent
-from ..dense import DenseWeights, FeedForward, HeadLinear, Linear, Rows
+from ..dense import DenseWeights, FeedForward, Linear, Rows
 from ..kv import StreamMemory
 from .plan import ModelPlan
 
@@ -39,8 +39,8 @@ class _Attention:
     q_b: Linear
     kv_a: Linear
     kv_a_norm: npt.NDArray[np.float32]
-    k_b: HeadLinear
-    v_b: HeadLinear
+    k_b: Linear
+    v_b: Linear
     output: Linear
 
 
@@ -67,8 +67,8 @@ class Deepseek2:
         self._make_rotation()
 
     def _load_attention(self, layer: int) -> _Attention:
-        def linear(role: str) -> Linear:
-            return self._dense.linear(f"{layer}.{role}")
+        def linear(role: str, heads: int = 1) -> Linear:
+            return self._dense.linear(f"{layer}.{role}", heads)
 
         def vector(role: str) -> npt.NDArray[np.float32]:
             return self._dense.vector(f"{layer}.{role}")
@@ -81,8 +81,8 @@ class Deepseek2:
             q_b=linear("attn_q_b" if h.q_rank else "attn_q"),
             kv_a=linear("attn_kv_a_mqa"),
             kv_a_norm=vector("attn_kv_a_norm"),
-            k_b=HeadLinear(linear("attn_k_b"), h.heads),
-            v_b=HeadLinear(linear("attn_v_b"), h.heads),
+            k_b=linear("attn_k_b", h.heads),
+            v_b=linear("attn_v_b", h.heads),
             output=linear("attn_output"),
         )
 
@@ -108,6 +108,7 @@ class Deepseek2:
         self._values = Rows(t, h.heads * h.v_dim)
         self._out = np.zeros((t, h.d_model), np.float32)
         self._index = np.arange(t, dtype=np.int32)
+        self._one_head = self._index.reshape(1, t)
         self._head_index = np.ascontiguousarray(
             (np.arange(t)[None, :] * h.heads + np.arange(h.heads)[:, None]).astype(np.int32)
         )
@@ -163,7 +164,7 @@ class Deepseek2:
             self._normed.x,
         )  # fmt: skip
         self._normed.changed()
-        self._output.apply(self._normed, self._index, count, out)
+        self._output.apply(self._normed, self._one_head, count, out)
 
     @property
     def padded_vocabulary(self) -> int:
@@ -190,15 +191,15 @@ class Deepseek2:
     def _queries(self, a: _Attention, count: int) -> None:
         """Compute the heads' queries from the normed input: q_b(rms(q_a h)) or q h."""
         if a.q_a is None or a.q_a_norm is None:
-            a.q_b.apply(self._normed, self._index, count, self._q)
+            a.q_b.apply(self._normed, self._one_head, count, self._q)
             return
-        a.q_a.apply(self._normed, self._index, count, self._low)
+        a.q_a.apply(self._normed, self._one_head, count, self._low)
         rms_rows(
             self._low, self._h.q_rank, a.q_a_norm, np.float32(self._h.eps), count, self._h.q_rank,
             self._q_low.x,
         )  # fmt: skip
         self._q_low.changed()
-        a.q_b.apply(self._q_low, self._index, count, self._q)
+        a.q_b.apply(self._q_low, self._one_head, count, self._q)
 
     def _attend(self, layer: int, batch: TokenBatch, places: npt.NDArray[np.int64]) -> None:
         """x += attn_output(attention(rms(x))) for all tokens; appends to this layer's cache."""
@@ -207,7 +208,7 @@ class Deepseek2:
         rms_rows(self.x, h.d_model, a.norm, eps, count, h.d_model, self._normed.x)
         self._normed.changed()
         self._queries(a, count)
-        a.kv_a.apply(self._normed, self._index, count, self._kv)
+        a.kv_a.apply(self._normed, self._one_head, count, self._kv)
         head = h.nope + h.rope
         q, kv = self._q.reshape(-1), self._kv.reshape(-1)
         rope_pairs(
@@ -243,5 +244,5 @@ class Deepseek2:
         self._context.changed()
         a.v_b.apply(self._context, self._head_index, count, self._values.x)
         self._values.changed()
-        a.output.apply(self._values, self._index, count, self._out)
+        a.output.apply(self._values, self._one_head, count, self._out)
         add_rows(self.x, self._out, count, h.d_model)

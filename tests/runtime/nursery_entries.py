@@ -77,6 +77,7 @@ def surroundings(spec: Mapping[str, object], fds: Fds) -> int:
         "sigterm_default": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "layer": os.environ["NUMBA_THREADING_LAYER"],
+        "target": os.environ["STERNA_KERNEL_TARGET"],
         "cache": os.environ["NUMBA_CACHE_DIR"],
         "spec": dict(spec),
     }

@@ -19,8 +19,10 @@ import pytest
 
 from sterna.runtime import nursery_wire as wire
 from sterna.runtime.nursery import resolve
+from sterna.workers.kernels.cache import sources_digest
 
 HERE = Path(__file__).parent
+TARGET = "generic"  # a forced one needs no proof, which would compile
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -86,7 +88,12 @@ def nursery(pair: Pair, tmp_path: Path) -> Iterator[Running]:
     """Start a nursery and hand it over once it has said that it is ready."""
     ours, theirs = pair
     command = [sys.executable, "-m", "sterna.runtime.nursery", str(theirs.fileno())]
-    env = {**os.environ, "PYTHONPATH": str(HERE), "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "STERNA_KERNEL_TARGET": TARGET,
+    }
     with subprocess.Popen(
         command, pass_fds=(theirs.fileno(),), env=env, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -177,7 +184,10 @@ def test_numba_sees_the_settings_and_children_fork_after_it(nursery: Running) ->
     assert nursery.run("leave", code=0) == 0
 
 
-def test_child_has_what_it_was_given_and_nothing_else(nursery: Running, tmp_path: Path) -> None:
+def test_child_has_what_it_was_given_and_nothing_else(
+    nursery: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STERNA_KERNEL_TARGET", TARGET)  # the folder's name depends on it
     _, sibling = nursery.spawn(2, "wait")
     os.close(sibling)
     reading, writing = os.pipe()
@@ -193,7 +203,8 @@ def test_child_has_what_it_was_given_and_nothing_else(nursery: Running, tmp_path
         "sigterm_default": True,
         "blocked": [],
         "layer": "workqueue",
-        "cache": str(tmp_path),
+        "target": TARGET,
+        "cache": str(tmp_path / f"kernels-{sources_digest()}"),
         "spec": {"layers": [1, 2]},
     }
     os.close(reading)

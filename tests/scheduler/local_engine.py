@@ -49,7 +49,7 @@ class LocalLane:
                 slots=batch.slots,
                 starts=batch.starts,
             )
-            frames = [memoryview(array.tobytes()) for array in (*batch.activations, batch.rows)]
+            frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
             _, rows = self.workers[batch.worker].compute(message, frames)
             outputs.append(np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape))
         return outputs

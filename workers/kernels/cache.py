@@ -27,10 +27,11 @@ def sources_digest() -> str:
 
 
 def cache_dir() -> Path:
-    """Return the folder for compiled kernels: $NUMBA_CACHE_DIR if set, else one named by digest."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("CACHE_DIRECTORY")  # set by systemd
-    root = Path(base) if base else platformdirs.user_cache_path("sterna")
-    return root / f"kernels-{sources_digest()}"
+    """Return the folder for kernels as they are now compiled; its name holds their digest."""
+    return cache_root() / f"kernels-{sources_digest()}"
+
+
+def cache_root() -> Path:
+    """Return what the user or systemd chose, or the user's cache folder."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("CACHE_DIRECTORY")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("sterna")

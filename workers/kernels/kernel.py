@@ -9,3 +9,7 @@ from __future__ import annotations
 from numba import njit
 
 kernel = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+# For pieces of a kernel: merged into each caller before LLVM sees it. A call that stays a call would
+# pass vectors through memory and every array as seven words.
+piece = njit(nogil=True, fastmath=False, error_model="numpy", inline="always")

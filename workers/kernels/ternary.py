@@ -10,26 +10,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel
+from .kernel import kernel, piece
 from .simd.dot import SMALL_CODES, dot_unsigned
 from .simd.ops import (
     add_i32,
     and_bytes,
     broadcast_dword,
+    broadcast_f32,
     fma_f32,
     load_bytes,
     load_f16,
+    load_f32,
+    load_i32,
     mul_f32,
     shift_right_bytes,
     shift_right_i32,
     splat_f32,
     splat_i32,
+    store_bytes,
     store_f32,
     sub_i32,
     to_f32,
     zero_f32,
     zero_i32,
 )
+from .simd.tile import broadcast_tile, store_tile, tile_dot_unsigned
 
 BLOCK = 256
 
@@ -82,112 +87,192 @@ def pack(codes, scale_bits, out, codes_at, scales_at):
                 out[at + 1] = bits >> np.uint16(8)
 
 
-@kernel
-def _block_sum(w, at, q, q_at):
-    """Return the 16 sums of code * activation over one block of 256 columns."""
-    c0 = zero_i32()
-    c1 = zero_i32()
-    c2 = zero_i32()
-    c3 = zero_i32()
-    if SMALL_CODES:
-        for kb in range(16):
-            v = load_bytes(w, at + kb * 64)
-            u = _down4(v)
-            x = q_at + kb * 16
-            c0 = dot_unsigned(c0, _field0(v), broadcast_dword(q, x))
-            c1 = dot_unsigned(c1, _field1(v), broadcast_dword(q, x + 4))
-            c2 = dot_unsigned(c2, _field0(u), broadcast_dword(q, x + 8))
-            c3 = dot_unsigned(c3, _field1(u), broadcast_dword(q, x + 12))
-        return add_i32(add_i32(c0, c2), _sum2(add_i32(c1, c3)))
-    # The fields stay where they are: each accumulator is a multiple of 1, 4, 16 or 64.
-    for kb in range(16):
-        v = load_bytes(w, at + kb * 64)
-        x = q_at + kb * 16
-        c0 = dot_unsigned(c0, _field0(v), broadcast_dword(q, x))
-        c1 = dot_unsigned(c1, _field1(v), broadcast_dword(q, x + 4))
-        c2 = dot_unsigned(c2, _field2(v), broadcast_dword(q, x + 8))
-        c3 = dot_unsigned(c3, _field3(v), broadcast_dword(q, x + 12))
-    return add_i32(add_i32(c0, _sum2(c1)), add_i32(_sum4(c2), _sum6(c3)))
-
-
-@kernel
+@piece
 def _finish(acc, sums, weight_scales, x_sum, x_scale):
     """Take the code offset off and add the scaled block to `acc`."""
     exact = to_f32(sub_i32(sums, splat_i32(x_sum)))
     return fma_f32(exact, mul_f32(weight_scales, splat_f32(x_scale)), acc)
 
 
+if SMALL_CODES:
+    # Codes must stay small: the upper two fields are shifted down by four bits.
+    @piece
+    def _third(v):
+        return _field0(_down4(v))
+
+    @piece
+    def _fourth(v):
+        return _field1(_down4(v))
+
+    @piece
+    def _whole(c0, c1, c2, c3):
+        return add_i32(add_i32(c0, c2), _sum2(add_i32(c1, c3)))
+
+else:
+    # The fields stay where they are: their sums are multiples of 1, 4, 16 and 64.
+    @piece
+    def _third(v):
+        return _field2(v)
+
+    @piece
+    def _fourth(v):
+        return _field3(v)
+
+    @piece
+    def _whole(c0, c1, c2, c3):
+        return add_i32(add_i32(c0, _sum2(c1)), add_i32(_sum4(c2), _sum6(c3)))
+
+
 @kernel
-def _four_tokens(w, codes, scales, columns, q, x_scales, x_sums, rows, t, out, out_at, out_step):
-    """Compute one group of 16 rows for tokens t..t+3; each weight is decoded once for the four."""
+def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, place):
+    """Compute one group of 16 rows, or two if `pair` is the bytes from one to the next, for one token."""
     blocks = columns // BLOCK
-    r0, r1, r2, r3 = rows[t], rows[t + 1], rows[t + 2], rows[t + 3]
-    a0 = zero_f32()
-    a1 = zero_f32()
-    a2 = zero_f32()
-    a3 = zero_f32()
+    a = zero_f32()
+    d = zero_f32()
     for b in range(blocks):
-        c0 = zero_i32()
-        c1 = zero_i32()
-        c2 = zero_i32()
-        c3 = zero_i32()
+        c0, c1, c2, c3 = zero_i32(), zero_i32(), zero_i32(), zero_i32()
+        e0, e1, e2, e3 = zero_i32(), zero_i32(), zero_i32(), zero_i32()
+        at = codes + b * 1024
+        x = row * columns + b * BLOCK
         for kb in range(16):
-            v = load_bytes(w, codes + b * 1024 + kb * 64)
-            x = b * BLOCK + kb * 16
-            x0, x1, x2, x3 = r0 * columns + x, r1 * columns + x, r2 * columns + x, r3 * columns + x
-            f = _field0(v)
-            c0 = dot_unsigned(c0, f, broadcast_dword(q, x0))
-            c1 = dot_unsigned(c1, f, broadcast_dword(q, x1))
-            c2 = dot_unsigned(c2, f, broadcast_dword(q, x2))
-            c3 = dot_unsigned(c3, f, broadcast_dword(q, x3))
-            f = _field0(_down2(v))
-            c0 = dot_unsigned(c0, f, broadcast_dword(q, x0 + 4))
-            c1 = dot_unsigned(c1, f, broadcast_dword(q, x1 + 4))
-            c2 = dot_unsigned(c2, f, broadcast_dword(q, x2 + 4))
-            c3 = dot_unsigned(c3, f, broadcast_dword(q, x3 + 4))
-            f = _field0(_down4(v))
-            c0 = dot_unsigned(c0, f, broadcast_dword(q, x0 + 8))
-            c1 = dot_unsigned(c1, f, broadcast_dword(q, x1 + 8))
-            c2 = dot_unsigned(c2, f, broadcast_dword(q, x2 + 8))
-            c3 = dot_unsigned(c3, f, broadcast_dword(q, x3 + 8))
-            f = _field0(_down6(v))
-            c0 = dot_unsigned(c0, f, broadcast_dword(q, x0 + 12))
-            c1 = dot_unsigned(c1, f, broadcast_dword(q, x1 + 12))
-            c2 = dot_unsigned(c2, f, broadcast_dword(q, x2 + 12))
-            c3 = dot_unsigned(c3, f, broadcast_dword(q, x3 + 12))
-        ws = load_f16(w, scales + b * 32)
-        a0 = _finish(a0, c0, ws, x_sums[r0, b], x_scales[r0, b])
-        a1 = _finish(a1, c1, ws, x_sums[r1, b], x_scales[r1, b])
-        a2 = _finish(a2, c2, ws, x_sums[r2, b], x_scales[r2, b])
-        a3 = _finish(a3, c3, ws, x_sums[r3, b], x_scales[r3, b])
-    store_f32(out, 4 * (out_at + t * out_step), a0)
-    store_f32(out, 4 * (out_at + (t + 1) * out_step), a1)
-    store_f32(out, 4 * (out_at + (t + 2) * out_step), a2)
-    store_f32(out, 4 * (out_at + (t + 3) * out_step), a3)
+            v = load_bytes(w, at + kb * 64)
+            u = load_bytes(w, at + pair + kb * 64)
+            x0 = broadcast_dword(q, x + kb * 16)
+            x1 = broadcast_dword(q, x + kb * 16 + 4)
+            x2 = broadcast_dword(q, x + kb * 16 + 8)
+            x3 = broadcast_dword(q, x + kb * 16 + 12)
+            c0 = dot_unsigned(c0, _field0(v), x0)
+            e0 = dot_unsigned(e0, _field0(u), x0)
+            c1 = dot_unsigned(c1, _field1(v), x1)
+            e1 = dot_unsigned(e1, _field1(u), x1)
+            c2 = dot_unsigned(c2, _third(v), x2)
+            e2 = dot_unsigned(e2, _third(u), x2)
+            c3 = dot_unsigned(c3, _fourth(v), x3)
+            e3 = dot_unsigned(e3, _fourth(u), x3)
+        s, h = x_sums[row, b], x_scales[row, b]
+        a = _finish(a, _whole(c0, c1, c2, c3), load_f16(w, scales + b * 32), s, h)
+        d = _finish(d, _whole(e0, e1, e2, e3), load_f16(w, scales + pair // 32 + b * 32), s, h)
+    store_f32(out, 4 * place, a)
+    if pair:
+        store_f32(out, 4 * (place + 16), d)
+
+
+_TILE = 8
+_first_tile = broadcast_tile(_TILE)
+_tile_dot = tile_dot_unsigned(_TILE)
+_store_tile = store_tile(2 * _TILE)
+# Scratch: codes of two groups' block, one byte each; a tile's sums; then for eight tokens at a time
+# the panels, then [block][token] negated sums, then [block][token] scales; then for each token the
+# float sums of both groups.
+_SUMS_AT = 2 * 64 * 64
+_PANELS_AT = _SUMS_AT + 2 * _TILE * 64
+
+
+def scratch_nbytes(columns: int, tokens: int) -> int:
+    """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
+    return _PANELS_AT + tokens * (columns + 8 * (columns // BLOCK) + 128)
 
 
 @kernel
-def gemm(w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, out, out_at, out_step):
+def _pack_panels(q, x_scales, x_sums, columns, rows, count, scratch):
+    """Copy tokens in eights: [column / 4][token][4 int8] each, with their sums and scales behind."""
+    blocks = columns // BLOCK
+    quads = columns // 4
+    words = q.view(np.int32)
+    panels = scratch[_PANELS_AT:].view(np.int32)
+    sums = panels[count * quads :]
+    scales = scratch[_PANELS_AT + count * (columns + 4 * blocks) :].view(np.float32)
+    for t in range(0, count, _TILE):
+        for i in range(_TILE):
+            row = rows[t + i]
+            for k in range(quads):
+                panels[t * quads + k * _TILE + i] = words[row, k]
+            for b in range(blocks):
+                sums[t * blocks + b * _TILE + i] = -x_sums[row, b]
+                scales[t * blocks + b * _TILE + i] = x_scales[row, b]
+
+
+@kernel
+def _unpack(w, at, out, out_at):
+    """Spread one block of codes (16 rows, 256 columns) to one byte per code."""
+    for kb in range(16):
+        v = load_bytes(w, at + kb * 64)
+        place = out_at + kb * 256
+        store_bytes(out, place, _field0(v))
+        store_bytes(out, place + 64, _field0(_down2(v)))
+        store_bytes(out, place + 128, _field0(_down4(v)))
+        store_bytes(out, place + 192, _field0(_down6(v)))
+
+
+@piece
+def _tile(scratch, panel, sums_at, scales_at, first, second, acc_at):
+    """Add one block of two groups, unpacked in scratch, to the sums of eight tokens at acc_at.
+
+    first, second: the groups' weight scales of this block. The code offset goes in with the start.
+    """
+    tile = _first_tile(scratch, sums_at)
+    for k in range(64):
+        u = load_bytes(scratch, k * 64)
+        v = load_bytes(scratch, 4096 + k * 64)
+        tile = _tile_dot(tile, u, v, scratch, panel + k * 4 * _TILE)
+    _store_tile(scratch, _SUMS_AT, tile)
+    for i in range(_TILE):
+        x_scale = broadcast_f32(scratch, scales_at + 4 * i)
+        at = acc_at + i * 128
+        a = to_f32(load_i32(scratch, _SUMS_AT + i * 64))
+        d = to_f32(load_i32(scratch, _SUMS_AT + (_TILE + i) * 64))
+        store_f32(scratch, at, fma_f32(a, mul_f32(first, x_scale), load_f32(scratch, at)))
+        store_f32(scratch, at + 64, fma_f32(d, mul_f32(second, x_scale), load_f32(scratch, at + 64)))
+
+
+@kernel
+def _tiles(w, codes, scales, pair, columns, count, scratch, out, place, out_step):
+    """Compute two groups for `count` tokens, a multiple of eight, whose panels lie in scratch."""
+    blocks = columns // BLOCK
+    sums_at = _PANELS_AT + count * columns
+    scales_at = sums_at + 4 * count * blocks
+    acc_at = scales_at + 4 * count * blocks
+    for t in range(count):
+        store_f32(scratch, acc_at + t * 128, zero_f32())
+        store_f32(scratch, acc_at + t * 128 + 64, zero_f32())
+    for b in range(blocks):
+        _unpack(w, codes + b * 1024, scratch, 0)
+        _unpack(w, codes + pair + b * 1024, scratch, 4096)
+        first = load_f16(w, scales + b * 32)
+        second = load_f16(w, scales + pair // 32 + b * 32)
+        for t in range(0, count, _TILE):
+            side = 4 * (t * blocks + b * _TILE)
+            panel = _PANELS_AT + t * columns + b * BLOCK * _TILE
+            _tile(scratch, panel, sums_at + side, scales_at + side, first, second, acc_at + t * 128)
+    for t in range(count):
+        store_f32(out, 4 * (place + t * out_step), load_f32(scratch, acc_at + t * 128))
+        if pair:
+            store_f32(out, 4 * (place + t * out_step + 16), load_f32(scratch, acc_at + t * 128 + 64))
+
+
+@kernel
+def gemm(
+    w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, scratch, out, out_at, out_step
+):
     """out[t, :] = W @ x[rows[t]] for t < count; every token gets the same bits in any batch.
 
     w: uint8 arena; groups: padded rows / 16; q: int8 (tokens, columns) with x_scales, x_sums
-    (tokens, columns/256); rows: int; out: float32, row t starts at element out_at + t * out_step
-    and is 16 * groups long. Sums are exact integers; scales are applied in block order.
+    (tokens, columns/256); rows: int; scratch: uint8, see scratch_nbytes; out: float32, row t starts at
+    element out_at + t * out_step and is 16 * groups long. Sums are exact integers; scales are applied
+    in block order.
     """
     blocks = columns // BLOCK
-    for group in range(groups):
+    tiled = count // _TILE * _TILE
+    if tiled:
+        _pack_panels(q, x_scales, x_sums, columns, rows, tiled, scratch)
+    for group in range(0, groups, 2):
         codes = codes_at + group * blocks * 1024
         scales = scales_at + group * blocks * 32
+        pair = blocks * 1024 if group + 1 < groups else 0
         place = out_at + group * 16
-        t = 0
-        while t + 4 <= count:
-            _four_tokens(w, codes, scales, columns, q, x_scales, x_sums, rows, t, out, place, out_step)
-            t += 4
-        while t < count:
-            row = rows[t]
-            acc = zero_f32()
-            for b in range(blocks):
-                sums = _block_sum(w, codes + b * 1024, q, row * columns + b * BLOCK)
-                acc = _finish(acc, sums, load_f16(w, scales + b * 32), x_sums[row, b], x_scales[row, b])
-            store_f32(out, 4 * (place + t * out_step), acc)
-            t += 1
+        if tiled:
+            _tiles(w, codes, scales, pair, columns, tiled, scratch, out, place, out_step)
+        for t in range(tiled, count):
+            _one_token(
+                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, place + t * out_step
+            )

@@ -130,18 +130,33 @@ class Tokens:
         return cls(x, one.astype(np.int8), one, one.astype(np.int32))
 
 
+class Scratch:
+    """Scratch of exactly the size that is asked for, poisoned within and behind."""
+
+    def __init__(self, columns: int, tokens: int) -> None:
+        size = ffn.scratch_nbytes(columns, tokens)
+        self._all = np.full(size + 64, POISON)
+        self.array = self._all[:size]
+
+    def check(self) -> None:
+        """Assert that nothing was written behind it."""
+        assert (self._all[len(self.array) :] == POISON).all()
+
+
 def multiply(matrix: Packed, tokens: Tokens, rows: Sequence[int]) -> F32:
     """Return W @ x[rows[t]] as (len(rows), N) through `ffn.multiply`.
 
-    Checks that the output's padding rows are zero and that nothing beside its place was written.
+    Checks that nothing beside the output's and the scratch's place was written.
     """
     wide, gap, start = matrix.groups * 16, 5, 3
     out = np.full(start + len(rows) * (wide + gap) + 16, np.float32(7.0))
+    scratch = Scratch(matrix.columns, len(rows))
     ffn.multiply(
         matrix.form, matrix.arena, matrix.codes_at, matrix.scales_at, matrix.groups, matrix.columns,
         tokens.x, tokens.q, tokens.scales, tokens.sums, np.array(rows, np.int32), len(rows),
-        out.reshape(1, -1), start, wide + gap,
+        scratch.array, out.reshape(1, -1), start, wide + gap,
     )  # fmt: skip
+    scratch.check()
     table = out[start : start + len(rows) * (wide + gap)].reshape(len(rows), wide + gap)
     assert (out[:start] == 7.0).all()
     assert (out[start + table.size :] == 7.0).all()
@@ -150,14 +165,17 @@ def multiply(matrix: Packed, tokens: Tokens, rows: Sequence[int]) -> F32:
 
 
 def padding_of(matrix: Packed, tokens: Tokens) -> F32:
-    """Return what the rows beyond N give for the first token."""
-    wide = matrix.groups * 16
-    out = np.full((1, wide), np.float32(7.0))
+    """Return what the rows beyond N give for every token."""
+    wide, count = matrix.groups * 16, max(len(tokens.q), len(tokens.x))
+    out = np.full((count, wide), np.float32(7.0))
+    scratch = Scratch(matrix.columns, count)
     ffn.multiply(
         matrix.form, matrix.arena, matrix.codes_at, matrix.scales_at, matrix.groups, matrix.columns,
-        tokens.x, tokens.q, tokens.scales, tokens.sums, np.zeros(1, np.int32), 1, out, 0, wide,
+        tokens.x, tokens.q, tokens.scales, tokens.sums, np.arange(count, dtype=np.int32), count,
+        scratch.array, out, 0, wide,
     )  # fmt: skip
-    return out[0, matrix.rows :]
+    scratch.check()
+    return out[:, matrix.rows :]
 
 
 def same_bits(a: F32, b: F32) -> bool:

@@ -18,10 +18,10 @@ from numba import njit
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
-ROWS = (1, 16, 23)
+ROWS = (1, 23, 40)  # one, two and three groups
 TERNARY_COLUMNS = (256, 768, 8192, 32768)
 Q8_COLUMNS = (32, 96, 256, 4096)
-COUNT = 5  # four tokens at once and one alone
+COUNT = 9  # eight tokens at once and one alone
 
 
 def digests() -> dict[str, str]:
@@ -37,29 +37,39 @@ def assembly(kernel: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN401
     return str(text)
 
 
-def smallest_product() -> tuple[object, ...]:
-    """Return arguments of ternary.gemm for one group, one block and one token."""
+def assemblies() -> dict[str, str]:
+    """Return the machine code of the inner kernels: 2-bit for one token and a tile, 8-bit for a tile."""
+    ternary = import_module("sterna.workers.kernels.ternary")
+    q8 = import_module("sterna.workers.kernels.q8")
     zeros = np.zeros((1, 1), np.float32)
-    return (
-        np.zeros(2048, np.uint8), 0, 1024, 1, 256, np.zeros((1, 256), np.int8), zeros,
-        zeros.astype(np.int32), np.zeros(1, np.int32), 1, np.zeros((1, 16), np.float32), 0, 16,
+    w, out = np.zeros(32768, np.uint8), np.zeros((8, 16), np.float32)
+    one = (
+        w, 0, 1024, 256, 0, np.zeros((1, 256), np.int8), zeros, zeros.astype(np.int32), np.int32(0), out, 0
     )  # fmt: skip
+    scratch = np.zeros(max(ternary.scratch_nbytes(256, 8), q8.scratch_nbytes(256, 8)), np.uint8)
+    tile = (w, 0, 4096, 0, 256, 8, scratch, out, 0, 16)
+    return {
+        "2-bit, one token": assembly(ternary._one_token, one),
+        "2-bit, a tile": assembly(ternary._tiles, tile),
+        "8-bit, a tile": assembly(q8._tiles, tile),
+    }
 
 
 def _run(form: str, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int) -> dict[str, F32]:
     """Return the products with scales of 1 and with the block scales 1, 2, 3, ... / 7."""
-    gemm = import_module(f"sterna.workers.kernels.{form}").gemm
+    module = import_module(f"sterna.workers.kernels.{form}")
     count, columns = q.shape
     groups = -(-rows // 16)
+    scratch = np.full(module.scratch_nbytes(columns, count), np.uint8(0xA5))
     sums = q.view(np.int8).reshape(count, -1, block).sum(axis=2, dtype=np.int32)
     ones = np.ones(sums.shape, np.float32)
     varied = (np.arange(1, sums.size + 1, dtype=np.float32) / np.float32(7)).reshape(sums.shape)
     results = {}
     for name, scales in (("exact", ones), ("scaled", varied)):
         out = np.zeros((count, groups * 16), np.float32)
-        gemm(
+        module.gemm(
             arena, *places, groups, columns, q.view(np.int8), scales, sums, np.arange(count, dtype=np.int32),
-            count, out, 0, groups * 16,
+            count, scratch, out, 0, groups * 16,
         )  # fmt: skip
         results[name] = out[:, :rows]
     return results
@@ -136,11 +146,10 @@ def _floating() -> dict[str, str]:
 
 
 def main() -> None:
-    """Print {"target", "digests", "assembly"} for the target of this process."""
+    """Print {"target", "digests", "assembly"} for the target of this process; the self-test must pass."""
     target = import_module("sterna.workers.kernels.target").TARGET
-    ternary = import_module("sterna.workers.kernels.ternary")
-    text = assembly(ternary.gemm, smallest_product())
-    json.dump({"target": target, "digests": digests(), "assembly": text}, sys.stdout)
+    import_module("sterna.workers.kernels.selftest").run()
+    json.dump({"target": target, "digests": digests(), "assembly": assemblies()}, sys.stdout)
 
 
 if __name__ == "__main__":

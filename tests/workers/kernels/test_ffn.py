@@ -11,7 +11,18 @@ from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.kernels import ffn
 
 from ... import oracles
-from .packed import F32, U8, Packed, Tokens, multiply, pack_floating, pack_q8, pack_ternary, same_bits
+from .packed import (
+    F32,
+    U8,
+    Packed,
+    Scratch,
+    Tokens,
+    multiply,
+    pack_floating,
+    pack_q8,
+    pack_ternary,
+    same_bits,
+)
 
 D_MODEL, D_FF = 256, 512
 FORMS = {"F32": ffn.F32, "F16": ffn.F16, "BF16": ffn.BF16, "Q8": ffn.Q8, "TL1": ffn.TL1}
@@ -68,13 +79,16 @@ class Experts:
         tokens = activations(x, int(self.table[0, 0, 0]))
         pairs = max(1, starts[-1])
         out = np.full((pairs + 1, D_MODEL), np.float32(7.0))
-        scratch = np.zeros((2, pairs, D_FF), np.float32)
+        middle = np.zeros((2, pairs, D_FF), np.float32)
+        scratch = Scratch(max(D_MODEL, D_FF), pairs)
         ffn.expert_batch(
             self.arena, self.table, np.array(starts, np.int64), frozen(np.array(rows, np.int32)), D_MODEL,
-            D_FF, frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), scratch[0],
-            scratch[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
-            np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32), out,
+            D_FF, frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), middle[0],
+            middle[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
+            np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32),
+            scratch.array, out,
         )  # fmt: skip
+        scratch.check()
         assert (out[starts[-1] :] == 7.0).all()
         return out[: starts[-1]]
 
@@ -93,8 +107,8 @@ def activations(x: F32, form: int) -> Tokens:
 @pytest.mark.parametrize(("wide", "down"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_an_expert_agrees_with_float64(wide: str, down: str) -> None:
     experts = Experts.make(FORMS[wide], FORMS[down], 1)
-    x = np.random.default_rng(1).standard_normal((5, D_MODEL)).astype(np.float32)
-    found = experts.run(x, [0, 5], [0, 1, 2, 3, 4])
+    x = np.random.default_rng(1).standard_normal((9, D_MODEL)).astype(np.float32)
+    found = experts.run(x, [0, 9], list(range(9)))  # eight tokens at once and one alone
     gate, up, low = (part.astype(np.float64) for part in experts.values[0])
     true = oracles.feed_forward(gate, up, low, x)
     error = ((found - true) ** 2).sum() / (true**2).sum()
@@ -109,15 +123,15 @@ def test_a_quantised_expert_is_the_composition_of_its_parts(form: str) -> None:
     """With int8 activations the only freedom left is SiLU's last bit, which may turn one code."""
     experts = Experts.make(FORMS[form], FORMS[form], 1)
     block = 256 if form == "TL1" else 32
-    x = np.random.default_rng(2).standard_normal((4, D_MODEL)).astype(np.float32)
+    x = np.random.default_rng(2).standard_normal((9, D_MODEL)).astype(np.float32)
     tokens = Tokens.quantized(x, block)
     gate, up, down = (part.astype(np.float64) for part in experts.values[0])
-    heard = (tokens.q.reshape(4, -1, block) * tokens.scales[:, :, None].astype(np.float64)).reshape(4, -1)
+    heard = (tokens.q.reshape(9, -1, block) * tokens.scales[:, :, None].astype(np.float64)).reshape(9, -1)
     middle = oracles.silu(heard @ gate.T) * (heard @ up.T)
     q, scales, _ = oracles.quantize_rows(middle.astype(np.float32), block)
-    passed = (q.reshape(4, -1, block) * scales[:, :, None].astype(np.float64)).reshape(4, -1)
+    passed = (q.reshape(9, -1, block) * scales[:, :, None].astype(np.float64)).reshape(9, -1)
     true = passed @ down.T
-    found = experts.run(x, [0, 4], [0, 1, 2, 3])
+    found = experts.run(x, [0, 9], list(range(9)))
     assert ((found - true) ** 2).sum() / (true**2).sum() < 1e-6
 
 
@@ -125,7 +139,11 @@ def test_a_quantised_expert_is_the_composition_of_its_parts(form: str) -> None:
 def test_a_batch_of_experts_gives_the_bits_of_each_token_alone(form: str) -> None:
     experts = Experts.make(FORMS[form], FORMS[form], 4)
     x = np.random.default_rng(3).standard_normal((7, D_MODEL)).astype(np.float32)
-    starts, rows = [0, 5, 5, 6, 15], [0, 2, 3, 5, 6, 4, 6, 5, 4, 3, 2, 1, 0, 0, 6]
+    # Five tokens alone, none, one, and seventeen: two tiles of eight and one alone.
+    starts, rows = (
+        [0, 5, 5, 6, 23],
+        [0, 2, 3, 5, 6, 4, *(6, 5, 4, 3, 2, 1, 0, 0, 6), *(1, 3, 5, 2, 2, 4, 0, 6)],
+    )
     together = experts.run(x, starts, rows)
     for m in range(4):
         one = Experts(experts.arena, experts.table[m : m + 1], [experts.values[m]])
@@ -137,11 +155,11 @@ def test_a_batch_of_experts_gives_the_bits_of_each_token_alone(form: str) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_a_nan_activation_reaches_the_output_of_its_token(form: str) -> None:
     experts = Experts.make(FORMS[form], FORMS[form], 1)
-    x = np.random.default_rng(4).standard_normal((5, D_MODEL)).astype(np.float32)
-    x[2, 100] = np.nan
-    found = experts.run(x, [0, 5], [0, 1, 2, 3, 4])
-    assert np.isnan(found[2]).all()
-    assert np.isfinite(np.delete(found, 2, axis=0)).all()
+    x = np.random.default_rng(4).standard_normal((10, D_MODEL)).astype(np.float32)
+    x[[2, 9], 100] = np.nan  # in the tile of eight, and alone
+    found = experts.run(x, [0, 10], list(range(10)))
+    assert np.isnan(found[[2, 9]]).all()
+    assert np.isfinite(np.delete(found, [2, 9], axis=0)).all()
 
 
 def test_a_large_gate_overflows_visibly() -> None:
@@ -151,20 +169,25 @@ def test_a_large_gate_overflows_visibly() -> None:
     assert not np.isfinite(experts.run(x, [0, 1], [0])).any()
 
 
+@pytest.mark.parametrize("count", [5, 9])
+@pytest.mark.parametrize("rows", [16, 32, 48])
 @pytest.mark.parametrize("form", FORMS)
-def test_heads_are_matrices_under_each_other(form: str) -> None:
+def test_heads_are_matrices_under_each_other(form: str, rows: int, count: int) -> None:
     """Head h of the product over all heads is that of its own rows."""
-    heads, rows, count = 3, 32, 5
+    heads = 3
     whole, _ = matrix(FORMS[form], heads * rows, D_MODEL, 5)
     shape = MatrixShape(form=Format(whole.form), rows=rows, columns=D_MODEL)
     x = np.random.default_rng(6).standard_normal((count * heads, D_MODEL)).astype(np.float32)
     tokens = activations(x, FORMS[form])
     index = np.array([[t * heads + h for t in range(count)] for h in range(heads)], np.int32)
     out = np.full((count, heads * rows), np.float32(7.0))
+    scratch = Scratch(D_MODEL, count)
     ffn.multiply_heads(
         whole.form, whole.arena, whole.codes_at, whole.scales_at, shape.codes_nbytes, shape.scales_nbytes,
-        heads, shape.groups, D_MODEL, tokens.x, tokens.q, tokens.scales, tokens.sums, index, count, out,
+        heads, shape.groups, D_MODEL, tokens.x, tokens.q, tokens.scales, tokens.sums, index, count,
+        scratch.array, out,
     )  # fmt: skip
+    scratch.check()
     for h in range(heads):
         expected = multiply(whole, tokens, index[h].tolist())[:, h * rows : (h + 1) * rows]
         assert same_bits(out[:, h * rows : (h + 1) * rows].copy(), expected)

@@ -7,7 +7,6 @@ signed); otherwise 0..255 are exact.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba.extending import intrinsic
 
 from ..target import TARGET
@@ -59,12 +58,17 @@ def _dot_generic(builder, acc, w, a, extend=None):
 _BODIES = {"avx512vnni": _dot_vnni, "avx2": _dot_avx2, "neon": _dot_neon, "generic": _dot_generic}
 
 
+def emit_dot_unsigned(builder, acc, w, a):
+    """Emit acc + dot of unsigned w with a for this target."""
+    return _BODIES[TARGET](builder, acc, w, a)
+
+
 @intrinsic
 def dot_unsigned(typing, acc, w, a):
     """acc (v16i32) + dot of w (v64u8, unsigned) with a (v16i32 holding 4 int8 each)."""
 
     def emit(context, builder, signature, args):
-        return _BODIES[TARGET](builder, *args)
+        return emit_dot_unsigned(builder, *args)
 
     return v16i32(v16i32, v64u8, v16i32), emit
 
@@ -89,24 +93,26 @@ def _signed_generic(builder, acc, w, a):
     return acc
 
 
-def _signed_vnni(builder, acc, w, a):
-    # vpdpbusd wants unsigned weights: flip to w + 128 and take 128 * sum(a) off again.
-    count = 4 * LANES
-    flipped = builder.xor(w, constant(I8, -128, count))
-    total = _dot_vnni(builder, acc, flipped, a)
-    ones = ir.Constant(llvm_type(I8, count), [-128] * count)
-    correction = _dot_vnni(builder, constant(I32, 0), ones, a)
-    return builder.sub(total, correction)
+_OFFSET = {"avx512vnni": _dot_vnni, "avx2": _signed_avx2, "neon": _dot_neon, "generic": _signed_generic}
+# Whether dot_offset turns w back to signed itself; if not, the caller subtracts 128 * sum(a).
+OFFSET_IN_DOT = TARGET != "avx512vnni"
 
 
-_SIGNED = {"avx512vnni": _signed_vnni, "avx2": _signed_avx2, "neon": _dot_neon, "generic": _signed_generic}
+def emit_dot_offset(builder, acc, w, a):
+    """Emit acc + dot of w (int8 + 128) with a, without the offset where OFFSET_IN_DOT says so."""
+    if OFFSET_IN_DOT:
+        w = builder.xor(w, constant(I8, -128, 4 * LANES))
+    return _OFFSET[TARGET](builder, acc, w, a)
 
 
 @intrinsic
-def dot_signed(typing, acc, w, a):
-    """acc (v16i32) + dot of w (v64u8 seen as int8, -127..127) with a (v16i32 of 4 int8 each)."""
+def dot_offset(typing, acc, w, a):
+    """acc (v16i32) + dot of w (v64u8: int8 + 128, of -127..127) with a (v16i32 of 4 int8 each).
+
+    Unless OFFSET_IN_DOT the result is too large by 128 * (sum of a).
+    """
 
     def emit(context, builder, signature, args):
-        return _SIGNED[TARGET](builder, *args)
+        return emit_dot_offset(builder, *args)
 
     return v16i32(v16i32, v64u8, v16i32), emit
