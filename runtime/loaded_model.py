@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
 from ..scheduler.kv import StreamMemory, StreamShape
 from ..scheduler.model.plan import ModelPlan
 from ..scheduler.spec import model_id
@@ -121,8 +119,3 @@ class LoadedModel:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def active_streams(model: LoadedModel) -> int:
-    """Return how many records are in use."""
-    return int(np.count_nonzero(model.streams.records["active"]))
