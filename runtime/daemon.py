@@ -37,6 +37,7 @@ from .engine_link import EngineLink
 from .loaded_model import LoadedModel
 from .messages import Limits, Welcome
 from .notify import notify
+from .nursery_wire import Warm
 from .service import Service
 from .sockets import ipc_path, server_socket
 from .status import report
@@ -127,7 +128,8 @@ class Daemon:
             self._on_progress("kernels", progress.done, progress.total)
 
         notify("STATUS=compiling kernels")
-        await self.supervisor.warm(warmed, self._config.start_timeout_s)
+        request = Warm(arguments={"kinds": sorted(self.model.plan.kinds)})
+        await self.supervisor.warm(warmed, self._config.start_timeout_s, request)
         self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
         self.engine.on_lost = self._on_lost
         self.engine.on_loading = self._on_loading

@@ -23,7 +23,7 @@ TIMEOUT_S = 600.0  # it compiles
 _CODE = """
 import ctypes
 ctypes.CDLL(None).prctl(1, 9)
-from sterna.workers.kernels import selftest
+from sterna.workers import selftest
 selftest.run()
 """
 

@@ -150,7 +150,7 @@ class Nursery:
         began = time.monotonic()
         try:
             self._prepare_imports()
-            steps: WarmSteps = cast("Callable[[], WarmSteps]", resolve(request.steps))()
+            steps: WarmSteps = cast("WarmSteps", resolve(request.steps)(**request.arguments))
             for done, (name, step) in enumerate(steps, start=1):
                 step()
                 self._send(wire.Progress(done=done, total=len(steps), name=name))

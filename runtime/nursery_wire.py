@@ -33,9 +33,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag=str
 
 
 class Warm(Request, frozen=True, kw_only=True):
-    """Run every step of `steps` ("module:function" that returns (name, callable) pairs)."""
+    """Run every step of `steps` ("module:function" that returns (name, callable) pairs).
+
+    The function is called with `arguments` by keyword.
+    """
 
     steps: str = WARM_STEPS
+    arguments: dict[str, object] = {}
 
 
 class Spawn(Request, frozen=True, kw_only=True):

@@ -118,10 +118,9 @@ class Supervisor:
         self,
         on_progress: Callable[[WarmProgress], None] | None,
         timeout_s: float,
-        *,
-        steps: str = wire.WARM_STEPS,
+        request: wire.Warm,
     ) -> float:
-        """Have the nursery compile or load every kernel; return the seconds it took.
+        """Have the nursery run the steps of `request`; return the seconds it took.
 
         `on_progress` is called in the loop after each step and must not raise. Raises StartFailed
         when a step raises, when the nursery dies or when it takes longer than `timeout_s`.
@@ -131,7 +130,7 @@ class Supervisor:
         self._on_progress = on_progress
         self._last_step = "none"
         try:
-            reply = await self._ask("warm", wire.Warm(steps=steps), (), "finish warming up", timeout_s)
+            reply = await self._ask("warm", request, (), "finish warming up", timeout_s)
         finally:
             self._on_progress = None
         if isinstance(reply, wire.Warmed):

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
 from ..workers.checkpoint.gguf import GgufFile
-from ..workers.checkpoint.packing import pack_matrix
+from ..workers.checkpoint.packing import matrix_entry, pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.ffn import expert_batch, multiply_heads, scratch_nbytes
+from ..workers.kernels.ffn import expert_batch, multiply_heads
+from ..workers.kernels.products import scratch_nbytes
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
@@ -84,7 +85,7 @@ class Linear:
         self.weights = weights
         self.shape = shape
         self.kind = activation_kind(shape.form)
-        self.place = shape.place(at)
+        self.entry = matrix_entry(shape, at)
         self.padded = shape.groups * 16
         self._heads = heads
         self._head = MatrixShape(form=shape.form, rows=shape.rows // heads, columns=shape.columns)
@@ -104,8 +105,9 @@ class Linear:
         `index` is (heads, capacity): which of `rows` head h of token t reads.
         """
         q = rows.as_kind(self.kind, count * self._heads)
+        product, form, codes_at, scales_at, _ = self.entry
         multiply_heads(
-            int(self.shape.form), self.weights, *self.place, *self._sizes, rows.x, q.q, q.scales, q.sums,
+            product, form, self.weights, codes_at, scales_at, *self._sizes, rows.x, q.q, q.scales, q.sums,
             index, count, rows.scratch, out,
         )  # fmt: skip
 
@@ -117,8 +119,7 @@ class FeedForward:
         self._weights = gate.weights
         self._kind = gate.kind
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
-        places = [(int(m.shape.form), *m.place) for m in (gate, up, down)]
-        self._matrices = np.array([places], np.int64)
+        self._matrices = np.array([[gate.entry, up.entry, down.entry]], np.int64)
         self._starts = np.zeros(2, np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
         self._up = np.zeros((capacity, self._d_ff), np.float32)

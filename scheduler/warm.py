@@ -6,63 +6,52 @@ compiled here is what runs later.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from ..workers.kernels import attention, ffn, floating, norms, q8, routing, selftest, ternary
+from ..workers import selftest
+from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, format_of
+from ..workers.checkpoint.packing import matrix_entry
+from ..workers.checkpoint.types import TYPES_BY_NAME
+from ..workers.kernels import attention, ffn, norms, routing
 from ..workers.kernels.activations import QuantizedRows
 
-_ARENA = np.zeros(1 << 16, np.uint8)
+_ARENA = np.zeros(1 << 20, np.uint8)
 _SCRATCH = np.zeros(1 << 14, np.uint8)
 _INDEX = np.zeros(1, np.int32)
 _ROWS = np.zeros((1, 256), np.float32)
 
 
-def steps() -> list[tuple[str, Callable[[], None]]]:
-    """Return (name, function) pairs; running each once makes every later call start at once."""
+# Every file type that has a kernel of its own, with its format.
+ALL_KINDS = tuple((name, format_of(TYPES_BY_NAME[name], 256, name)) for name in KERNEL_TYPES)
+
+
+def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Callable[[], None]]]:
+    """Return (name, function) pairs; running each once makes every later call start at once.
+
+    kinds: the (file type, format) of the matrices that will be packed and multiplied. Each is also
+    tested: a wrong kernel raises InternalError.
+    """
     return [
-        ("pack ternary", _pack_ternary),
-        ("pack 8 bit", _pack_q8),
-        ("pack floats", _pack_floats),
-        ("quantise activations", _quantize),
+        ("quantise activations", selftest.check_quantize),
+        *((f"kernels for {name}", partial(selftest.check, name, Format(form))) for name, form in kinds),
         ("matrix products", _multiply),
         ("experts", _experts),
         ("norms", _norms),
         ("attention", _attention),
         ("routing", _routing),
-        ("self-test", selftest.run),
     ]
-
-
-def _pack_ternary() -> None:
-    ternary.pack(np.zeros((1, 256), np.uint8), np.zeros((1, 1), np.uint16), _ARENA, 0, 1024)
-
-
-def _read_only() -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Return bytes as a file mapping gives them: numba has a type of its own for read-only arrays."""
-    return np.frombuffer(bytes(256 * 4), np.uint8)
-
-
-def _pack_q8() -> None:
-    q8.pack(_read_only(), 1, 32, _ARENA, 0, 512)
-
-
-def _pack_floats() -> None:
-    floating.pack(_read_only(), 1, 4, 4, _ARENA, 0)
-
-
-def _quantize() -> None:
-    for block in (32, 256):
-        QuantizedRows.allocate(1, 256, block).fill(_ROWS, 1)
 
 
 def _multiply() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     out = np.zeros((1, 16), np.float32)
+    product, form, codes_at, scales_at, _ = _matrix(16)
     ffn.multiply_heads(
-        ffn.TL1, _ARENA, 0, 1024, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1,
-        _SCRATCH, out,
+        product, form, _ARENA, codes_at, scales_at, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales,
+        q.sums, _INDEX.reshape(1, 1), 1, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -70,14 +59,14 @@ def _experts() -> None:
     q, m = QuantizedRows.allocate(1, 256, 256), QuantizedRows.allocate(1, 256, 32)
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     ffn.expert_batch(
-        _ARENA, _matrices(), np.array([0, 1], np.int64), _INDEX, 256, 256, _ROWS, q.q, q.scales, q.sums,
-        gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
+        _ARENA, np.array([[_matrix(256)] * 3], np.int64), np.array([0, 1], np.int64), _INDEX, 256, 256,
+        _ROWS, q.q, q.scales, q.sums, gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
     )  # fmt: skip
 
 
-def _matrices() -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
-    place = (ffn.TL1, 0, 256 * 256 // 4)
-    return np.array([[place, place, place]], np.int64)
+def _matrix(rows: int) -> tuple[int, int, int, int, int]:
+    """Return a matrix of zeros: a float format, whose product is the smallest."""
+    return matrix_entry(MatrixShape(form=Format.F16, rows=rows, columns=256), 0)
 
 
 def _norms() -> None:

@@ -164,3 +164,8 @@ def feed_forward(gate: F64, up: F64, down: F64, x: npt.NDArray[np.floating]) -> 
     """Return down(silu(gate x) * (up x)) of each row of `x`, in float64 and without quantisation."""
     wide = x.astype(np.float64)
     return np.asarray((silu(wide @ gate.T) * (wide @ up.T)) @ down.T)
+
+
+def dequantized_gemm(weights: F32, x: F64) -> F64:
+    """Return x @ weights.T in float64: (tokens, K) x (rows, K) -> (tokens, rows)."""
+    return np.asarray(x @ weights.astype(np.float64).T)

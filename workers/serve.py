@@ -18,9 +18,10 @@ import numpy.typing as npt
 from ..shm.errors import InternalError, ModelReadError
 from ..shm.slots import SlotTable
 from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from .checkpoint.packing import pack_matrix
+from .checkpoint.packing import matrix_entry, pack_matrix
 from .checkpoint.types import TENSOR_TYPES
-from .kernels.ffn import expert_batch, scratch_nbytes
+from .kernels.ffn import expert_batch
+from .kernels.products import scratch_nbytes
 from .kernels.routing import all_below
 from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, PageIn
 
@@ -68,7 +69,7 @@ class ExpertWorker:
         self._model_fd = model_fd
         self._scratch = _Scratch()
         self._layers: dict[int, _Expert] = {}
-        self._places: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        self._places: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
@@ -122,7 +123,7 @@ class ExpertWorker:
         return self._layers[layer]
 
     def _matrices(self, message: Compute, shape: _Expert) -> npt.NDArray[np.int64]:
-        table = np.empty((len(message.experts), 3, 3), np.int64)
+        table = np.empty((len(message.experts), 3, 5), np.int64)
         for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
             in_range = 0 <= slot < self._slots.num_slots
             if not in_range or not self._slots.holds(slot, message.layer, expert):
@@ -130,13 +131,11 @@ class ExpertWorker:
             table[i] = self._places_in(message.layer, slot, shape)
         return table
 
-    def _places_in(self, layer: int, slot: int, shape: _Expert) -> list[tuple[int, int, int]]:
-        """Return (format, codes_at, scales_at) of gate, up, down in a slot; remembered."""
+    def _places_in(self, layer: int, slot: int, shape: _Expert) -> list[tuple[int, int, int, int, int]]:
+        """Return the entries of gate, up, down in a slot; remembered."""
         if (layer, slot) not in self._places:
             base = self._slots.at(slot)
-            self._places[layer, slot] = [
-                (int(matrix.form), *matrix.place(base + at)) for matrix, at in shape.matrices
-            ]
+            self._places[layer, slot] = [matrix_entry(matrix, base + at) for matrix, at in shape.matrices]
         return self._places[layer, slot]
 
     def _fill(self, page: ExpertPage) -> None:

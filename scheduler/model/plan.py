@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from ...shm.errors import ModelFileError
 from ...shm.layout import align
 from ...workers.checkpoint import names
-from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind, format_of
+from ...workers.checkpoint.formats import (
+    ActivationKind,
+    Format,
+    MatrixShape,
+    activation_kind,
+    format_of,
+    kernel_type,
+)
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.types import TensorType
 from ...workers.messages import ExpertPage, FileSlab, LayerShape
 from .hyper import Hyperparameters
 
@@ -55,6 +63,8 @@ class ModelPlan:
     dense_nbytes: int = 0
     experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
     slot_nbytes: int = 0
+    kinds: set[tuple[str, Format]] = field(default_factory=set)
+    """(file type, format) of all matrices: what kernels are needed for."""
 
     @classmethod
     def from_file(cls, file: GgufFile) -> ModelPlan:
@@ -177,7 +187,7 @@ class _Planner:
             forms = set()
             for expert in range(h.experts):
                 slab = names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
-                forms.add(format_of(slab.type, columns, f"{self._file.label}: {slab.tensor}"))
+                forms.add(self._format(slab.type, columns, slab.tensor))
             if len(forms) != 1:
                 raise ModelFileError(f"{self._file.label}: layer {layer}: experts differ in type for {role}")
             shape = MatrixShape(form=forms.pop(), rows=rows, columns=columns)
@@ -199,11 +209,16 @@ class _Planner:
     ) -> MatrixShape:
         """Place a matrix; heads of a 3-D tensor lie under each other as rows."""
         tensor = names.require(self._file, role or key, shape, layer)
-        where = f"{self._file.label}: {tensor.name}"
         rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
-        packed = MatrixShape(form=format_of(tensor.type, shape[-1], where), rows=rows, columns=shape[-1])
+        form = self._format(tensor.type, shape[-1], tensor.name)
+        packed = MatrixShape(form=form, rows=rows, columns=shape[-1])
         self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
         return packed
+
+    def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
+        form = format_of(file_type, columns, f"{self._file.label}: {tensor}")
+        self._plan.kinds.add((kernel_type(file_type), form))
+        return form
 
     def _vector(self, key: str, length: int, layer: int | None = None) -> None:
         tensor = names.require(self._file, key, (length,), layer)

@@ -21,6 +21,7 @@ import pytest
 import uvloop
 
 from sterna.runtime.child import Child, ExitStatus
+from sterna.runtime.nursery_wire import Warm
 from sterna.runtime.supervisor import Supervisor, WarmProgress
 from sterna.shm.errors import StartFailed
 
@@ -210,7 +211,7 @@ def test_nursery_killed_while_it_warms_up_fails_the_call(run: Run) -> None:
                 os.kill(supervisor.nursery_pid, signal.SIGKILL)
 
             with pytest.raises(StartFailed, match=r"after step short \(1/2\): nursery .* killed by SIGKILL"):
-                await supervisor.warm(kill, 10.0, steps="nursery_entries:endless_steps")
+                await supervisor.warm(kill, 10.0, Warm(steps="nursery_entries:endless_steps"))
 
     run(main())
 
@@ -356,7 +357,7 @@ def test_warm_reports_progress(run: Run) -> None:
     async def main() -> None:
         async with supervised() as supervisor:
             seen: list[WarmProgress] = []
-            seconds = await supervisor.warm(seen.append, 10.0, steps="nursery_entries:three_steps")
+            seconds = await supervisor.warm(seen.append, 10.0, Warm(steps="nursery_entries:three_steps"))
             assert 0.03 <= seconds < 5.0
             assert seen == [WarmProgress(done=i + 1, total=3, name=f"step {i}") for i in range(3)]
             assert await ended(await spawn(supervisor, "leave", {"code": 3})) == ExitStatus(code=3)
@@ -369,10 +370,10 @@ def test_warm_failure_names_the_step_and_the_nursery_lives(run: Run) -> None:
         async with supervised() as supervisor:
             text = r"after step first \(1/2\): IndexError: list index out of range"
             with pytest.raises(StartFailed, match=text):
-                await supervisor.warm(None, 10.0, steps="nursery_entries:failing_steps")
+                await supervisor.warm(None, 10.0, Warm(steps="nursery_entries:failing_steps"))
             with pytest.raises(StartFailed, match=r"after step none: .* no function 'nothing'"):
-                await supervisor.warm(None, 10.0, steps="nursery_entries:nothing")
-            assert await supervisor.warm(None, 10.0, steps="nursery_entries:three_steps") > 0
+                await supervisor.warm(None, 10.0, Warm(steps="nursery_entries:nothing"))
+            assert await supervisor.warm(None, 10.0, Warm(steps="nursery_entries:three_steps")) > 0
 
     run(main())
 
@@ -381,7 +382,7 @@ def test_endless_warm_is_bounded(run: Run) -> None:
     async def main() -> None:
         async with supervised() as supervisor:
             with pytest.raises(StartFailed, match=r"within 0\.5 s; last step: short \(1/2\)"):
-                await supervisor.warm(None, 0.5, steps="nursery_entries:endless_steps")
+                await supervisor.warm(None, 0.5, Warm(steps="nursery_entries:endless_steps"))
 
     run(main())
 

@@ -15,13 +15,21 @@ from .types import TensorType
 
 
 class Format(IntEnum):
-    """The formats of `workers.kernels`; the numbers are those of `kernels.ffn`."""
+    """The formats of `workers.kernels`; the numbers are those of `kernels.products`."""
 
     F32 = 0
     F16 = 1
     BF16 = 2
     Q8 = 3
     TL1 = 4
+    Q2_K = 16
+    Q3_K = 17
+    Q4_K = 18
+    Q5_K = 19
+    Q6_K = 20
+    Q4_0 = 24
+    IQ4_NL = 25
+    MXFP4 = 26
 
 
 class ActivationKind(IntEnum):
@@ -40,21 +48,65 @@ _FORMAT_OF = {
     "Q8_0": (Format.Q8, 32),
     "TQ2_0": (Format.TL1, 256),
     "TQ1_0": (Format.TL1, 256),
+    "Q2_K": (Format.Q2_K, 256),
+    "Q3_K": (Format.Q3_K, 256),
+    "Q4_K": (Format.Q4_K, 256),
+    "Q5_K": (Format.Q5_K, 256),
+    "Q6_K": (Format.Q6_K, 256),
+    "Q4_0": (Format.Q4_0, 32),
+    "IQ4_NL": (Format.IQ4_NL, 32),
+    "MXFP4": (Format.MXFP4, 32),
 }
-_READS = {Format.Q8: ActivationKind.Q8_32, Format.TL1: ActivationKind.Q8_256}
+KERNEL_TYPES = tuple(_FORMAT_OF)
+"""Names of the file types that are multiplied as they are; others are decoded at load."""
+
 _FLOAT_WIDTH = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Bytes of a quantised matrix for each 16 rows: codes per 32 columns, scales per block of activations."""
+
+    reads: ActivationKind
+    code_nbytes: int
+    scale_nbytes: int
+
+
+_LAYOUTS = {
+    Format.Q8: _Layout(ActivationKind.Q8_32, 512, 32),
+    Format.TL1: _Layout(ActivationKind.Q8_256, 128, 32),
+    Format.Q2_K: _Layout(ActivationKind.Q8_256, 128, 320),
+    Format.Q3_K: _Layout(ActivationKind.Q8_256, 192, 288),
+    Format.Q4_K: _Layout(ActivationKind.Q8_256, 256, 320),
+    Format.Q5_K: _Layout(ActivationKind.Q8_256, 320, 320),
+    Format.Q6_K: _Layout(ActivationKind.Q8_256, 384, 288),
+    Format.Q4_0: _Layout(ActivationKind.Q8_32, 256, 32),
+    Format.IQ4_NL: _Layout(ActivationKind.Q8_32, 256, 32),
+    Format.MXFP4: _Layout(ActivationKind.Q8_32, 256, 16),
+}
+
+
+def is_decoded_at_load(file_type: TensorType) -> bool:
+    """Return whether matrices of `file_type` have no kernel and become float16 when they are loaded.
+
+    This is the slow path: two bytes a weight whatever the file holds, and float products.
+    """
+    return file_type.name not in _FORMAT_OF
+
+
+def kernel_type(file_type: TensorType) -> str:
+    """Return the name of the type as which matrices of `file_type` are packed."""
+    return "F16" if is_decoded_at_load(file_type) else file_type.name
 
 
 def format_of(file_type: TensorType, columns: int, where: str) -> Format:
     """Return the arena format for a matrix of `file_type`; `where` names file and tensor.
 
-    Raises ModelFileError for a type without kernels or columns that its kernel cannot take.
+    Raises ModelFileError for a type that cannot be decoded or columns that its kernel cannot take.
     """
-    if file_type.name not in _FORMAT_OF:
-        raise ModelFileError(
-            f"{where}: type {file_type.name} cannot be computed with yet; supported: {', '.join(_FORMAT_OF)}"
-        )
-    form, multiple = _FORMAT_OF[file_type.name]
+    if is_decoded_at_load(file_type) and file_type.decode is None:
+        raise ModelFileError(f"{where}: type {file_type.name} cannot be computed with or decoded")
+    form, multiple = _FORMAT_OF.get(file_type.name, (Format.F16, 4))
     if columns % multiple:
         raise ModelFileError(
             f"{where}: {columns} columns, expected a multiple of {multiple} for {file_type.name}"
@@ -64,7 +116,7 @@ def format_of(file_type: TensorType, columns: int, where: str) -> Format:
 
 def activation_kind(form: Format) -> ActivationKind:
     """Return what the kernel of `form` reads."""
-    return _READS.get(form, ActivationKind.FLOAT)
+    return _LAYOUTS[form].reads if form in _LAYOUTS else ActivationKind.FLOAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +135,17 @@ class MatrixShape:
     @property
     def codes_nbytes(self) -> int:
         """Bytes of the code area (all of a float matrix)."""
-        weights = self.groups * 16 * self.columns
-        if self.form is Format.TL1:
-            return weights // 4
-        return weights if self.form is Format.Q8 else weights * _FLOAT_WIDTH[self.form]
+        if self.form in _FLOAT_WIDTH:
+            return self.groups * 16 * self.columns * _FLOAT_WIDTH[self.form]
+        return self.groups * (self.columns // 32) * _LAYOUTS[self.form].code_nbytes
 
     @property
     def scales_nbytes(self) -> int:
-        """Bytes of the scale area: one float16 per row and block."""
-        kind = activation_kind(self.form)
-        if kind is ActivationKind.FLOAT:
+        """Bytes of the scale area, 0 for a float matrix."""
+        if self.form in _FLOAT_WIDTH:
             return 0
-        return self.groups * 16 * (self.columns // kind) * 2
+        layout = _LAYOUTS[self.form]
+        return self.groups * (self.columns // layout.reads) * layout.scale_nbytes
 
     @property
     def nbytes(self) -> int:

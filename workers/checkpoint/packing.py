@@ -1,13 +1,23 @@
-"""Packing a matrix from its file bytes into an arena, in the format of `formats`."""
+"""Packing a matrix from its file bytes into an arena, in the format of `formats`, and naming it."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import floating, q8, ternary
-from .formats import Format, MatrixShape
-from .types import TensorType, ternary_codes
+from ...shm.errors import ModelFileError
+from ..kernels import floating, nibbles, planes, q8, ternary
+from ..kernels.products import product
+from .formats import Format, MatrixShape, activation_kind, is_decoded_at_load
+from .types import TensorType, dequantize, ternary_codes
+
+_K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)
+_NIBBLES = (Format.Q4_0, Format.IQ4_NL, Format.MXFP4)
+
+
+def matrix_entry(shape: MatrixShape, at: int) -> tuple[int, int, int, int, int]:
+    """Return (product, format, codes_at, scales_at, block), as `kernels.ffn` names the matrix at `at`."""
+    return product(shape.form), int(shape.form), *shape.place(at), int(activation_kind(shape.form))
 
 
 def pack_matrix(
@@ -19,7 +29,8 @@ def pack_matrix(
 ) -> None:
     """Pack `raw` (the tensor's bytes, row-major) into `out` (uint8) from byte `at`.
 
-    Raises ModelFileError for a ternary block whose codes are not ternary.
+    Raises ModelFileError for a ternary block whose codes are not ternary, and for a value of a type
+    without a kernel that float16 cannot hold.
     """
     codes_at, scales_at = shape.place(at)
     if shape.form is Format.TL1:
@@ -28,6 +39,38 @@ def pack_matrix(
         ternary.pack(codes, scales.astype(np.float16).view(np.uint16), out, codes_at, scales_at)
     elif shape.form is Format.Q8:
         q8.pack(raw, shape.rows, shape.columns, out, codes_at, scales_at)
+    elif shape.form in _K_QUANTS:
+        work = np.empty(planes.WORK_NBYTES, np.uint8)
+        planes.pack(int(shape.form), raw, shape.rows, shape.columns, work, out, codes_at, scales_at)
+    elif shape.form in _NIBBLES:
+        nibbles.pack(int(shape.form), raw, shape.rows, shape.columns, out, codes_at, scales_at)
+    elif is_decoded_at_load(file_type):
+        _pack_decoded(raw, file_type, shape, out, codes_at)
     else:
         width = 4 if shape.form is Format.F32 else 2
         floating.pack(raw, shape.rows, shape.columns, width, out, codes_at)
+
+
+def _pack_decoded(
+    raw: npt.NDArray[np.uint8],
+    file_type: TensorType,
+    shape: MatrixShape,
+    out: npt.NDArray[np.uint8],
+    at: int,
+) -> None:
+    """Decode a matrix to float16, 16 rows at a time, and pack that."""
+    row_nbytes = file_type.row_bytes(shape.columns)
+    for row in range(0, shape.rows, 16):
+        rows = min(16, shape.rows - row)
+        part = raw[row * row_nbytes : (row + rows) * row_nbytes]
+        values = dequantize(file_type, part, (rows, shape.columns))
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if (np.isinf(halves) & np.isfinite(values)).any():
+            raise ModelFileError(
+                f"type {file_type.name}: rows {row} to {row + rows - 1}: a weight beyond 65504, the largest"
+                " of float16, as which this type is held"
+            )
+        # Read-only like a file's bytes: numba compiles a function anew for each array type.
+        contents = np.frombuffer(halves.tobytes(), np.uint8)
+        floating.pack(contents, rows, shape.columns, 2, out, at + row * shape.columns * 2)

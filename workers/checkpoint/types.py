@@ -1,7 +1,8 @@
 """GGML tensor types: sizes of all that are known, decoders of those that can be run.
 
 A type is one entry of `TENSOR_TYPES`; a decoder or a ternary view is a function over raw blocks in
-that entry. Layouts are those of ggml (little endian). Not here: kernels and packing for them.
+that entry. Layouts are those of ggml (little endian). Not here: decoders of the many block types
+(`block_types`, `grid_types`), kernels and packing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
+from . import block_types, grid_types
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -132,6 +134,8 @@ _DECODERS: Final[dict[str, Decoder]] = {
     "BF16": _decode_bf16,
     "Q8_0": _decode_q8_0,
     **{name: _decoder_from(read) for name, read in _CODE_READERS.items()},
+    **block_types.DECODERS,
+    **grid_types.DECODERS,
 }
 
 TENSOR_TYPES: Final[Mapping[int, TensorType]] = MappingProxyType(

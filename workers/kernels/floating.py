@@ -47,15 +47,18 @@ def _weights(kind, w, at):
 
 
 @kernel
-def gemm(kind, w, at, groups, columns, x, rows, count, out, out_at, out_step):
-    """out[t, :] = W @ x[rows[t]] for t < count; x: float32 (tokens, columns), the rest as ternary.gemm.
+def gemm(
+    form, w, codes_at, scales_at, groups, columns, x, q, x_scales, x_sums, rows, count, scratch, out, out_at,
+    out_step,
+):  # fmt: skip
+    """out[t, :] = W @ x[rows[t]] for t < count; arguments as ternary.gemm.
 
     Four partial sums over columns 0, 1, 2, 3 modulo 4 are added as (0 + 1) + (2 + 3).
     """
-    width = 4 if kind == F32 else 2
+    width = 4 if form == F32 else 2
     step = 16 * width
     for group in range(groups):
-        start = at + group * columns * step
+        start = codes_at + group * columns * step
         for t in range(count):
             a0 = zero_f32()
             a1 = zero_f32()
@@ -65,9 +68,9 @@ def gemm(kind, w, at, groups, columns, x, rows, count, out, out_at, out_step):
             for k in range(0, columns, 4):
                 p = start + k * step
                 c = 4 * (base + k)
-                a0 = fma_f32(_weights(kind, w, p), broadcast_f32(x, c), a0)
-                a1 = fma_f32(_weights(kind, w, p + step), broadcast_f32(x, c + 4), a1)
-                a2 = fma_f32(_weights(kind, w, p + 2 * step), broadcast_f32(x, c + 8), a2)
-                a3 = fma_f32(_weights(kind, w, p + 3 * step), broadcast_f32(x, c + 12), a3)
+                a0 = fma_f32(_weights(form, w, p), broadcast_f32(x, c), a0)
+                a1 = fma_f32(_weights(form, w, p + step), broadcast_f32(x, c + 4), a1)
+                a2 = fma_f32(_weights(form, w, p + 2 * step), broadcast_f32(x, c + 8), a2)
+                a3 = fma_f32(_weights(form, w, p + 3 * step), broadcast_f32(x, c + 12), a3)
             total = add_f32(add_f32(a0, a1), add_f32(a2, a3))
             store_f32(out, 4 * (out_at + group * 16 + t * out_step), total)

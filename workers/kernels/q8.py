@@ -165,8 +165,9 @@ def _tiles(w, codes, scales, pair, columns, count, scratch, out, place, out_step
 
 @kernel
 def gemm(
-    w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, scratch, out, out_at, out_step
-):
+    form, w, codes_at, scales_at, groups, columns, x, q, x_scales, x_sums, rows, count, scratch, out, out_at,
+    out_step,
+):  # fmt: skip
     """out[t, :] = W @ x[rows[t]] for t < count; arguments as ternary.gemm, blocks of 32 columns."""
     tiled = count // _TILE * _TILE
     if tiled:

@@ -252,14 +252,16 @@ def _tiles(w, codes, scales, pair, columns, count, scratch, out, place, out_step
 
 @kernel
 def gemm(
-    w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, scratch, out, out_at, out_step
-):
+    form, w, codes_at, scales_at, groups, columns, x, q, x_scales, x_sums, rows, count, scratch, out, out_at,
+    out_step,
+):  # fmt: skip
     """out[t, :] = W @ x[rows[t]] for t < count; every token gets the same bits in any batch.
 
-    w: uint8 arena; groups: padded rows / 16; q: int8 (tokens, columns) with x_scales, x_sums
-    (tokens, columns/256); rows: int; scratch: uint8, see scratch_nbytes; out: float32, row t starts at
-    element out_at + t * out_step and is 16 * groups long. Sums are exact integers; scales are applied
-    in block order.
+    The signature is that of all products (`products`). form: the format's number; w: uint8 arena; groups:
+    padded rows / 16; x: float32 (tokens, columns), read by float formats only; q: int8 (tokens, columns)
+    with x_scales, x_sums (tokens, columns/256), read by the others; rows: int; scratch: uint8, see
+    scratch_nbytes; out: float32, row t starts at element out_at + t * out_step and is 16 * groups long.
+    Sums are exact integers; scales are applied in block order.
     """
     blocks = columns // BLOCK
     tiled = count // _TILE * _TILE

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sterna.workers.kernels import ffn, floating, q8, ternary
+from sterna.workers.checkpoint.formats import Format, activation_kind
+from sterna.workers.kernels import floating, products, q8, ternary
 from sterna.workers.kernels.activations import quantize_rows
 
 F32 = npt.NDArray[np.float32]
@@ -22,7 +23,7 @@ POISON = np.uint8(0xA5)  # what the arena holds around the matrix
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A matrix in an arena; `form` is one of `ffn`'s formats."""
+    """A matrix in an arena; `form` is one of `products`' formats."""
 
     form: int
     arena: U8
@@ -32,8 +33,10 @@ class Packed:
     columns: int
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        return self.form, self.codes_at, self.scales_at
+    def entry(self) -> tuple[int, int, int, int, int]:
+        """How the kernels of `ffn` name it."""
+        block = int(activation_kind(Format(self.form)))
+        return products.product(self.form), self.form, self.codes_at, self.scales_at, block
 
     @property
     def groups(self) -> int:
@@ -50,7 +53,9 @@ def pack_ternary(codes: U8, scales: F32, at: int = 0) -> Packed:
     ternary.pack(np.ascontiguousarray(codes), bits, arena, at, scales_at)
     assert (arena[:at] == POISON).all()
     assert (arena[end:] == POISON).all()
-    return Packed(form=ffn.TL1, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns)
+    return Packed(
+        form=products.TL1, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns
+    )
 
 
 def q8_blocks(values: I8, scales: F32) -> U8:
@@ -76,21 +81,21 @@ def pack_q8(values: I8, scales: F32, at: int = 0) -> Packed:
     q8.pack(read_only(q8_blocks(values, scales)), rows, columns, arena, at, scales_at)
     assert (arena[:at] == POISON).all()
     assert (arena[end:] == POISON).all()
-    return Packed(form=ffn.Q8, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns)
+    return Packed(form=products.Q8, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns)
 
 
 def pack_floating(form: int, weights: F32, at: int = 0) -> tuple[Packed, F32]:
     """Pack (N, K) weights as F32, F16 or BF16; also return the values they have there."""
     rows, columns = weights.shape
-    if form == ffn.F16:
+    if form == products.F16:
         stored: npt.NDArray[np.generic] = weights.astype(np.float16)
         values = stored.astype(np.float32)
-    elif form == ffn.BF16:
+    elif form == products.BF16:
         stored = (np.ascontiguousarray(weights).view(np.uint32) >> 16).astype(np.uint16)
         values = (stored.astype(np.uint32) << 16).view(np.float32)
     else:
         stored, values = weights, weights
-    width = 4 if form == ffn.F32 else 2
+    width = 4 if form == products.F32 else 2
     end = at + floating.nbytes(rows, columns, width)
     arena = np.full(end + 64, POISON)
     floating.pack(read_only(stored), rows, columns, width, arena, at)
@@ -134,7 +139,7 @@ class Scratch:
     """Scratch of exactly the size that is asked for, poisoned within and behind."""
 
     def __init__(self, columns: int, tokens: int) -> None:
-        size = ffn.scratch_nbytes(columns, tokens)
+        size = products.scratch_nbytes(columns, tokens)
         self._all = np.full(size + 64, POISON)
         self.array = self._all[:size]
 
@@ -144,14 +149,14 @@ class Scratch:
 
 
 def multiply(matrix: Packed, tokens: Tokens, rows: Sequence[int]) -> F32:
-    """Return W @ x[rows[t]] as (len(rows), N) through `ffn.multiply`.
+    """Return W @ x[rows[t]] as (len(rows), N) through the format's product.
 
     Checks that nothing beside the output's and the scratch's place was written.
     """
     wide, gap, start = matrix.groups * 16, 5, 3
     out = np.full(start + len(rows) * (wide + gap) + 16, np.float32(7.0))
     scratch = Scratch(matrix.columns, len(rows))
-    ffn.multiply(
+    products.kernel_of(matrix.form)(
         matrix.form, matrix.arena, matrix.codes_at, matrix.scales_at, matrix.groups, matrix.columns,
         tokens.x, tokens.q, tokens.scales, tokens.sums, np.array(rows, np.int32), len(rows),
         scratch.array, out.reshape(1, -1), start, wide + gap,
@@ -169,7 +174,7 @@ def padding_of(matrix: Packed, tokens: Tokens) -> F32:
     wide, count = matrix.groups * 16, max(len(tokens.q), len(tokens.x))
     out = np.full((count, wide), np.float32(7.0))
     scratch = Scratch(matrix.columns, count)
-    ffn.multiply(
+    products.kernel_of(matrix.form)(
         matrix.form, matrix.arena, matrix.codes_at, matrix.scales_at, matrix.groups, matrix.columns,
         tokens.x, tokens.q, tokens.scales, tokens.sums, np.arange(count, dtype=np.int32), count,
         scratch.array, out, 0, wide,

@@ -21,6 +21,7 @@ F32 = npt.NDArray[np.float32]
 ROWS = (1, 23, 40)  # one, two and three groups
 TERNARY_COLUMNS = (256, 768, 8192, 32768)
 Q8_COLUMNS = (32, 96, 256, 4096)
+FORMS = {"q8": 3, "ternary": 4}
 COUNT = 9  # eight tokens at once and one alone
 
 
@@ -68,8 +69,8 @@ def _run(form: str, arena: U8, places: tuple[int, int], rows: int, q: U8, block:
     for name, scales in (("exact", ones), ("scaled", varied)):
         out = np.zeros((count, groups * 16), np.float32)
         module.gemm(
-            arena, *places, groups, columns, q.view(np.int8), scales, sums, np.arange(count, dtype=np.int32),
-            count, scratch, out, 0, groups * 16,
+            FORMS[form], arena, *places, groups, columns, np.zeros((1, 1), np.float32), q.view(np.int8),
+            scales, sums, np.arange(count, dtype=np.int32), count, scratch, out, 0, groups * 16,
         )  # fmt: skip
         results[name] = out[:, :rows]
     return results
@@ -138,7 +139,11 @@ def _floating() -> dict[str, str]:
     arena = np.zeros(floating.nbytes(23, 256, 2), np.uint8)
     floating.pack(np.frombuffer(weights.tobytes(), np.uint8), 23, 256, 2, arena, 0)
     out = np.zeros((COUNT, 32), np.float32)
-    floating.gemm(floating.F16, arena, 0, 2, 256, x, np.arange(COUNT, dtype=np.int32), COUNT, out, 0, 32)
+    none = np.zeros((1, 1), np.float32)
+    floating.gemm(
+        floating.F16, arena, 0, 0, 2, 256, x, none.astype(np.int8), none, none.astype(np.int32),
+        np.arange(COUNT, dtype=np.int32), COUNT, arena, out, 0, 32,
+    )  # fmt: skip
     rows = activations.QuantizedRows.allocate(COUNT, 256, 32)
     rows.fill(x, COUNT)
     parts = (rows.q.tobytes(), rows.scales.tobytes(), rows.sums.tobytes())
@@ -148,7 +153,7 @@ def _floating() -> dict[str, str]:
 def main() -> None:
     """Print {"target", "digests", "assembly"} for the target of this process; the self-test must pass."""
     target = import_module("sterna.workers.kernels.target").TARGET
-    import_module("sterna.workers.kernels.selftest").run()
+    import_module("sterna.workers.selftest").run()
     json.dump({"target": target, "digests": digests(), "assembly": assemblies()}, sys.stdout)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.kernels import ffn
+from sterna.workers.kernels import ffn, products
 
 from ... import oracles
 from .packed import (
@@ -25,7 +25,13 @@ from .packed import (
 )
 
 D_MODEL, D_FF = 256, 512
-FORMS = {"F32": ffn.F32, "F16": ffn.F16, "BF16": ffn.BF16, "Q8": ffn.Q8, "TL1": ffn.TL1}
+FORMS = {
+    "F32": products.F32,
+    "F16": products.F16,
+    "BF16": products.BF16,
+    "Q8": products.Q8,
+    "TL1": products.TL1,
+}
 PAIRS = [
     ("TL1", "TL1"), ("TL1", "Q8"), ("TL1", "F16"), ("Q8", "Q8"), ("Q8", "TL1"), ("F32", "F32"),
     ("F16", "BF16"), ("BF16", "TL1"),
@@ -35,11 +41,11 @@ PAIRS = [
 def matrix(form: int, rows: int, columns: int, seed: int) -> tuple[Packed, F32]:
     """Return a packed matrix and its values."""
     rng = np.random.default_rng(seed)
-    if form == ffn.TL1:
+    if form == products.TL1:
         codes = rng.integers(0, 3, (rows, columns), dtype=np.uint8)
         scales = rng.uniform(0.02, 0.05, (rows, columns // 256)).astype(np.float16).astype(np.float32)
         return pack_ternary(codes, scales), (codes.astype(np.float32) - 1) * scales.repeat(256, axis=1)
-    if form == ffn.Q8:
+    if form == products.Q8:
         values = rng.integers(-127, 128, (rows, columns), dtype=np.int8)
         scales = rng.uniform(2e-4, 5e-4, (rows, columns // 32)).astype(np.float16).astype(np.float32)
         return pack_q8(values, scales), values * scales.repeat(32, axis=1)
@@ -57,7 +63,7 @@ class Experts:
     @classmethod
     def make(cls, wide: int, down: int, number: int) -> Experts:
         arenas: list[U8] = []
-        table = np.zeros((number, 3, 3), np.int64)
+        table = np.zeros((number, 3, 5), np.int64)
         values = []
         at = 0
         for m in range(number):
@@ -67,23 +73,23 @@ class Experts:
                 matrix(down, D_MODEL, D_FF, 10 * m + 2),
             ]
             for j, (packed, _) in enumerate(parts):
-                form, codes_at, scales_at = packed.place
-                table[m, j] = form, at + codes_at, at + scales_at
+                table[m, j] = packed.entry
+                table[m, j, 2:4] += at
                 arenas.append(packed.arena)
                 at += len(packed.arena)
             values.append(tuple(value for _, value in parts))
         return cls(np.concatenate(arenas), table, values)
 
     def run(self, x: F32, starts: list[int], rows: list[int]) -> F32:
-        """Return expert_batch's output (pairs, D_MODEL); arrays are read-only as in a worker."""
-        tokens = activations(x, int(self.table[0, 0, 0]))
+        """Return expert_batch's output (pairs, D_MODEL); arrays are frames' as in a worker."""
+        tokens = activations(x, int(self.table[0, 0, 1]))
         pairs = max(1, starts[-1])
         out = np.full((pairs + 1, D_MODEL), np.float32(7.0))
         middle = np.zeros((2, pairs, D_FF), np.float32)
         scratch = Scratch(max(D_MODEL, D_FF), pairs)
         ffn.expert_batch(
-            self.arena, self.table, np.array(starts, np.int64), frozen(np.array(rows, np.int32)), D_MODEL,
-            D_FF, frozen(tokens.x), frozen(tokens.q), frozen(tokens.scales), frozen(tokens.sums), middle[0],
+            self.arena, self.table, np.array(starts, np.int64), framed(np.array(rows, np.int32)), D_MODEL,
+            D_FF, framed(tokens.x), framed(tokens.q), framed(tokens.scales), framed(tokens.sums), middle[0],
             middle[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
             np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32),
             scratch.array, out,
@@ -93,15 +99,15 @@ class Experts:
         return out[: starts[-1]]
 
 
-def frozen(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """Return the array as a frame gives it: read-only, the type that is compiled for workers."""
-    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+def framed(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """Return the array as a worker has it: over the memory of a frame."""
+    return np.frombuffer(bytearray(array.tobytes()), array.dtype).reshape(array.shape)
 
 
 def activations(x: F32, form: int) -> Tokens:
-    if form == ffn.TL1:
+    if form == products.TL1:
         return Tokens.quantized(x, 256)
-    return Tokens.quantized(x, 32) if form == ffn.Q8 else Tokens.floats(x)
+    return Tokens.quantized(x, 32) if form == products.Q8 else Tokens.floats(x)
 
 
 @pytest.mark.parametrize(("wide", "down"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
@@ -164,7 +170,7 @@ def test_a_nan_activation_reaches_the_output_of_its_token(form: str) -> None:
 
 def test_a_large_gate_overflows_visibly() -> None:
     """Products beyond float32 must come out as inf or NaN, never as a plausible number."""
-    experts = Experts.make(ffn.F32, ffn.TL1, 1)
+    experts = Experts.make(products.F32, products.TL1, 1)
     x = np.full((1, D_MODEL), 1e30, np.float32)
     assert not np.isfinite(experts.run(x, [0, 1], [0])).any()
 
@@ -183,9 +189,9 @@ def test_heads_are_matrices_under_each_other(form: str, rows: int, count: int) -
     out = np.full((count, heads * rows), np.float32(7.0))
     scratch = Scratch(D_MODEL, count)
     ffn.multiply_heads(
-        whole.form, whole.arena, whole.codes_at, whole.scales_at, shape.codes_nbytes, shape.scales_nbytes,
-        heads, shape.groups, D_MODEL, tokens.x, tokens.q, tokens.scales, tokens.sums, index, count,
-        scratch.array, out,
+        products.product(whole.form), whole.form, whole.arena, whole.codes_at, whole.scales_at,
+        shape.codes_nbytes, shape.scales_nbytes, heads, shape.groups, D_MODEL, tokens.x, tokens.q,
+        tokens.scales, tokens.sums, index, count, scratch.array, out,
     )  # fmt: skip
     scratch.check()
     for h in range(heads):

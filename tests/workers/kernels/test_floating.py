@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.kernels import ffn
+from sterna.workers.kernels import products
 
 from ... import oracles
 from .packed import Tokens, multiply, pack_floating, padding_of, same_bits
 
-FORMS = {"F32": ffn.F32, "F16": ffn.F16, "BF16": ffn.BF16}
+FORMS = {"F32": products.F32, "F16": products.F16, "BF16": products.BF16}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -73,9 +73,9 @@ def test_what_is_not_finite_surfaces(form: int, bad: float) -> None:
 
 def test_subnormal_values_are_kept() -> None:
     tiny = np.full((1, 4), 2.0**-24, np.float32)
-    matrix, values = pack_floating(ffn.F16, tiny)
+    matrix, values = pack_floating(products.F16, tiny)
     assert (values == tiny).all()
     x = np.ones((1, 4), np.float32)
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == np.float32(2.0**-22)
-    matrix, _ = pack_floating(ffn.F32, np.full((1, 4), 1e-40, np.float32))
+    matrix, _ = pack_floating(products.F32, np.full((1, 4), 1e-40, np.float32))
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == 4 * np.float32(1e-40)

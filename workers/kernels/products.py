@@ -1,0 +1,89 @@
+"""The matrix product of each format: its kernel, the one signature of all, and calls by address.
+
+A product is compiled by itself, once. Kernels that multiply take its address as a number and call
+that: a model compiles only the formats it holds, and LLVM optimises none of them again in each of its
+callers. An address holds for this process and those forked from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import floating, kquants, nibbles, q8, ternary
+
+F32, F16, BF16, Q8, TL1 = 0, 1, 2, 3, 4
+
+_KERNELS: dict[int, Any] = {
+    F32: floating.gemm,
+    F16: floating.gemm,
+    BF16: floating.gemm,
+    Q8: q8.gemm,
+    TL1: ternary.gemm,
+    **dict.fromkeys((nibbles.Q4_0, nibbles.IQ4_NL, nibbles.MXFP4), nibbles.gemm),
+    **kquants.GEMMS,
+}
+
+FORMS = tuple(_KERNELS)
+"""All formats, as numbers."""
+
+_BYTES = types.Array(types.uint8, 1, "C")
+_FLOATS = types.Array(types.float32, 2, "C")
+_NUMBER = types.int64
+# gemm(form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, scratch, out, out_at,
+# out_step); ternary.gemm says what each is.
+_ARGUMENTS = (
+    _NUMBER, _BYTES, _NUMBER, _NUMBER, _NUMBER, _NUMBER, _FLOATS, types.Array(types.int8, 2, "C"), _FLOATS,
+    types.Array(types.int32, 2, "C"), types.Array(types.int32, 1, "C"), _NUMBER, _BYTES, _FLOATS, _NUMBER,
+    _NUMBER,
+)  # fmt: skip
+
+
+def kernel_of(form: int) -> Callable[..., None]:
+    """Return the product of `form` to be called from Python. Raises KeyError for an unknown format."""
+    function: Callable[..., None] = _KERNELS[form]
+    return function
+
+
+@cache
+def product(form: int) -> int:
+    """Return the address of the product of `form`, compiled now or loaded from the cache.
+
+    Raises KeyError for an unknown format.
+    """
+    dispatcher: Any = _KERNELS[form]
+    dispatcher.compile(_ARGUMENTS)
+    compiled = dispatcher.overloads[_ARGUMENTS]
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.mangled_name)
+    return address
+
+
+def scratch_nbytes(columns: int, tokens: int) -> int:
+    """Return the size of the scratch for products over up to `columns` columns and `tokens` tokens."""
+    modules = (ternary, q8, nibbles, kquants)
+    return int(max(module.scratch_nbytes(columns, tokens) for module in modules))
+
+
+@intrinsic
+def multiply(
+    typing, address, form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, scratch,
+    out, out_at, out_step
+):  # fmt: skip
+    """out[t] = W @ x[rows[t]] by the product at `address`: float formats read x, others (q, scales, sums)."""
+
+    def emit(context, builder, signature, args):
+        convention = context.call_conv
+        pointee = convention.get_function_type(types.none, _ARGUMENTS)
+        function = builder.inttoptr(args[0], ir.PointerType(pointee))
+        status, _ = convention.call_function(builder, function, types.none, _ARGUMENTS, args[1:])
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(_NUMBER, *_ARGUMENTS), emit
