@@ -62,6 +62,7 @@ class Config:
     max_num_seqs: int = 16
     max_queue: int = 256
     max_batch_tokens: int = 512
+    threads: int = 0
     lane: Lane = "auto"
     log_level: LogLevel = "info"
     shutdown_timeout_s: float = 30.0
@@ -78,6 +79,7 @@ SETTINGS: dict[str, Setting] = {
     "max_num_seqs": Setting("Answers computed at a time [16]", "integer", 1, 1024),
     "max_queue": Setting("Requests that may wait [256]", "integer", 1, 65_536),
     "max_batch_tokens": Setting("Prompt tokens computed per step [512]", "integer", 1, 16_384),
+    "threads": Setting("Threads of the scheduler for dense layers; 0: one per core [0]", "integer", 0, 64),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
     "log_level": Setting(
         "Least severe event logged [info]", "choice", choices=("debug", "info", "warning", "error")

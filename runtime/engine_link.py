@@ -107,6 +107,7 @@ class EngineLink:
             context=self._model.context,
             streams=self._config.max_num_seqs,
             max_batch_tokens=self._config.max_batch_tokens,
+            threads=self._config.threads,
             step_timeout_s=self._config.step_timeout_s,
             start_timeout_s=self._config.start_timeout_s,
         )

@@ -11,13 +11,15 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from ..shm.layout import align
 from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import matrix_entry, pack_matrix
 from ..workers.checkpoint.types import dequantize
 from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.ffn import expert_batch, multiply_heads
+from ..workers.kernels.dense import multiply_heads, shared_feed_forward
 from ..workers.kernels.products import scratch_nbytes
+from .crew import Crew
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
@@ -46,16 +48,17 @@ def fill_dense(
 class Rows:
     """Activation rows (float32) and their int8 forms, each made at most once per filling.
 
-    `x` is (capacity, width). After writing to it call `changed()`.
+    `x` is (capacity, width). After writing to it call `changed()`. `scratch` is for a product in each of
+    `threads` threads.
     """
 
-    def __init__(self, capacity: int, width: int) -> None:
+    def __init__(self, capacity: int, width: int, threads: int = 1) -> None:
         self.x = np.zeros((capacity, width), np.float32)
         self.width = width
         self._quantized: dict[ActivationKind, QuantizedRows] = {}
         self._fresh: set[ActivationKind] = set()
         self._none = QuantizedRows.allocate(1, 1, 1)
-        self.scratch = np.zeros(scratch_nbytes(width, capacity), np.uint8)
+        self.scratch = np.zeros(threads * align(scratch_nbytes(width, capacity)), np.uint8)
 
     def changed(self) -> None:
         """Say that `x` holds new values."""
@@ -81,17 +84,19 @@ class Linear:
     t * heads + h. `padded` is the width of an output row: `shape.rows` rounded up to 16.
     """
 
-    def __init__(self, weights: npt.NDArray[np.uint8], shape: MatrixShape, at: int, heads: int = 1) -> None:
+    def __init__(
+        self, weights: npt.NDArray[np.uint8], shape: MatrixShape, at: int, crew: Crew, heads: int = 1
+    ) -> None:
         self.weights = weights
         self.shape = shape
         self.kind = activation_kind(shape.form)
         self.entry = matrix_entry(shape, at)
         self.padded = shape.groups * 16
         self._heads = heads
+        self._crew = crew
         self._head = MatrixShape(form=shape.form, rows=shape.rows // heads, columns=shape.columns)
-        self._sizes = (
-            self._head.codes_nbytes,
-            self._head.scales_nbytes,
+        self.sizes = (self._head.codes_nbytes, self._head.scales_nbytes)
+        self._extent = (
             heads,
             self._head.groups,
             shape.columns,
@@ -107,47 +112,49 @@ class Linear:
         q = rows.as_kind(self.kind, count * self._heads)
         product, form, codes_at, scales_at, _ = self.entry
         multiply_heads(
-            product, form, self.weights, codes_at, scales_at, *self._sizes, rows.x, q.q, q.scales, q.sums,
-            index, count, rows.scratch, out,
+            self._crew.board, self._crew.heads_job, product, form, self.weights, codes_at, scales_at,
+            *self.sizes, *self._extent, rows.x, q.q, q.scales, q.sums, index, count, rows.scratch, out,
         )  # fmt: skip
 
 
 class FeedForward:
     """Gate, up and down of a dense layer or of the shared experts: one expert that every token uses."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear, capacity: int) -> None:
+    def __init__(self, gate: Linear, up: Linear, down: Linear, capacity: int, crew: Crew) -> None:
         self._weights = gate.weights
+        self._crew = crew
         self._kind = gate.kind
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
-        self._matrices = np.array([[gate.entry, up.entry, down.entry]], np.int64)
-        self._starts = np.zeros(2, np.int64)
+        self._matrices = np.array([gate.entry, up.entry, down.entry], np.int64)
+        self._sizes = np.array([gate.sizes, up.sizes, down.sizes], np.int64)
         self._gate = np.zeros((capacity, self._d_ff), np.float32)
         self._up = np.zeros((capacity, self._d_ff), np.float32)
-        self._scratch = np.zeros(scratch_nbytes(max(self._d_model, self._d_ff), capacity), np.uint8)
-        block = 32 if self._d_ff % 32 == 0 else self._d_ff
-        self._middle = QuantizedRows.allocate(capacity, self._d_ff, block)
+        each = align(scratch_nbytes(max(self._d_model, self._d_ff), capacity))
+        self._scratch = np.zeros(crew.threads * each, np.uint8)
+        self._middle = QuantizedRows.allocate(capacity, self._d_ff, int(down.kind) or self._d_ff)
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
         """Write down(silu(gate x) * up x) of the first `count` rows to `out` (count, d_model).
 
-        `index` is int32 0, 1, 2, ... up to the capacity.
+        `index` is int32 (1, capacity): 0, 1, 2, ...
         """
         q = rows.as_kind(self._kind, count)
-        m = self._middle
-        self._starts[1] = count
-        expert_batch(
-            self._weights, self._matrices, self._starts, index, self._d_model, self._d_ff, rows.x, q.q,
-            q.scales, q.sums, self._gate, self._up, m.q, m.scales, m.sums, index, self._scratch, out,
+        m, crew = self._middle, self._crew
+        shared_feed_forward(
+            crew.board, crew.heads_job, crew.middle_job, self._weights, self._matrices, self._sizes,
+            self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums, index, count, self._gate, self._up, m.q,
+            m.scales, m.sums, self._scratch, out,
         )  # fmt: skip
 
 
 class DenseWeights:
     """Looks tensors of the dense arena up by their key in the plan."""
 
-    def __init__(self, plan: ModelPlan, memory: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, plan: ModelPlan, memory: npt.NDArray[np.uint8], crew: Crew) -> None:
         self._plan = plan
+        self.crew = crew
         self._weights = memory[DENSE_HEADER_NBYTES:]
 
     def entry(self, key: str) -> DenseTensor:
@@ -159,7 +166,7 @@ class DenseWeights:
         entry = self.entry(key)
         if entry.shape is None:
             raise KeyError(f"{key} is not a matrix")
-        return Linear(self._weights, entry.shape, entry.at, heads)
+        return Linear(self._weights, entry.shape, entry.at, self.crew, heads)
 
     def vector(self, key: str) -> npt.NDArray[np.float32]:
         """Return the float32 vector `key`."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..workers.kernels.norms import first_bad_row
+from .crew import Crew
 from .dense import DenseWeights
 from .kv import StreamMemory
 from .lane import Lane
@@ -43,8 +44,9 @@ class Engine:
         lane: Lane,
         owners: Mapping[tuple[int, int], int],
         max_batch_tokens: int,
+        crew: Crew,
     ) -> None:
-        weights = DenseWeights(plan, dense)
+        weights = DenseWeights(plan, dense, crew)
         self._plan = plan
         self._streams = streams
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)

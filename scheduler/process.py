@@ -20,6 +20,7 @@ from ..workers.messages import Configure, ExpertPage
 from ..workers.ownership import owners
 from . import messages as wire
 from . import state as st
+from .crew import Crew, usable_cores
 from .dense import fill_dense
 from .engine import Engine
 from .kv import StreamMemory, StreamShape
@@ -96,7 +97,10 @@ class _Scheduler:
         self._owners = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
         configure = Configure(layers=plan.layer_shapes())
         self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
-        self._engine = Engine(plan, dense, self._streams, self._lane, self._owners, spec.max_batch_tokens)
+        crew = Crew(spec.threads or usable_cores())
+        self._engine = Engine(
+            plan, dense, self._streams, self._lane, self._owners, spec.max_batch_tokens, crew
+        )
         self._state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,

@@ -19,6 +19,7 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     context: int
     streams: int
     max_batch_tokens: int
+    threads: int
     step_timeout_s: float
     start_timeout_s: float
 

@@ -15,8 +15,11 @@ from ..workers import selftest
 from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, format_of
 from ..workers.checkpoint.packing import matrix_entry
 from ..workers.checkpoint.types import TYPES_BY_NAME
-from ..workers.kernels import attention, ffn, norms, routing
+from ..workers.kernels import attention, dense, ffn, norms, routing
+from ..workers.kernels import crew as crew_kernels
 from ..workers.kernels.activations import QuantizedRows
+from ..workers.kernels.crew import job_address
+from .crew import Crew
 
 _ARENA = np.zeros(1 << 20, np.uint8)
 _SCRATCH = np.zeros(1 << 14, np.uint8)
@@ -37,7 +40,9 @@ def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Calla
     return [
         ("quantise activations", selftest.check_quantize),
         *((f"kernels for {name}", partial(selftest.check, name, Format(form))) for name, form in kinds),
+        ("threads", _crew),
         ("matrix products", _multiply),
+        ("feed-forward", _feed_forward),
         ("experts", _experts),
         ("norms", _norms),
         ("attention", _attention),
@@ -45,13 +50,32 @@ def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Calla
     ]
 
 
+def _crew() -> None:
+    """Helpers that leave at once."""
+    board = Crew(1).board
+    crew_kernels.stop(board)
+    crew_kernels.help_out(board, 1)
+
+
 def _multiply() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     out = np.zeros((1, 16), np.float32)
     product, form, codes_at, scales_at, _ = _matrix(16)
-    ffn.multiply_heads(
-        product, form, _ARENA, codes_at, scales_at, 0, 0, 1, 1, 256, _ROWS, q.q, q.scales,
-        q.sums, _INDEX.reshape(1, 1), 1, _SCRATCH, out,
+    crew = Crew(1)
+    dense.multiply_heads(
+        crew.board, crew.heads_job, product, form, _ARENA, codes_at, scales_at, 0, 0, 1, 1, 256, _ROWS, q.q,
+        q.scales, q.sums, _INDEX.reshape(1, 1), 1, _SCRATCH, out,
+    )  # fmt: skip
+
+
+def _feed_forward() -> None:
+    q = QuantizedRows.allocate(1, 256, 256)
+    gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
+    crew = Crew(1)
+    dense.shared_feed_forward(
+        crew.board, crew.heads_job, crew.middle_job, _ARENA, np.array([_matrix(256)] * 3, np.int64),
+        np.zeros((3, 2), np.int64), 256, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1, gate,
+        up, q.q, q.scales, q.sums, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -80,11 +104,12 @@ def _norms() -> None:
 
 
 def _attention() -> None:
-    q = np.zeros((1, 32), np.float32)
-    flat = np.zeros(48, np.float32)
+    q, flat = np.zeros((1, 32), np.float32), np.zeros(48, np.float32)
+    scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 48))
     attention.latent_attention(
-        q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0), _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX,
-        _INDEX, 16, 1, np.zeros(32, np.float32), np.zeros(32, np.int64), np.zeros((1, 32), np.float32),
+        Crew(1).board, job_address(attention.latent_chunk), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
+        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 
 

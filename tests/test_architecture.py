@@ -23,6 +23,7 @@ IMPURE = frozenset(
 )
 IMPURE_ALLOWED = (
     "runtime/*",
+    "scheduler/crew.py",
     "scheduler/process.py",
     "scheduler/lane*.py",
     "workers/process.py",

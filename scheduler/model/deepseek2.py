@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.checkpoint.types import dequantize
-from ...workers.kernels.attention import latent_attention
+from ...workers.kernels.attention import latent_attention, latent_chunk, scratch_shapes
+from ...workers.kernels.crew import job_address
 from ...workers.kernels.norms import add_rows, rms_rows, rope_pairs, store_latent
 from ..dense import DenseWeights, FeedForward, Linear, Rows
 from ..kv import StreamMemory
@@ -91,30 +92,31 @@ class Deepseek2:
         if not self._dense.has(keys[0]):
             return None
         gate, up, down = (self._dense.linear(key) for key in keys)
-        return FeedForward(gate, up, down, self.capacity)
+        return FeedForward(gate, up, down, self.capacity, self._dense.crew)
 
     def _make_buffers(self) -> None:
-        h, t = self._h, self.capacity
+        h, t, threads = self._h, self.capacity, self._dense.crew.threads
         self.x = np.zeros((t, h.d_model), np.float32)
-        self._normed = Rows(t, h.d_model)
+        self._normed = Rows(t, h.d_model, threads)
         self._low = np.zeros((t, h.q_rank), np.float32)
-        self._q_low = Rows(t, h.q_rank)
+        self._q_low = Rows(t, h.q_rank, threads)
         self._q = np.zeros((t, h.heads * (h.nope + h.rope)), np.float32)
-        self._q_nope = Rows(t * h.heads, h.nope)
+        self._q_nope = Rows(t * h.heads, h.nope, threads)
         self._q_latent = np.zeros((t, h.heads * h.kv_rank), np.float32)
         self._kv = np.zeros((t, h.cache_width), np.float32)
         self._latent = np.zeros((t, h.kv_rank), np.float32)
-        self._context = Rows(t * h.heads, h.kv_rank)
-        self._values = Rows(t, h.heads * h.v_dim)
+        self._context = Rows(t * h.heads, h.kv_rank, threads)
+        self._values = Rows(t, h.heads * h.v_dim, threads)
         self._out = np.zeros((t, h.d_model), np.float32)
         self._index = np.arange(t, dtype=np.int32)
         self._one_head = self._index.reshape(1, t)
         self._head_index = np.ascontiguousarray(
             (np.arange(t)[None, :] * h.heads + np.arange(h.heads)[:, None]).astype(np.int32)
         )
-        context = self._streams.shape.context
-        self._scores = np.zeros(context + 16, np.float32)
-        self._row_places = np.zeros(context + 16, np.int64)
+        scratch, places = scratch_shapes(threads, self._streams.shape.context, h.kv_rank, h.cache_width)
+        self._scratch = np.zeros(scratch, np.float32)
+        self._places = np.zeros(places, np.int64)
+        self._attention_job = job_address(latent_chunk)
 
     def _make_rotation(self) -> None:
         """Tabulate cos and sin of p * base^(-2i/n) for every position p and pair i.
@@ -185,7 +187,7 @@ class Deepseek2:
         if ffn is None:
             self._out[:count] = 0.0
         else:
-            ffn.apply(self._normed, self._index, count, self._out)
+            ffn.apply(self._normed, self._one_head, count, self._out)
         return self._out
 
     def _queries(self, a: _Attention, count: int) -> None:
@@ -236,10 +238,10 @@ class Deepseek2:
         self._q_nope.changed()
         a.k_b.apply(self._q_nope, self._head_index, count, self._q_latent)
         latent_attention(
-            self._q_latent, q, h.nope, h.heads * head, head, h.heads, h.kv_rank, h.cache_width,
-            np.float32(1.0 / np.sqrt(head)), self._streams.kv, layer_at, self._streams.tables, batch.streams,
-            batch.positions, self._streams.shape.block_size, count, self._scores, self._row_places,
-            self._context.x,
+            self._dense.crew.board, self._attention_job, self._q_latent, q, h.nope, h.heads * head, head,
+            h.heads, h.kv_rank, h.cache_width, np.float32(1.0 / np.sqrt(head)), self._streams.kv, layer_at,
+            self._streams.tables, batch.streams, batch.positions, self._streams.shape.block_size, count,
+            self._scratch, self._places, self._context.x,
         )  # fmt: skip
         self._context.changed()
         a.v_b.apply(self._context, self._head_index, count, self._values.x)

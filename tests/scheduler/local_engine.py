@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler import state as st
+from sterna.scheduler.crew import Crew
 from sterna.scheduler.dense import fill_dense
 from sterna.scheduler.engine import Engine
 from sterna.scheduler.kv import StreamMemory, StreamShape
@@ -81,6 +82,7 @@ class LocalEngine:
         streams: int = 8,
         context: int = 512,
         max_batch_tokens: int = 512,
+        crew: Crew | None = None,
     ) -> None:
         self.file = GgufFile.open(path or embedded_model())
         self.plan = ModelPlan.from_file(self.file)
@@ -100,7 +102,7 @@ class LocalEngine:
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
         )
         self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
-        self.engine = Engine(plan, dense, self.streams, self.lane, owned, max_batch_tokens)
+        self.engine = Engine(plan, dense, self.streams, self.lane, owned, max_batch_tokens, crew or Crew(1))
         self.state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,

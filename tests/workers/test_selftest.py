@@ -74,8 +74,8 @@ def test_wrong_activations_are_seen_and_named(monkeypatch: pytest.MonkeyPatch, b
 
     def wrong(*arguments: Any) -> None:  # noqa: ANN401 - what quantize_rows takes
         quantize(*arguments)
-        if arguments[3] == block:
-            arguments[{"q": 4, "scales": 5, "sums": 6}[part]][-1, -1] += 1
+        if arguments[4] == block:
+            arguments[{"q": 5, "scales": 6, "sums": 7}[part]][-1, -1] += 1
 
     monkeypatch.setattr(activations, "quantize_rows", wrong)
     with pytest.raises(InternalError, match=rf"quantising activations by {block} is wrong on {TARGET}$"):

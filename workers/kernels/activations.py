@@ -41,8 +41,8 @@ _F0 = np.float32(0.0)
 
 
 @kernel
-def quantize_rows(x, count, width, block, q, scales, sums):
-    """Quantise `count` rows of `x` (float32, C-contiguous rows of `width`), `width % block == 0`.
+def quantize_rows(x, first, last, width, block, q, scales, sums):
+    """Quantise rows first..last - 1 of `x` (float32, C-contiguous, `width` wide), `width % block == 0`.
 
     Writes q (int8, same shape), scales (float32) and sums (int32), both (count, width // block).
     A NaN or infinity in a block makes its scale NaN, so that it surfaces in every result.
@@ -50,7 +50,7 @@ def quantize_rows(x, count, width, block, q, scales, sums):
     blocks = width // block
     flat_scales = scales.ravel()
     flat_sums = sums.ravel()
-    for row in range(count):
+    for row in range(first, last):
         for b in range(blocks):
             at = row * width + b * block
             largest = zero_f32()
@@ -96,4 +96,4 @@ class QuantizedRows:
 
     def fill(self, x: npt.NDArray[np.float32], count: int) -> None:
         """Quantise the first `count` rows of `x` (float32, C-contiguous, rows as wide as q)."""
-        quantize_rows(x, count, self.q.shape[-1], self.block, self.q, self.scales, self.sums)
+        quantize_rows(x, 0, count, self.q.shape[-1], self.block, self.q, self.scales, self.sums)

@@ -4,13 +4,17 @@ Queries and softmax weights are rounded to float16, the cache's own precision: l
 and near ties between experts then fall the same way.
 
 Each token reads the positions 0..p of its own stream in order, so that its bits do not depend on
-who else is in the batch or how its prompt was cut into chunks.
+who else is in the batch, how its prompt was cut into chunks or how many threads there are. Four heads at
+a time share each row that is read.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numba import types
 
+from .calls import borrower, lend
+from .crew import ARGUMENTS, run, threads_for
 from .kernel import kernel
 from .simd.mathematics import exp_f32
 from .simd.ops import (
@@ -29,69 +33,245 @@ from .simd.ops import (
     zero_f32,
 )
 
+_HEADS = 4  # at a time
+_bytes = borrower(types.Array(types.uint8, 1, "C"))
+_floats = borrower(types.Array(types.float32, 1, "C"))
+_rows = borrower(types.Array(types.float32, 2, "C"))
+_tables = borrower(types.Array(types.int32, 2, "C"))
+_numbers = borrower(types.Array(types.int32, 1, "C"))
+_places = borrower(types.Array(types.int64, 2, "C"))
+_scale = borrower(types.float32)
+
 
 @kernel
-def _score(q, q_at, cache, row_at, count, acc):
-    for i in range(0, count, 16):
-        acc = fma_f32(load_f16(cache, row_at + 2 * i), round_f16(load_f32(q, 4 * (q_at + i))), acc)
-    return acc
-
-
-@kernel
-def _softmax(scores, count):
-    """Turn scores[:count] into weights that sum to 1; pads to a multiple of 16 with zeros."""
+def softmax(scores, at, count):
+    """Turn scores[at : at + count] into weights that sum to 1; pads to a multiple of 16 with zeros."""
     padded = (count + 15) // 16 * 16
     for i in range(count, padded):
-        scores[i] = scores[0]
-    top = load_f32(scores, 0)
+        scores[at + i] = scores[at]
+    top = load_f32(scores, 4 * at)
     for i in range(16, padded, 16):
-        top = max_f32(load_f32(scores, 4 * i), top)
+        top = max_f32(load_f32(scores, 4 * (at + i)), top)
     peak = splat_f32(largest_f32(top))
     for i in range(0, padded, 16):
-        store_f32(scores, 4 * i, exp_f32(sub_f32(load_f32(scores, 4 * i), peak)))
+        store_f32(scores, 4 * (at + i), exp_f32(sub_f32(load_f32(scores, 4 * (at + i)), peak)))
     for i in range(count, padded):
-        scores[i] = np.float32(0.0)
+        scores[at + i] = np.float32(0.0)
     total = zero_f32()
     for i in range(0, padded, 16):
-        total = add_f32(total, load_f32(scores, 4 * i))
+        total = add_f32(total, load_f32(scores, 4 * (at + i)))
     inverse = splat_f32(np.float32(1.0) / sum_f32(total))
     for i in range(0, padded, 16):
-        store_f32(scores, 4 * i, round_f16(mul_f32(load_f32(scores, 4 * i), inverse)))
+        store_f32(scores, 4 * (at + i), round_f16(mul_f32(load_f32(scores, 4 * (at + i)), inverse)))
+
+
+@kernel
+def _scores(q, width, cache, places, shift, length, scale, scores, step):
+    """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
+
+    q: float32 scratch, four rows of `width` rounded to float16; key p at byte places[p] + shift.
+    """
+    for p in range(length):
+        a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+        for i in range(0, width, 16):
+            v = load_f16(cache, places[p] + shift + 2 * i)
+            a = fma_f32(v, load_f32(q, 4 * i), a)
+            b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
+            c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
+            d = fma_f32(v, load_f32(q, 4 * (i + 3 * width)), d)
+        scores[p] = sum_f32(a) * scale
+        scores[step + p] = sum_f32(b) * scale
+        scores[2 * step + p] = sum_f32(c) * scale
+        scores[3 * step + p] = sum_f32(d) * scale
+
+
+@kernel
+def _weigh(scores, step, cache, places, shift, length, out, out_at, out_step):
+    """Sum sixteen columns of the values with four heads' weights; head j goes to out_at + j * out_step."""
+    a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+    for p in range(length):
+        v = load_f16(cache, places[p] + shift)
+        a = fma_f32(v, splat_f32(scores[p]), a)
+        b = fma_f32(v, splat_f32(scores[step + p]), b)
+        c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
+        d = fma_f32(v, splat_f32(scores[3 * step + p]), d)
+    store_f32(out, 4 * out_at, a)
+    store_f32(out, 4 * (out_at + out_step), b)
+    store_f32(out, 4 * (out_at + 2 * out_step), c)
+    store_f32(out, 4 * (out_at + 3 * out_step), d)
+
+
+@kernel
+def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, cache, places, keys, values,
+          length, scratch, context, out, t):  # fmt: skip
+    """Compute four heads of token t from `first` on; beyond `last` they repeat it.
+
+    A query is `rank` elements of q and `width` - `rank` of q_more, head h at more_at + h * more_step; a key
+    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values.
+    """
+    for j in range(_HEADS):
+        h = min(first + j, last)
+        for i in range(0, rank, 16):
+            v = round_f16(load_f32(q, 4 * ((t * heads + h) * rank + i)))
+            store_f32(scratch, 4 * (j * width + i), v)
+        for i in range(0, width - rank, 16):
+            v = round_f16(load_f32(q_more, 4 * (more_at + h * more_step + i)))
+            store_f32(scratch, 4 * (j * width + rank + i), v)
+    scores = scratch[_HEADS * width :]
+    _scores(scratch, width, cache, places, keys, length, scale, scores, context)
+    for j in range(_HEADS):
+        softmax(scores, j * context, length)
+    sums = scores[_HEADS * context :]
+    for i in range(0, rank, 16):
+        _weigh(scores, context, cache, places, values + 2 * i, length, sums, i, rank)
+    for j in range(_HEADS):
+        h = min(first + j, last)
+        for i in range(0, rank, 16):
+            store_f32(out, 4 * ((t * heads + h) * rank + i), load_f32(sums, 4 * (j * rank + i)))
+
+
+@kernel
+def _find_rows(tables, slot, block, length, cache_at, row_nbytes, places):
+    """Write where the rows of positions 0..length - 1 lie in the cache."""
+    for p in range(length):
+        place = np.int64(tables[slot, p // block]) * block + p % block
+        places[p] = cache_at + place * row_nbytes
+
+
+@kernel
+def latent_chunk(board, chunk, thread):
+    """Compute one chunk of `latent_attention`, whose arguments lie on the board."""
+    q_latent, q_rope = _rows(board, ARGUMENTS), _floats(board, ARGUMENTS + 1)
+    cache, tables = _bytes(board, ARGUMENTS + 2), _tables(board, ARGUMENTS + 3)
+    slots, positions = _numbers(board, ARGUMENTS + 4), _numbers(board, ARGUMENTS + 5)
+    out, scale = _rows(board, ARGUMENTS + 6), _scale(board, ARGUMENTS + 7)
+    scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
+    n = board[ARGUMENTS + 10 :]
+    rope_at, rope_step, rope_head_step, heads, rank, width = n[0], n[1], n[2], n[3], n[4], n[5]
+    cache_at, block, count, chunks, context = n[6], n[7], n[8], n[9], n[10]
+    tiles = (heads + _HEADS - 1) // _HEADS
+    known = -1
+    length = 0
+    for item in range(count * tiles * chunk // chunks, count * tiles * (chunk + 1) // chunks):
+        t, first = item // tiles, item % tiles * _HEADS
+        if t != known:
+            known = t
+            length = positions[t] + 1
+            _find_rows(tables, slots[t], block, length, cache_at, width * 2, places)
+        _tile(
+            q_latent, q_rope, rope_at + t * rope_step, rope_head_step, heads, first, heads - 1, rank, width,
+            scale, cache, places, 0, 0, length, scratch, context, out, t,
+        )  # fmt: skip
+
+
+def scratch_shapes(
+    threads: int, context: int, rank: int, width: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of `scratch` (float32) and `places` (int64) for up to `context` positions.
+
+    rank, width: elements of a value and of a key; in grouped attention both are a head's.
+    """
+    return (threads, _HEADS * (width + context + 16 + rank)), (threads, context + 16)
 
 
 @kernel
 def latent_attention(
-    q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
-    cache, cache_at, tables, slots, positions, block, count, scores, row_places, out,
+    board, job, q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
+    cache, cache_at, tables, slots, positions, block, count, scratch, places, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * (q_latent[t, h] . c + q_rope[t, h] . k)) @ c over positions 0..p.
 
-    q_latent, out: float32 (count, heads * rank); q_rope: float32 flat, head h of row t at
-    rope_at + t * rope_step + h * rope_head_step; cache: uint8 holding float16 rows of `width` =
-    rank + rope, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots,
-    positions: int (count,); scores: float32 scratch and row_places: int64 scratch, both at least
-    max(positions) + 16 long. rank % 32 == 0, rope % 16 == 0.
+    board, job: as dense.multiply_heads, the job being latent_chunk; q_latent, out: float32, head h of
+    token t at element (t * heads + h) * rank; q_rope: float32 flat, head h of row t at rope_at +
+    t * rope_step + h * rope_head_step; cache: uint8 holding float16 rows of `width` = rank + rope, this
+    layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
+    (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
     """
+    total = 0
     for t in range(count):
+        total += positions[t] + 1
+    tiles = (heads + _HEADS - 1) // _HEADS
+    threads = threads_for(board, total * heads * (width + rank) * 4, 2)
+    chunks = min(threads * 4, count * tiles) if threads > 1 else 1
+    lend(board, ARGUMENTS, q_latent)
+    lend(board, ARGUMENTS + 1, q_rope)
+    lend(board, ARGUMENTS + 2, cache)
+    lend(board, ARGUMENTS + 3, tables)
+    lend(board, ARGUMENTS + 4, slots)
+    lend(board, ARGUMENTS + 5, positions)
+    lend(board, ARGUMENTS + 6, out)
+    lend(board, ARGUMENTS + 7, scale)
+    lend(board, ARGUMENTS + 8, scratch)
+    lend(board, ARGUMENTS + 9, places)
+    n = board[ARGUMENTS + 10 :]
+    n[0], n[1], n[2], n[3], n[4], n[5] = rope_at, rope_step, rope_head_step, heads, rank, width
+    n[6], n[7], n[8], n[9] = cache_at, block, count, chunks
+    n[10] = places.shape[1]
+    run(board, job, chunks, threads)
+
+
+@kernel
+def grouped_chunk(board, chunk, thread):
+    """Compute one chunk of `grouped_attention`, whose arguments lie on the board."""
+    q, cache = _rows(board, ARGUMENTS), _bytes(board, ARGUMENTS + 1)
+    tables, slots = _tables(board, ARGUMENTS + 2), _numbers(board, ARGUMENTS + 3)
+    positions, out = _numbers(board, ARGUMENTS + 4), _rows(board, ARGUMENTS + 5)
+    scale = _scale(board, ARGUMENTS + 6)
+    scratch, places = _rows(board, ARGUMENTS + 7)[thread], _places(board, ARGUMENTS + 8)[thread]
+    n = board[ARGUMENTS + 9 :]
+    heads, shared, width, cache_at, block, count, chunks, context = (
+        n[0],
+        n[1],
+        n[2],
+        n[3],
+        n[4],
+        n[5],
+        n[6],
+        n[7],
+    )
+    group = heads // shared
+    tiles = (group + _HEADS - 1) // _HEADS
+    items = count * shared * tiles
+    flat = q.reshape(q.size)
+    for item in range(items * chunk // chunks, items * (chunk + 1) // chunks):
+        t, head, tile = item // (shared * tiles), item // tiles % shared, item % tiles
         length = positions[t] + 1
-        for p in range(length):
-            place = np.int64(tables[slots[t], p // block]) * block + p % block
-            row_places[p] = cache_at + place * width * 2
-        for h in range(heads):
-            q_at = (t * heads + h) * rank
-            r_at = rope_at + t * rope_step + h * rope_head_step
-            for p in range(length):
-                acc = _score(q_latent, q_at, cache, row_places[p], rank, zero_f32())
-                acc = _score(q_rope, r_at, cache, row_places[p] + 2 * rank, width - rank, acc)
-                scores[p] = sum_f32(acc) * scale
-            _softmax(scores, length)
-            for i in range(0, rank, 32):
-                low = zero_f32()
-                high = zero_f32()
-                for p in range(length):
-                    share = splat_f32(scores[p])
-                    at = row_places[p] + 2 * i
-                    low = fma_f32(load_f16(cache, at), share, low)
-                    high = fma_f32(load_f16(cache, at + 32), share, high)
-                store_f32(out, 4 * (q_at + i), low)
-                store_f32(out, 4 * (q_at + i + 16), high)
+        _find_rows(tables, slots[t], block, length, cache_at, 4 * shared * width, places)
+        first = head * group + tile * _HEADS
+        _tile(
+            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, cache, places,
+            2 * head * width, 2 * (shared + head) * width, length, scratch, context, out, t,
+        )  # fmt: skip
+
+
+@kernel
+def grouped_attention(
+    board, job, q, heads, shared, width, scale, cache, cache_at, tables, slots, positions, block, count,
+    scratch, places, out,
+):  # fmt: skip
+    """out[t, h] = softmax(scale * q[t, h] . k) @ v over positions 0..p: `heads` queries, `shared` keys.
+
+    Grouped-query attention: heads / shared queries read the same key and value. board, job: as
+    dense.multiply_heads, the job being grouped_chunk; q, out: float32 (count, heads * width); cache:
+    uint8 holding float16 rows of all keys, then all values of a position, 2 * shared * width elements,
+    this layer from byte cache_at; the rest as latent_attention. width % 16 == 0, heads % shared == 0.
+    """
+    total = 0
+    for t in range(count):
+        total += positions[t] + 1
+    tiles = (heads // shared + _HEADS - 1) // _HEADS
+    threads = threads_for(board, total * heads * width * 8, 2)
+    chunks = min(threads * 4, count * shared * tiles) if threads > 1 else 1
+    lend(board, ARGUMENTS, q)
+    lend(board, ARGUMENTS + 1, cache)
+    lend(board, ARGUMENTS + 2, tables)
+    lend(board, ARGUMENTS + 3, slots)
+    lend(board, ARGUMENTS + 4, positions)
+    lend(board, ARGUMENTS + 5, out)
+    lend(board, ARGUMENTS + 6, scale)
+    lend(board, ARGUMENTS + 7, scratch)
+    lend(board, ARGUMENTS + 8, places)
+    n = board[ARGUMENTS + 9 :]
+    n[0], n[1], n[2], n[3], n[4], n[5], n[6] = heads, shared, width, cache_at, block, count, chunks
+    n[7] = places.shape[1]
+    run(board, job, chunks, threads)

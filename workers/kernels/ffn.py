@@ -15,25 +15,9 @@ from .simd.ops import load_f32, mul_f32, store_f32
 
 
 @kernel
-def multiply_heads(
-    product, form, w, codes_at, scales_at, codes_step, scales_step, heads, groups, columns,
-    x, q, scales, sums, index, count, scratch, out,
-):  # fmt: skip
-    """out[t, h] = W[h] @ x[index[h, t]] for one matrix of 16 * groups rows per head, `*_step` bytes apart.
-
-    index: int32 (heads, >= count); out: float32 (count, heads * 16 * groups).
-    """
-    for h in range(heads):
-        multiply(
-            product, form, w, codes_at + h * codes_step, scales_at + h * scales_step, groups, columns,
-            x, q, scales, sums, index[h], count, scratch, out, h * 16 * groups, heads * 16 * groups,
-        )  # fmt: skip
-
-
-@piece
-def gated(gate, up, count, width):
-    """gate = silu(gate) * up for `count` contiguous rows of `width` float32."""
-    for i in range(0, count * width, 16):
+def gated(gate, up, first, last, width):
+    """gate = silu(gate) * up for the rows first..last - 1 of `width` float32."""
+    for i in range(first * width, last * width, 16):
         store_f32(gate, 4 * i, mul_f32(silu_f32(load_f32(gate, 4 * i)), load_f32(up, 4 * i)))
 
 
@@ -54,10 +38,10 @@ def feed_forward(
             matrices[m, half, 0], matrices[m, half, 1], w, matrices[m, half, 2], matrices[m, half, 3], groups,
             d_model, x, q, scales, sums, rows, count, scratch, middle, 0, d_ff,
         )  # fmt: skip
-    gated(gate, up, count, d_ff)
+    gated(gate, up, 0, count, d_ff)
     block = matrices[m, 2, 4]
     if block:
-        quantize_rows(gate, count, d_ff, block, hq, h_scales, h_sums)
+        quantize_rows(gate, 0, count, d_ff, block, hq, h_scales, h_sums)
     blocks = d_ff // max(block, 32)
     multiply(
         matrices[m, 2, 0], matrices[m, 2, 1], w, matrices[m, 2, 2], matrices[m, 2, 3], d_model // 16, d_ff,

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import floating, kquants, nibbles, q8, ternary
+from .calls import address_of, emit_call
 
 F32, F16, BF16, Q8, TL1 = 0, 1, 2, 3, 4
 
@@ -36,9 +35,9 @@ FORMS = tuple(_KERNELS)
 _BYTES = types.Array(types.uint8, 1, "C")
 _FLOATS = types.Array(types.float32, 2, "C")
 _NUMBER = types.int64
-# gemm(form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, scratch, out, out_at,
-# out_step); ternary.gemm says what each is.
-_ARGUMENTS = (
+# The signature of every product: gemm(form, w, codes_at, scales_at, groups, columns, x, q, scales, sums,
+# rows, count, scratch, out, out_at, out_step); ternary.gemm says what each is.
+ARGUMENT_TYPES = (
     _NUMBER, _BYTES, _NUMBER, _NUMBER, _NUMBER, _NUMBER, _FLOATS, types.Array(types.int8, 2, "C"), _FLOATS,
     types.Array(types.int32, 2, "C"), types.Array(types.int32, 1, "C"), _NUMBER, _BYTES, _FLOATS, _NUMBER,
     _NUMBER,
@@ -57,11 +56,7 @@ def product(form: int) -> int:
 
     Raises KeyError for an unknown format.
     """
-    dispatcher: Any = _KERNELS[form]
-    dispatcher.compile(_ARGUMENTS)
-    compiled = dispatcher.overloads[_ARGUMENTS]
-    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.mangled_name)
-    return address
+    return address_of(_KERNELS[form], ARGUMENT_TYPES)
 
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
@@ -78,12 +73,6 @@ def multiply(
     """out[t] = W @ x[rows[t]] by the product at `address`: float formats read x, others (q, scales, sums)."""
 
     def emit(context, builder, signature, args):
-        convention = context.call_conv
-        pointee = convention.get_function_type(types.none, _ARGUMENTS)
-        function = builder.inttoptr(args[0], ir.PointerType(pointee))
-        status, _ = convention.call_function(builder, function, types.none, _ARGUMENTS, args[1:])
-        with cgutils.if_unlikely(builder, status.is_error):
-            convention.return_status_propagate(builder, status)
-        return context.get_dummy_value()
+        return emit_call(context, builder, args[0], ARGUMENT_TYPES, args[1:])
 
-    return types.void(_NUMBER, *_ARGUMENTS), emit
+    return types.void(_NUMBER, *ARGUMENT_TYPES), emit

@@ -104,7 +104,7 @@ def quantized(form: Format, count: int, columns: int, seed: int) -> Tokens:
     q = np.zeros(x.shape, np.int8)
     scales = np.zeros((count, columns // block), np.float32)
     sums = np.zeros(scales.shape, np.int32)
-    quantize_rows(x, count, columns, block, q, scales, sums)
+    quantize_rows(x, 0, count, columns, block, q, scales, sums)
     values = (q.reshape(count, -1, block) * scales[:, :, None].astype(np.float64)).reshape(count, -1)
     return Tokens(q, scales, sums, values)
 

@@ -125,7 +125,7 @@ class Tokens:
         q = np.zeros(x.shape, np.int8)
         scales = np.zeros((len(x), x.shape[1] // block), np.float32)
         sums = np.zeros(scales.shape, np.int32)
-        quantize_rows(x, len(x), x.shape[1], block, q, scales, sums)
+        quantize_rows(x, 0, len(x), x.shape[1], block, q, scales, sums)
         return cls(x, q, scales, sums)
 
     @classmethod

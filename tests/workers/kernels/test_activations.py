@@ -95,7 +95,7 @@ def test_wider_buffers_take_rows_one_after_the_other() -> None:
     """The middle of an expert is quantised into buffers made for smaller blocks."""
     x = np.random.default_rng(4).standard_normal((3, 512)).astype(np.float32)
     q, scales, sums = np.zeros((3, 512), np.int8), np.zeros((3, 16), np.float32), np.zeros((3, 16), np.int32)
-    quantize_rows(x, 3, 512, 256, q, scales, sums)
+    quantize_rows(x, 0, 3, 512, 256, q, scales, sums)
     expected = Tokens.quantized(x, 256)
     assert same_bits(scales.ravel()[:6], expected.scales.ravel())
     assert (sums.ravel()[:6] == expected.sums.ravel()).all()

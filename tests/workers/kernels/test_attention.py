@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sterna.workers.kernels.attention import latent_attention
+from sterna.scheduler.crew import Crew
+from sterna.workers.kernels.attention import (
+    grouped_attention,
+    grouped_chunk,
+    latent_attention,
+    latent_chunk,
+    scratch_shapes,
+)
+from sterna.workers.kernels.crew import job_address
 
 from ... import oracles
 from .packed import F32, same_bits
@@ -16,6 +24,7 @@ from .packed import F32, same_bits
 HEADS, RANK, ROPE, BLOCK, LAYER_AT = 3, 64, 16, 16, 128
 WIDTH, HEAD = RANK + ROPE, 48  # a head's query: 32 values that are none of the kernel's business, then ROPE
 SCALE = 0.2
+ALONE = Crew(1)
 
 
 @dataclass
@@ -41,16 +50,17 @@ class Cache:
         return cls(memory, tables, rows)
 
     def attend(
-        self, q_latent: F32, q: F32, streams: list[int], positions: list[int], scale: float = SCALE
+        self, q_latent: F32, q: F32, streams: list[int], positions: list[int], crew: Crew = ALONE
     ) -> F32:
         """Run the kernel for rows of q_latent (T, HEADS * RANK) and q (T, HEADS * HEAD)."""
         count = len(streams)
         out = np.full((count + 1, HEADS * RANK), np.float32(7.0))
-        longest = max(positions) + 16
+        scratch, places = scratch_shapes(crew.threads, max(positions) + 1, RANK, WIDTH)
         latent_attention(
-            q_latent, q.reshape(-1), HEAD - ROPE, HEADS * HEAD, HEAD, HEADS, RANK, WIDTH, np.float32(scale),
-            self.memory, LAYER_AT, self.tables, np.array(streams, np.int32), np.array(positions, np.int32),
-            BLOCK, count, np.full(longest, np.nan, np.float32), np.full(longest, -1, np.int64), out,
+            crew.board, job_address(latent_chunk), q_latent, q.reshape(-1), HEAD - ROPE, HEADS * HEAD,
+            HEAD, HEADS, RANK, WIDTH, np.float32(SCALE), self.memory, LAYER_AT, self.tables,
+            np.array(streams, np.int32), np.array(positions, np.int32), BLOCK, count,
+            np.full(scratch, np.nan, np.float32), np.full(places, -1, np.int64), out,
         )  # fmt: skip
         assert (out[count] == 7.0).all()
         return out[:count]
@@ -110,6 +120,55 @@ def test_bits_do_not_depend_on_the_batch_or_on_where_blocks_lie() -> None:
         one = slice(t, t + 1)
         alone = elsewhere.attend(q_latent[one], q[one], streams[one], positions[one])
         assert same_bits(alone[0], together[t])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_bits_do_not_depend_on_threads(threads: int) -> None:
+    cache = Cache.scattered([70, 41], 7)
+    q_latent, q = queries(6, 8)
+    streams, positions = [0, 1, 0, 1, 0, 0], [69, 40, 3, 12, 33, 16]
+    crew = Crew(threads, least_work=0)
+    try:
+        shared = cache.attend(q_latent, q, streams, positions, crew)
+    finally:
+        crew.close()
+    assert same_bits(shared, cache.attend(q_latent, q, streams, positions))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("heads", "shared"), [(1, 1), (4, 4), (6, 2), (12, 2), (16, 1)])
+def test_grouped_queries_agree_with_float64(heads: int, shared: int, threads: int) -> None:
+    """Each key and value serves heads / shared queries; positions beyond a token's own are NaN."""
+    width, positions = 32, [44, 0, 16, 31]
+    rng = np.random.default_rng(heads)
+    tables = rng.permutation(12).astype(np.int32).reshape(4, 3)
+    cells = np.full((12, BLOCK, 2, shared, width), np.nan, np.float16)
+    rows = [rng.standard_normal((p + 1, 2, shared, width)).astype(np.float16) for p in positions]
+    for table, mine in zip(tables, rows, strict=True):
+        for position, row in enumerate(mine):
+            cells[table[position // BLOCK], position % BLOCK] = row
+    memory = np.concatenate((np.full(LAYER_AT, 0xFF, np.uint8), cells.view(np.uint8).reshape(-1)))
+    q = rng.standard_normal((4, heads * width)).astype(np.float32)
+    out = np.full((5, heads * width), np.float32(7.0))
+    crew = Crew(threads, least_work=0)
+    scratch, places = scratch_shapes(threads, 48, width, width)
+    try:
+        grouped_attention(
+            crew.board, job_address(grouped_chunk), q, heads, shared, width, np.float32(SCALE), memory,
+            LAYER_AT, tables, np.arange(4, dtype=np.int32), np.array(positions, np.int32), BLOCK, 4,
+            np.full(scratch, np.nan, np.float32), np.full(places, -1, np.int64), out,
+        )  # fmt: skip
+    finally:
+        crew.close()
+    assert (out[4] == 7.0).all()
+    for t, mine in enumerate(rows):
+        for h in range(heads):
+            keys, values = (mine[:, part, h * shared // heads].astype(np.float64) for part in (0, 1))
+            query = q[t, h * width : (h + 1) * width].astype(np.float16).astype(np.float64)
+            weights = oracles.softmax(keys @ query * SCALE).astype(np.float16).astype(np.float64)
+            off = np.abs(out[t, h * width : (h + 1) * width] - weights @ values)
+            assert off.max() < 2e-3
+            assert off.mean() < 2e-5
 
 
 def test_equal_keys_are_averaged() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from sterna.scheduler.crew import Crew
 from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.kernels import ffn, products
+from sterna.workers.kernels import dense, ffn, products
 
 from ... import oracles
 from .packed import (
@@ -188,7 +189,9 @@ def test_heads_are_matrices_under_each_other(form: str, rows: int, count: int) -
     index = np.array([[t * heads + h for t in range(count)] for h in range(heads)], np.int32)
     out = np.full((count, heads * rows), np.float32(7.0))
     scratch = Scratch(D_MODEL, count)
-    ffn.multiply_heads(
+    crew = Crew(1)
+    dense.multiply_heads(
+        crew.board, crew.heads_job,
         products.product(whole.form), whole.form, whole.arena, whole.codes_at, whole.scales_at,
         shape.codes_nbytes, shape.scales_nbytes, heads, shape.groups, D_MODEL, tokens.x, tokens.q,
         tokens.scales, tokens.sums, index, count, scratch.array, out,
