@@ -1,4 +1,4 @@
-"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`.
+"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; `warm` and `bench` are in `cli_kernels`.
 
 In here: arguments, exit codes and what goes to which stream: answers to stdout, all else to stderr. Every
 error is one line. Modules that cost time are imported by the command that needs them, by --version none.
@@ -19,6 +19,7 @@ import click
 
 from .. import __version__
 from ..shm.errors import DaemonUnreachable, SternaError, UsageError
+from .cli_kernels import bench, warm
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, statistics, table
 
@@ -57,6 +58,10 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="sterna", message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve and use ternary Mixture-of-Experts language models on small machines."""
+
+
+cli.add_command(bench)
+cli.add_command(warm)
 
 
 def _setting_options(command: Command) -> Command:

@@ -289,6 +289,10 @@ class EngineLink:
             case wire.Loading():
                 self.on_loading(message)
             case wire.Ready():
+                log.info(
+                    "engine.ready load_s=%.2f threads=%d streaming_threads=%d",
+                    message.seconds, message.threads, message.streaming_threads,
+                )  # fmt: skip
                 self._set_ready(None)
             case wire.Trouble():
                 self._set_ready(message)

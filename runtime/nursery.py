@@ -43,17 +43,6 @@ IGNORED_HERE = (*IGNORED_IN_CHILDREN, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 1, 15, 38
 
-# OpenBLAS starts its threads when numpy is imported; Numba's default layer may be GNU OpenMP,
-# which aborts a child forked after any parallel kernel was merely loaded.
-THREAD_SETTINGS = {
-    "NUMBA_THREADING_LAYER": "workqueue",
-    # Kernels are vectorised by hand; -O3 doubles the time to compile them and gains nothing.
-    "NUMBA_OPT": "2",
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
-
 WarmSteps = list[tuple[str, Callable[[], None]]]
 Entry = Callable[[Mapping[str, object], Mapping[str, int]], int]
 
@@ -102,7 +91,6 @@ class Nursery:
         # poll, not epoll: it owns no descriptor that a child would have to close.
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
-        self._prepared = False
 
     def serve(self) -> None:
         """Answer requests and report ended children until the daemon closes its end.
@@ -213,15 +201,9 @@ class Nursery:
 
     def _prepare_imports(self) -> None:
         """Set what numba and numpy read when they are imported; once, before the first of ours."""
-        if self._prepared:
-            return
-        os.environ.update(THREAD_SETTINGS)
-        from ..workers.kernels.cache import cache_dir
-        from .kernel_target import VARIABLE, proven_target
+        from .kernel_environment import prepare
 
-        os.environ[VARIABLE] = proven_target()
-        os.environ["NUMBA_CACHE_DIR"] = str(cache_dir())
-        self._prepared = True
+        prepare()
 
     def _send(self, event: wire.Event, fds: list[int] | None = None) -> None:
         wire.send(self._sock, wire.encode(event), fds or ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +27,20 @@ def table(body: dict[str, Any]) -> str:
     rows = list(_rows("", body))
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(for_terminal(f"{name:<{width}}  {value}") for name, value in rows)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned Markdown table: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    rule = [("-" * width) + (":" if i else "-") for i, width in enumerate(widths)]
+    lines = [" | ".join(_aligned(cells, widths)) for cells in (head, *rows)]
+    body = [f"| {for_terminal(line)} |" for line in lines]
+    return "\n".join([body[0], f"|{'|'.join(['-' + part for part in rule])}|", *body[1:]])
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    pairs = zip(cells, widths, strict=True)
+    return [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
 
 
 def statistics(result: Result) -> str:

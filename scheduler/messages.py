@@ -76,9 +76,11 @@ class Loading(EngineMessage, frozen=True, kw_only=True):
 
 
 class Ready(EngineMessage, frozen=True, kw_only=True):
-    """The engine can run steps."""
+    """The engine can run steps, on so many threads; one token at a time uses `streaming_threads`."""
 
     seconds: float
+    threads: int
+    streaming_threads: int
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):

@@ -10,14 +10,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from ..shm.arena import Arena
 from ..shm.errors import ModelFileError, StartFailed, SternaError, WorkerLost
 from ..shm.slots import SlotTable
 from ..workers.checkpoint.gguf import GgufFile
+from ..workers.kernels import bandwidth
 from ..workers.messages import Configure, ExpertPage
 from ..workers.ownership import owners
+from ..workers.pinned import cpus_by_core
 from . import messages as wire
 from . import state as st
 from .crew import Crew, usable_cores
@@ -30,6 +34,7 @@ from .spec import SchedulerSpec, model_id
 
 IDLE_MS = 1000
 PROGRESS_S = 0.1
+PROBE_S = 0.2
 
 
 def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
@@ -97,7 +102,9 @@ class _Scheduler:
         self._owners = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
         configure = Configure(layers=plan.layer_shapes())
         self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
-        crew = Crew(spec.threads or usable_cores())
+        threads = spec.threads or usable_cores()
+        streaming = _streaming_threads(dense, threads)
+        crew = Crew(threads, streaming)
         self._engine = Engine(
             plan, dense, self._streams, self._lane, self._owners, spec.max_batch_tokens, crew
         )
@@ -109,7 +116,7 @@ class _Scheduler:
             held=self._held_blocks(),
         )
         self._await_workers()
-        self.send(wire.Ready(seconds=time.monotonic() - begin))
+        self.send(wire.Ready(seconds=time.monotonic() - begin, threads=threads, streaming_threads=streaming))
 
     def _await_workers(self) -> None:
         deadline = time.monotonic() + self._spec.start_timeout_s
@@ -239,3 +246,16 @@ class _Scheduler:
             workers=self._state.workers,
             resident_experts=self._slots.num_ready(),
         )
+
+
+def _streaming_threads(dense: npt.NDArray[np.uint8], threads: int) -> int:
+    """Return with how many of `threads` threads to read weights for one token: on some boards two are best.
+
+    Measured over the dense weights themselves, unless a cache holds them and nothing streams.
+    """
+    cache = bandwidth.cache_nbytes(cpus_by_core())
+    if threads < 2 or dense.size <= cache:
+        return threads
+    probed = dense[: bandwidth.buffer_nbytes(cache)]
+    measured = bandwidth.measure(time.perf_counter, seconds=PROBE_S, max_threads=threads, buffer=probed)
+    return measured.streaming_threads()

@@ -15,7 +15,7 @@ from ..workers import selftest
 from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, format_of
 from ..workers.checkpoint.packing import matrix_entry
 from ..workers.checkpoint.types import TYPES_BY_NAME
-from ..workers.kernels import attention, dense, ffn, norms, routing
+from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
 from ..workers.kernels import crew as crew_kernels
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.crew import job_address
@@ -40,6 +40,7 @@ def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Calla
     return [
         ("quantise activations", selftest.check_quantize),
         *((f"kernels for {name}", partial(selftest.check, name, Format(form))) for name, form in kinds),
+        ("read bandwidth", bandwidth.warm),
         ("threads", _crew),
         ("matrix products", _multiply),
         ("feed-forward", _feed_forward),

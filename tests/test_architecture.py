@@ -26,6 +26,7 @@ IMPURE_ALLOWED = (
     "scheduler/crew.py",
     "scheduler/process.py",
     "scheduler/lane*.py",
+    "workers/pinned.py",
     "workers/process.py",
     "workers/serve.py",
     "workers/paging*",
