@@ -26,8 +26,8 @@ ROWS, COLUMNS, TOKENS = 40, 512, 11  # an odd number of groups, one tile and thr
 
 # Where a block of the file keeps its float16 scales; the other bytes may be anything, but for ternary codes.
 _SCALES_AT = {
-    "Q8_0": (0,), "TQ2_0": (64,), "TQ1_0": (52,), "Q4_0": (0,), "IQ4_NL": (0,), "Q2_K": (80, 82),
-    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q8_0": (0,), "TQ2_0": (64,), "BITNET_T158": (64,), "TQ1_0": (52,), "Q4_0": (0,), "IQ4_NL": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
 _SCALE = np.float16(2.0**-10)  # keeps the partial sums of integers exact in float32
 _EXACT = (Format.Q8, Format.TL1)
@@ -86,7 +86,7 @@ def _file_bytes(kind: TensorType, random: np.random.Generator, worst: bool) -> n
     blocks = random.integers(0, 256, (kind.nbytes((ROWS, COLUMNS)) // kind.block_bytes, kind.block_bytes))
     if worst:
         blocks[:] = 0x7F if kind.name == "Q8_0" else 0xAA
-    elif kind.name == "TQ2_0":
+    elif kind.name in ("TQ2_0", "BITNET_T158"):
         blocks &= 0x55 << random.integers(0, 2, blocks.shape)  # no code 3
     elif kind.name == "Q8_0":
         blocks[blocks == 0x80] = 0x81  # no encoder writes -128

@@ -48,6 +48,7 @@ _FORMAT_OF = {
     "Q8_0": (Format.Q8, 32),
     "TQ2_0": (Format.TL1, 256),
     "TQ1_0": (Format.TL1, 256),
+    "BITNET_T158": (Format.TL1, 256),
     "Q2_K": (Format.Q2_K, 256),
     "Q3_K": (Format.Q3_K, 256),
     "Q4_K": (Format.Q4_K, 256),

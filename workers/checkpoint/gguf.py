@@ -12,16 +12,17 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 from typing import Final, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ...shm.errors import ModelFileError
 from .metadata import MAX_KEYS, MIN_KEY_BYTES, GgufArray, Metadata, MetadataValue
 from .source import HeaderReader, Source, quoted, refusal
-from .types import FOREIGN_TYPES, TENSOR_TYPES, TensorType
+from .types import FOREIGN_TYPES, TensorType, candidates, is_claimed
 
 __all__ = ["GgufArray", "GgufFile", "MetadataValue", "TensorInfo"]
 
@@ -61,10 +62,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Declared:
-    """A tensor as the header states it: `info.offset` is still relative to the data."""
+    """A tensor as the header states it: `info.offset` is still relative to the data.
+
+    `info.type` and `info.nbytes` are of the first of the types that `type_id` may mean.
+    """
 
     info: TensorInfo
     offset_at: int
+    type_id: int
 
 
 def _read_magic(reader: HeaderReader) -> int:
@@ -107,14 +112,14 @@ def _read_shape(reader: HeaderReader) -> tuple[int, ...]:
     return tuple(reversed(ne))
 
 
-def _read_type(reader: HeaderReader) -> TensorType:
+def _read_type(reader: HeaderReader) -> tuple[int, TensorType]:
     at = reader.at
     type_id = reader.uint32("the tensor type")
-    known = TENSOR_TYPES.get(type_id)
-    if known is None:
+    known = candidates(type_id)
+    if not known:
         hint = f" ({FOREIGN_TYPES[type_id]})" if type_id in FOREIGN_TYPES else ""
         raise reader.refusal("a known tensor type", f"type id {type_id}{hint}", at=at)
-    return known
+    return type_id, known[0]
 
 
 def _read_tensor(reader: HeaderReader, index: int, alignment: int) -> _Declared:
@@ -123,18 +128,22 @@ def _read_tensor(reader: HeaderReader, index: int, alignment: int) -> _Declared:
     reader.what = f"tensor {quoted(name)}"
     shape_at = reader.at
     shape = _read_shape(reader)
-    tensor_type = _read_type(reader)
+    type_id, tensor_type = _read_type(reader)
     if shape[-1] % tensor_type.block_elements:
+        claim = f" (type id {type_id})" if is_claimed(type_id) else ""
         blocks = f"a row length divisible by the {tensor_type.block_elements} of a {tensor_type.name} block"
-        raise reader.refusal(blocks, shape[-1], at=shape_at + 4)
+        raise reader.refusal(blocks + claim, shape[-1], at=shape_at + 4)
+    try:
+        nbytes = tensor_type.nbytes(shape)
+    except ModelFileError as error:
+        label = reader.source.label
+        raise ModelFileError(f"{label}: byte {shape_at + 4}: {reader.what}: {error}") from None
     offset_at = reader.at
     offset = reader.uint64("the data offset")
     if offset % alignment:
         raise reader.refusal(f"an offset that is a multiple of {alignment}", offset, at=offset_at)
-    info = TensorInfo(
-        name=name, shape=shape, type=tensor_type, offset=offset, nbytes=tensor_type.nbytes(shape)
-    )
-    return _Declared(info, offset_at)
+    info = TensorInfo(name=name, shape=shape, type=tensor_type, offset=offset, nbytes=nbytes)
+    return _Declared(info, offset_at, type_id)
 
 
 def _read_tensors(reader: HeaderReader, count: int, alignment: int) -> dict[str, _Declared]:
@@ -146,6 +155,74 @@ def _read_tensors(reader: HeaderReader, count: int, alignment: int) -> dict[str,
             raise reader.refusal("a name that was not there before", "a duplicate", at=at)
         declared[tensor.info.name] = tensor
     return declared
+
+
+def _rooms(declared: dict[str, _Declared], data_nbytes: int) -> dict[str, int]:
+    """Return the bytes from each tensor's data to the next tensor's, last tensor first: to the file's end."""
+    starts = sorted(((tensor.info.offset, name) for name, tensor in declared.items()), reverse=True)
+    rooms: dict[str, int] = {}
+    end = data_nbytes
+    for start, name in starts:
+        rooms[name] = end - start
+        end = start
+    return rooms
+
+
+def _nbytes_as(kind: TensorType, shape: tuple[int, ...]) -> int | None:
+    try:
+        return None if shape[-1] % kind.block_elements else kind.nbytes(shape)
+    except ModelFileError:
+        return None
+
+
+def _fills(kind: TensorType, tensor: _Declared, room: int, alignment: int) -> bool:
+    nbytes = _nbytes_as(kind, tensor.info.shape)
+    return nbytes is not None and nbytes <= room <= -(-nbytes // alignment) * alignment
+
+
+def _settle_types(
+    source: Source, declared: dict[str, _Declared], data_offset: int, alignment: int
+) -> dict[str, _Declared]:
+    """Choose by size among the types that an id may mean, for all tensors of that id alike.
+
+    ggml's own meaning stands if its sizes fit; another must fill the place of each tensor, and so must
+    the one that is left of an id which has had two. How far the last tensor reaches proves nothing for
+    another type: the file may be cut short.
+    """
+    settled = dict(declared)
+    rooms = _rooms(declared, source.size_bytes - data_offset)
+    last = next(iter(rooms), "")
+    for type_id in sorted({tensor.type_id for tensor in declared.values() if is_claimed(tensor.type_id)}):
+        own, *others = candidates(type_id)
+        members = [tensor for tensor in declared.values() if tensor.type_id == type_id]
+        told = [tensor for tensor in members if not others or tensor.info.name != last]
+        misfits = [
+            tensor
+            for tensor in told
+            if tensor.info.nbytes > rooms[tensor.info.name]
+            or not (others or _fills(own, tensor, rooms[tensor.info.name], alignment))
+        ]
+        if not misfits:
+            continue
+        for kind in others:
+            if all(_fills(kind, tensor, rooms[tensor.info.name], alignment) for tensor in told):
+                break
+        else:
+            raise _size_refusal(source, misfits[0], rooms[misfits[0].info.name])
+        for tensor in members:
+            nbytes = _nbytes_as(kind, tensor.info.shape)
+            if nbytes is None:
+                raise _size_refusal(source, tensor, rooms[tensor.info.name])
+            info = replace(tensor.info, type=kind, nbytes=nbytes)
+            settled[info.name] = replace(tensor, info=info)
+    return settled
+
+
+def _size_refusal(source: Source, tensor: _Declared, room: int) -> ModelFileError:
+    sizes = [(kind, _nbytes_as(kind, tensor.info.shape)) for kind in candidates(tensor.type_id)]
+    expected = " or ".join(f"{nbytes} bytes ({kind.name})" for kind, nbytes in sizes if nbytes is not None)
+    what = f"tensor {quoted(tensor.info.name)} of type id {tensor.type_id}"
+    return refusal(source.label, tensor.offset_at, what, expected, f"room for {room}")
 
 
 def _placed(source: Source, declared: dict[str, _Declared], data_offset: int) -> Mapping[str, TensorInfo]:
@@ -199,6 +276,7 @@ class GgufFile:
         self.alignment = self._checked_alignment()
         declared = _read_tensors(reader, num_tensors, self.alignment)
         self.data_offset = -(-reader.at // self.alignment) * self.alignment
+        declared = _settle_types(source, declared, self.data_offset, self.alignment)
         self.tensors: Mapping[str, TensorInfo] = _placed(source, declared, self.data_offset)
 
     @classmethod
@@ -280,8 +358,12 @@ class GgufFile:
     def slab(self, info: TensorInfo, index: int) -> tuple[int, int]:
         """Return (absolute offset, bytes) of slice `index` of the outermost axis of a 3-D tensor.
 
-        ModelFileError if the tensor is not 3-D, IndexError if there is no such slice.
+        ModelFileError if the tensor is not 3-D or of a type whose slices are not apart, IndexError if
+        there is no such slice.
         """
+        if info.type.matrix is not None and not info.type.matrix.has_slices:
+            what = f"tensor {quoted(info.name)}"
+            raise refusal(self._source.label, info.offset, what, "slices that lie apart", info.type.name)
         if len(info.shape) != 3:
             what = f"tensor {quoted(info.name)}"
             raise refusal(self._source.label, info.offset, what, "3 dimensions", f"shape {info.shape}")

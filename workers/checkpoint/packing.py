@@ -6,13 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
-from ..kernels import floating, nibbles, planes, q8, ternary
+from ..kernels import nibbles, planes, repack
 from ..kernels.products import product
 from .formats import Format, MatrixShape, activation_kind, is_decoded_at_load
-from .types import TensorType, dequantize, ternary_codes
+from .types import TensorType, check_size, dequantize, ternary_matrix
 
 _K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)
 _NIBBLES = (Format.Q4_0, Format.IQ4_NL, Format.MXFP4)
+_TERNARY = {"TQ2_0": repack.tq2_0, "TQ1_0": repack.tq1_0, "BITNET_T158": repack.t158}
 
 
 def matrix_entry(shape: MatrixShape, at: int) -> tuple[int, int, int, int, int]:
@@ -29,16 +30,17 @@ def pack_matrix(
 ) -> None:
     """Pack `raw` (the tensor's bytes, row-major) into `out` (uint8) from byte `at`.
 
-    Raises ModelFileError for a ternary block whose codes are not ternary, and for a value of a type
-    without a kernel that float16 cannot hold.
+    Raises ModelFileError for bytes that are not of that size, for a ternary block whose codes are not
+    ternary, and for a value of a type without a kernel that float16 cannot hold.
     """
+    check_size(file_type, raw, (shape.rows, shape.columns))
     codes_at, scales_at = shape.place(at)
-    if shape.form is Format.TL1:
-        codes, scales = ternary_codes(file_type, raw, (shape.rows, shape.columns))
-        # The file's scales are float16 widened to float32, so that narrowing is exact.
-        ternary.pack(codes, scales.astype(np.float16).view(np.uint16), out, codes_at, scales_at)
+    if file_type.name in _TERNARY:
+        pack = _TERNARY[file_type.name]
+        if pack(raw, shape.rows, shape.columns, out, codes_at, scales_at) >= 0:
+            ternary_matrix(file_type, raw, (shape.rows, shape.columns))  # raises, and names the place
     elif shape.form is Format.Q8:
-        q8.pack(raw, shape.rows, shape.columns, out, codes_at, scales_at)
+        repack.q8_0(raw, shape.rows, shape.columns, out, codes_at, scales_at)
     elif shape.form in _K_QUANTS:
         work = np.empty(planes.WORK_NBYTES, np.uint8)
         planes.pack(int(shape.form), raw, shape.rows, shape.columns, work, out, codes_at, scales_at)
@@ -48,7 +50,7 @@ def pack_matrix(
         _pack_decoded(raw, file_type, shape, out, codes_at)
     else:
         width = 4 if shape.form is Format.F32 else 2
-        floating.pack(raw, shape.rows, shape.columns, width, out, codes_at)
+        repack.floats(raw, shape.rows, shape.columns, width, out, codes_at)
 
 
 def _pack_decoded(
@@ -73,4 +75,4 @@ def _pack_decoded(
             )
         # Read-only like a file's bytes: numba compiles a function anew for each array type.
         contents = np.frombuffer(halves.tobytes(), np.uint8)
-        floating.pack(contents, rows, shape.columns, 2, out, at + row * shape.columns * 2)
+        repack.floats(contents, rows, shape.columns, 2, out, at + row * shape.columns * 2)

@@ -8,7 +8,7 @@ that entry. Layouts are those of ggml (little endian). Not here: decoders of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
-from . import block_types, grid_types
+from . import block_types, grid_types, ternary_types
+from .bitnet_types import Tiling
+from .ternary_types import MatrixType, TernaryMatrix, digits
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -39,12 +41,15 @@ class TensorType:
     block_bytes: int
     decode: Decoder | None = None
     read_codes: CodeReader | None = None
+    matrix: MatrixType | None = None  # set for types that are not equal blocks one after the other
 
     def __repr__(self) -> str:
         return f"TensorType({self.name}, id {self.id})"
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of a row of `cols` values; ModelFileError if it is not whole blocks."""
+        if self.matrix is not None:
+            raise ModelFileError(f"type {self.name}: rows cannot be taken out of the tensor one by one")
         if cols % self.block_elements:
             raise ModelFileError(
                 f"type {self.name}: expected a row length divisible by {self.block_elements}, found {cols}"
@@ -52,7 +57,12 @@ class TensorType:
         return cols // self.block_elements * self.block_bytes
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor of `shape` (numpy order: rows along the last axis)."""
+        """Return the bytes of a tensor of `shape` (numpy order: rows along the last axis).
+
+        ModelFileError for a shape that the type cannot have.
+        """
+        if self.matrix is not None:
+            return self.matrix.measure(shape)
         return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
@@ -88,19 +98,8 @@ def _read_codes_tq2_0(blocks: Bytes) -> tuple[Bytes, Floats]:
     return codes.reshape(-1, 256), _read_scales(blocks)
 
 
-def _trits(packed: Bytes, count: int) -> Bytes:
-    """Return the first `count` base-3 digits of each byte: (blocks, n) -> (blocks, count * n).
-
-    A byte is ceil(v * 256 / 243) for the 5-digit v: times 3^k mod 256 it starts with digit k.
-    """
-    powers = np.array([1, 3, 9, 27, 81][:count], np.uint8).reshape(1, count, 1)
-    shifted = packed[:, np.newaxis, :] * powers  # wraps in 8 bits by design
-    digits = (shifted.astype(np.uint16) * np.uint16(3)) >> np.uint16(8)
-    return digits.astype(np.uint8).reshape(len(packed), -1)
-
-
 def _read_codes_tq1_0(blocks: Bytes) -> tuple[Bytes, Floats]:
-    parts = (_trits(blocks[:, :32], 5), _trits(blocks[:, 32:48], 5), _trits(blocks[:, 48:52], 4))
+    parts = (digits(blocks[:, :32], 5), digits(blocks[:, 32:48], 5), digits(blocks[:, 48:52], 4))
     return np.concatenate(parts, axis=1), _read_scales(blocks)
 
 
@@ -125,9 +124,13 @@ _SIZES: Final = (
     (23, "IQ4_XS", 256, 136), (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8),
     (28, "F64", 1, 8), (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2), (34, "TQ1_0", 256, 54),
     (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36), (41, "Q1_0", 128, 18),
-    (42, "Q2_0", 64, 18),
+    (42, "Q2_0", 64, 18), *ternary_types.SIZES,
 )  # fmt: skip
-_CODE_READERS: Final[dict[str, CodeReader]] = {"TQ1_0": _read_codes_tq1_0, "TQ2_0": _read_codes_tq2_0}
+_CODE_READERS: Final[dict[str, CodeReader]] = {
+    "TQ1_0": _read_codes_tq1_0,
+    "TQ2_0": _read_codes_tq2_0,
+    **ternary_types.CODE_READERS,
+}
 _DECODERS: Final[dict[str, Decoder]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
@@ -140,11 +143,33 @@ _DECODERS: Final[dict[str, Decoder]] = {
 
 TENSOR_TYPES: Final[Mapping[int, TensorType]] = MappingProxyType(
     {
-        row[0]: replace(TensorType(*row), decode=_DECODERS.get(row[1]), read_codes=_CODE_READERS.get(row[1]))
+        row[0]: replace(
+            TensorType(*row),
+            decode=_DECODERS.get(row[1]),
+            read_codes=_CODE_READERS.get(row[1]),
+            matrix=ternary_types.MATRICES.get(row[1]),
+        )
         for row in _SIZES
     }
 )
 TYPES_BY_NAME: Final[Mapping[str, TensorType]] = MappingProxyType({t.name: t for t in TENSOR_TYPES.values()})
+
+
+def candidates(type_id: int) -> tuple[TensorType, ...]:
+    """Return the types that id `type_id` in a file may mean, ggml's first; empty if it is unknown.
+
+    More than one where projects have given an id twice: then the size decides. See `is_claimed`.
+    """
+    if type_id not in TENSOR_TYPES or type_id >= ternary_types.PRIVATE_IDS:
+        return ()
+    others = ternary_types.CLAIMED.get(type_id, ())
+    return (TENSOR_TYPES[type_id], *(TENSOR_TYPES[other] for other in others))
+
+
+def is_claimed(type_id: int) -> bool:
+    """Return whether the id alone does not say what a tensor is, because it has had two meanings."""
+    return type_id in ternary_types.CLAIMED
+
 
 # Ids that are not ggml's (any more); only for telling the user what the file probably holds.
 FOREIGN_TYPES: Final[Mapping[int, str]] = MappingProxyType(
@@ -154,26 +179,24 @@ FOREIGN_TYPES: Final[Mapping[int, str]] = MappingProxyType(
         31: "the retired Q4_0_4_4",
         32: "the retired Q4_0_4_8",
         33: "the retired Q4_0_8_8",
-        36: "I2_S of BitNet, or the retired IQ4_NL_4_4",
         37: "I8_S of BitNet, or the retired IQ4_NL_4_8",
-        38: "TL1 of BitNet, or the retired IQ4_NL_8_8",
-        134: "IQ1_BN of ik_llama.cpp",
-        135: "IQ2_BN of ik_llama.cpp",
-        142: "PQ2_0 of PrismML",
-        143: "PTQ1_0 of PrismML",
-        335: "IQ2_BN_R4 of ik_llama.cpp",
     }
 )
 
 
-def _blocks(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> Bytes:
+def check_size(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> Bytes:
+    """Return `data` (uint8) contiguous; ModelFileError unless they are as many bytes as `shape` takes."""
     expected = tensor_type.nbytes(shape)
     if data.dtype != np.uint8 or data.size != expected:
         raise ModelFileError(
             f"type {tensor_type.name}, shape {shape}: expected {expected} bytes,"
             f" found {data.size} elements of {data.dtype}"
         )
-    return np.ascontiguousarray(data).reshape(-1, tensor_type.block_bytes)
+    return np.ascontiguousarray(data)
+
+
+def _blocks(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> Bytes:
+    return check_size(tensor_type, data, shape).reshape(-1, tensor_type.block_bytes)
 
 
 def dequantize(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> Floats:
@@ -183,6 +206,8 @@ def dequantize(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> 
     scales that are not finite give inf and NaN silently. ModelFileError if the type has no decoder
     or the sizes do not agree.
     """
+    if tensor_type.matrix is not None:
+        return ternary_matrix(tensor_type, data, shape).values().reshape(shape)
     decode = tensor_type.decode
     if decode is None:
         raise ModelFileError(
@@ -201,16 +226,13 @@ def dequantize(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> 
 def ternary_codes(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) -> tuple[Bytes, Floats]:
     """Return the codes {0, 1, 2} of a ternary tensor and its block scales; a weight is (code-1)*scale.
 
-    codes uint8 (rows, cols), scales float32 (rows, cols / 256), where cols is the last axis of
-    `shape` and rows the product of the others. ModelFileError if the type is not ternary, the sizes
-    do not agree or a code is 3.
+    codes uint8 (rows, cols), scales float32 (rows, cols / block), where cols is the last axis of
+    `shape` and rows the product of the others. ModelFileError if the type is not ternary or not of
+    blocks with a scale each (`ternary_matrix` takes all), the sizes do not agree or a code is 3.
     """
     read_codes = tensor_type.read_codes
     if read_codes is None:
-        raise ModelFileError(
-            f"tensor type {tensor_type.name} (id {tensor_type.id}) is not ternary;"
-            f" supported are {', '.join(sorted(_CODE_READERS))}"
-        )
+        raise _not_ternary(tensor_type, _CODE_READERS)
     blocks = _blocks(tensor_type, data, shape)
     codes = np.empty((len(blocks), tensor_type.block_elements), np.uint8)
     scales = np.empty(len(blocks), np.float32)
@@ -219,12 +241,45 @@ def ternary_codes(tensor_type: TensorType, data: Bytes, shape: tuple[int, ...]) 
         for first in range(0, len(blocks), step):
             chosen = slice(first, first + step)
             codes[chosen], scales[chosen] = read_codes(blocks[chosen])
-    cols = shape[-1]
-    codes = codes.reshape(-1, cols)
+    codes = codes.reshape(-1, shape[-1])
+    _refuse_threes(tensor_type, codes, shape)
+    return codes, scales.reshape(len(codes), -1)
+
+
+def _not_ternary(tensor_type: TensorType, supported: Iterable[str]) -> ModelFileError:
+    what = "ternary" if tensor_type.matrix is None else "of blocks with a scale each"
+    return ModelFileError(
+        f"tensor type {tensor_type.name} (id {tensor_type.id}) is not {what};"
+        f" supported are {', '.join(sorted(supported))}"
+    )
+
+
+def _refuse_threes(tensor_type: TensorType, codes: Bytes, shape: tuple[int, ...]) -> None:
     if codes.max(initial=0) > 2:
         row, col = np.argwhere(codes > 2)[0].tolist()
         raise ModelFileError(
             f"type {tensor_type.name}, shape {shape}: row {row}, column {col}:"
             f" expected a code of 0, 1 or 2, found {codes[row, col]}"
         )
-    return codes, scales.reshape(len(codes), -1)
+
+
+def ternary_matrix(
+    tensor_type: TensorType, data: Bytes, shape: tuple[int, ...], tiling: Tiling | None = None
+) -> TernaryMatrix:
+    """Return a ternary tensor of any type as codes and scales as stored; rows as in `ternary_codes`.
+
+    tiling: for TL1 and TL2, see `bitnet_types.find_tiling`. ModelFileError as `ternary_codes`, and for
+    tile sizes that are missing or do not divide the matrix.
+    """
+    if tensor_type.matrix is None:
+        if tensor_type.read_codes is None:
+            raise _not_ternary(tensor_type, (*_CODE_READERS, *ternary_types.MATRICES))
+        codes, wide = ternary_codes(tensor_type, data, shape)
+        with np.errstate(all="ignore"):
+            scales = wide.astype(np.float16)  # exact: they were float16 in the file
+        return TernaryMatrix(codes=codes, scales=scales, group=tensor_type.block_elements)
+    data = check_size(tensor_type, data, shape)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    matrix = tensor_type.matrix.read(data, rows, columns, tiling)
+    _refuse_threes(tensor_type, matrix.codes, shape)
+    return matrix

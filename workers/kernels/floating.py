@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from .kernel import kernel
 from .simd.ops import (
     add_f32,
@@ -23,18 +21,6 @@ BLOCK = 4  # columns come in fours: four sums run side by side
 def nbytes(rows: int, columns: int, width: int) -> int:
     """Return the packed size; `rows` is padded to 16, `width` is bytes per element."""
     return -(-rows // 16) * 16 * columns * width
-
-
-@kernel
-def pack(raw, rows, columns, width, out, at):
-    """Pack a row-major matrix of `width`-byte elements (raw: uint8) into `out` at byte `at`."""
-    for group in range((rows + 15) // 16):
-        for lane in range(16):
-            row = group * 16 + lane
-            for column in range(columns):
-                place = at + ((group * columns + column) * 16 + lane) * width
-                for i in range(width):
-                    out[place + i] = raw[(row * columns + column) * width + i] if row < rows else np.uint8(0)
 
 
 @kernel

@@ -44,29 +44,6 @@ def scales_nbytes(rows: int, columns: int) -> int:
     return -(-rows // 16) * 16 * (columns // BLOCK) * 2
 
 
-@kernel
-def pack(raw, rows, columns, out, codes_at, scales_at):
-    """Pack raw Q8_0 blocks (uint8: float16 scale, then 32 int8) of a (rows, columns) matrix.
-
-    -128 becomes -127 (no encoder writes it): NEON and AVX2 need the symmetric range.
-    """
-    blocks = columns // BLOCK
-    for group in range((rows + 15) // 16):
-        for lane in range(16):
-            row = group * 16 + lane
-            for block in range(blocks):
-                source = (row * blocks + block) * 34
-                at = scales_at + ((group * blocks + block) * 16 + lane) * 2
-                for i in range(2):
-                    out[at + i] = raw[source + i] if row < rows else 0
-                for i in range(BLOCK):
-                    column = block * BLOCK + i
-                    at = codes_at + (group * (columns // 4) + column // 4) * 64 + lane * 4 + column % 4
-                    byte = raw[source + 2 + i] if row < rows else np.uint8(0)
-                    byte = np.uint8(0x81) if byte == 0x80 else byte
-                    out[at] = byte ^ np.uint8(0x80)
-
-
 _TILE = 8
 _first_tile = broadcast_tile(_TILE)
 _tile_dot = tile_dot_offset(_TILE)

@@ -138,10 +138,10 @@ def test_code_3_is_refused_at_its_place() -> None:
 def test_what_cannot_be_decoded() -> None:
     block = np.zeros(292, np.uint8)
     with pytest.raises(
-        ModelFileError, match=r"Q8_K \(id 15\) cannot be decoded; supported are BF16, F16, F32, .*TQ2_0"
+        ModelFileError, match=r"Q8_K \(id 15\) cannot be decoded; supported are BF16, .*F32, .*TQ2_0"
     ):
         dequantize(TYPES_BY_NAME["Q8_K"], block, (256,))
-    with pytest.raises(ModelFileError, match=r"Q8_0 \(id 8\) is not ternary; supported are TQ1_0, TQ2_0"):
+    with pytest.raises(ModelFileError, match=r"Q8_0 \(id 8\) is not ternary; supported are .*TQ1_0, TQ2_0"):
         ternary_codes(TYPES_BY_NAME["Q8_0"], np.zeros(34, np.uint8), (32,))
     with pytest.raises(
         ModelFileError, match=r"type F32, shape \(3,\): expected 12 bytes, found 13 elements of uint8"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sterna.workers.checkpoint.formats import Format, activation_kind
-from sterna.workers.kernels import floating, products, q8, ternary
+from sterna.workers.kernels import floating, products, q8, repack, ternary
 from sterna.workers.kernels.activations import quantize_rows
 
 F32 = npt.NDArray[np.float32]
@@ -78,7 +78,7 @@ def pack_q8(values: I8, scales: F32, at: int = 0) -> Packed:
     scales_at = at + q8.codes_nbytes(rows, columns)
     end = scales_at + q8.scales_nbytes(rows, columns)
     arena = np.full(end + 64, POISON)
-    q8.pack(read_only(q8_blocks(values, scales)), rows, columns, arena, at, scales_at)
+    repack.q8_0(read_only(q8_blocks(values, scales)), rows, columns, arena, at, scales_at)
     assert (arena[:at] == POISON).all()
     assert (arena[end:] == POISON).all()
     return Packed(form=products.Q8, arena=arena, codes_at=at, scales_at=scales_at, rows=rows, columns=columns)
@@ -98,7 +98,7 @@ def pack_floating(form: int, weights: F32, at: int = 0) -> tuple[Packed, F32]:
     width = 4 if form == products.F32 else 2
     end = at + floating.nbytes(rows, columns, width)
     arena = np.full(end + 64, POISON)
-    floating.pack(read_only(stored), rows, columns, width, arena, at)
+    repack.floats(read_only(stored), rows, columns, width, arena, at)
     assert (arena[:at] == POISON).all()
     assert (arena[end:] == POISON).all()
     return Packed(form=form, arena=arena, codes_at=at, scales_at=0, rows=rows, columns=columns), values

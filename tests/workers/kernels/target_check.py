@@ -109,6 +109,7 @@ def _ternary() -> dict[str, str]:
 
 def _q8() -> dict[str, str]:
     q8 = import_module("sterna.workers.kernels.q8")
+    repack = import_module("sterna.workers.kernels.repack")
     found = {}
     for rows in ROWS:
         for columns in Q8_COLUMNS:
@@ -121,7 +122,7 @@ def _q8() -> dict[str, str]:
             blocks[:, :, 2:] = weights.view(np.uint8).reshape(rows, -1, 32)
             scales_at = 32 + q8.codes_nbytes(rows, columns)
             arena = np.zeros(scales_at + q8.scales_nbytes(rows, columns), np.uint8)
-            q8.pack(np.frombuffer(blocks.tobytes(), np.uint8), rows, columns, arena, 32, scales_at)
+            repack.q8_0(np.frombuffer(blocks.tobytes(), np.uint8), rows, columns, arena, 32, scales_at)
             results = _run("q8", arena, (32, scales_at), rows, q, 32)
             true = q.view(np.int8).astype(np.int64) @ weights.astype(np.int64).T
             inside = np.abs(true) < 2**23  # beyond 2^24 the float32 between blocks rounds
@@ -133,11 +134,12 @@ def _q8() -> dict[str, str]:
 def _floating() -> dict[str, str]:
     floating = import_module("sterna.workers.kernels.floating")
     activations = import_module("sterna.workers.kernels.activations")
+    repack = import_module("sterna.workers.kernels.repack")
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((23, 256)).astype(np.float16)
     x = rng.standard_normal((COUNT, 256)).astype(np.float32)
     arena = np.zeros(floating.nbytes(23, 256, 2), np.uint8)
-    floating.pack(np.frombuffer(weights.tobytes(), np.uint8), 23, 256, 2, arena, 0)
+    repack.floats(np.frombuffer(weights.tobytes(), np.uint8), 23, 256, 2, arena, 0)
     out = np.zeros((COUNT, 32), np.float32)
     none = np.zeros((1, 1), np.float32)
     floating.gemm(
