@@ -134,7 +134,7 @@ class Tokens:
         self.x = np.random.default_rng(count).standard_normal((count, columns)).astype(np.float32)
         kind = activation_kind(form)
         quantised = kind is not ActivationKind.FLOAT
-        self.q = QuantizedRows.allocate(count, columns, int(kind)) if quantised else _NO_Q
+        self.q = QuantizedRows.allocate(count, columns, kind.block(columns)) if quantised else _NO_Q
         self.quantise()
 
     def quantise(self) -> None:

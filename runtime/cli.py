@@ -1,4 +1,4 @@
-"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; `warm` and `bench` are in `cli_kernels`.
+"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; others in `cli_inspect`, `cli_kernels`.
 
 In here: arguments, exit codes and what goes to which stream: answers to stdout, all else to stderr. Every
 error is one line. Modules that cost time are imported by the command that needs them, by --version none.
@@ -19,6 +19,7 @@ import click
 
 from .. import __version__
 from ..shm.errors import DaemonUnreachable, SternaError, UsageError
+from .cli_inspect import inspect
 from .cli_kernels import bench, warm
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, statistics, table
@@ -61,6 +62,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(inspect)
 cli.add_command(warm)
 
 

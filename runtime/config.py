@@ -17,6 +17,8 @@ from ..shm.errors import ConfigError, ModelNotFound
 from .sockets import check_url, default_socket_url
 
 Lane = Literal["auto", "zmq"]
+Ternary = Literal["auto", "2", "1.6"]
+Activations = Literal["auto", "block", "token"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SYSTEM_CONFIG_DIR = Path("/etc/sterna")
@@ -63,6 +65,8 @@ class Config:
     max_queue: int = 256
     max_batch_tokens: int = 512
     threads: int = 0
+    ternary: Ternary = "auto"
+    activations: Activations = "auto"
     lane: Lane = "auto"
     log_level: LogLevel = "info"
     shutdown_timeout_s: float = 30.0
@@ -80,6 +84,16 @@ SETTINGS: dict[str, Setting] = {
     "max_queue": Setting("Requests that may wait [256]", "integer", 1, 65_536),
     "max_batch_tokens": Setting("Prompt tokens computed per step [512]", "integer", 1, 16_384),
     "threads": Setting("Threads of the scheduler for dense layers; 0: one per core [0]", "integer", 0, 64),
+    "ternary": Setting(
+        "Bits of a ternary weight in memory; auto: 2, or 1.6 where only that fits [auto]",
+        "choice",
+        choices=("auto", "2", "1.6"),
+    ),
+    "activations": Setting(
+        "Values that share a scale before row-scaled ternary weights; auto: measured [auto]",
+        "choice",
+        choices=("auto", "block", "token"),
+    ),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
     "log_level": Setting(
         "Least severe event logged [info]", "choice", choices=("debug", "info", "warning", "error")

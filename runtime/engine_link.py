@@ -108,6 +108,7 @@ class EngineLink:
             streams=self._config.max_num_seqs,
             max_batch_tokens=self._config.max_batch_tokens,
             threads=self._config.threads,
+            storage=self._model.plan.storage,
             step_timeout_s=self._config.step_timeout_s,
             start_timeout_s=self._config.start_timeout_s,
         )

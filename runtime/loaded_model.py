@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from ..scheduler.kv import StreamMemory, StreamShape
-from ..scheduler.model.plan import ModelPlan
 from ..scheduler.spec import model_id
 from ..shm.arena import Arena
 from ..shm.errors import ConfigError
@@ -14,7 +14,10 @@ from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
 from .config import Config, embedded_model
 from .messages import ModelFacts
+from .model_choice import choose
 from .tokenizer import Tokenizer
+
+log = logging.getLogger("sterna.model")
 
 MAX_DEFAULT_CONTEXT = 4096
 # So much is tokenized in any case, in 50 ms, so that the error can say how many tokens it is.
@@ -31,7 +34,9 @@ class LoadedModel:
         self.path = config.model or embedded_model()
         with GgufFile.open(self.path) as file:
             self.id = model_id(str(self.path))
-            self.plan = ModelPlan.from_file(file)
+            choice = choose(file, config.ternary, config.activations)
+            self.plan = choice.plan
+            log.info("model.held ternary=%r activations=%r", choice.ternary, choice.activations)
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
             name = file.get("general.name", str, Path(self.path).stem)
         longest = self.plan.hyper.context_length

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.layout import align
+from ..workers.checkpoint.bitnet_types import TILED, find_tiling
 from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import matrix_entry, pack_matrix
@@ -35,7 +36,9 @@ def fill_dense(
     for done, entry in enumerate(plan.dense.values(), 1):
         raw = file.data(entry.tensor)
         if entry.shape is not None:
-            pack_matrix(raw, entry.tensor.type, entry.shape, weights, entry.at)
+            kind, rows, columns = entry.tensor.type, entry.shape.rows, entry.shape.columns
+            tiling = find_tiling(file, kind.name, rows, columns) if kind.name in TILED else None
+            pack_matrix(raw, kind, entry.shape, weights, entry.at, tiling)
         elif entry.kind == "vector":
             values = dequantize(entry.tensor.type, raw, entry.tensor.shape)
             weights[entry.at : entry.at + entry.nbytes] = values.view(np.uint8)
@@ -69,7 +72,7 @@ class Rows:
         if kind is ActivationKind.FLOAT:
             return self._none
         if kind not in self._quantized:
-            self._quantized[kind] = QuantizedRows.allocate(len(self.x), self.width, int(kind))
+            self._quantized[kind] = QuantizedRows.allocate(len(self.x), self.width, kind.block(self.width))
         rows = self._quantized[kind]
         if kind not in self._fresh:
             rows.fill(self.x, count)
@@ -131,7 +134,7 @@ class FeedForward:
         self._up = np.zeros((capacity, self._d_ff), np.float32)
         each = align(scratch_nbytes(max(self._d_model, self._d_ff), capacity))
         self._scratch = np.zeros(crew.threads * each, np.uint8)
-        self._middle = QuantizedRows.allocate(capacity, self._d_ff, int(down.kind) or self._d_ff)
+        self._middle = QuantizedRows.allocate(capacity, self._d_ff, down.kind.block(self._d_ff) or self._d_ff)
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]

@@ -89,7 +89,7 @@ class _Scheduler:
         self._file = GgufFile.open(spec.model_path)
         if model_id(spec.model_path) != spec.model_id:
             raise ModelFileError(f"{spec.model_path}: the file was changed while it was loaded")
-        self._plan = plan = ModelPlan.from_file(self._file)
+        self._plan = plan = ModelPlan.from_file(self._file, spec.storage)
         dense = Arena.attach("dense", self._fds["dense"]).bytes
         fill_dense(plan, self._file, dense, lambda done, total: self._progress("weights", done, total))
         self._slots = SlotTable(

@@ -6,6 +6,8 @@ import os
 
 import msgspec
 
+from ..workers.checkpoint.formats import Storage
+
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the scheduler is told when it is forked; `model_id` is (device, inode, bytes, mtime ns)."""
@@ -20,6 +22,7 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     streams: int
     max_batch_tokens: int
     threads: int
+    storage: Storage
     step_timeout_s: float
     start_timeout_s: float
 

@@ -102,7 +102,7 @@ def _require(case: _Case) -> None:
     """Multiply and compare; integer formats with scales that are powers of two must be exact."""
     shape, form = case.shape, case.shape.form
     kind = activation_kind(form)
-    rows = QuantizedRows.allocate(TOKENS, COLUMNS, kind or COLUMNS)
+    rows = QuantizedRows.allocate(TOKENS, COLUMNS, kind.block(COLUMNS) or COLUMNS)
     if kind is not ActivationKind.FLOAT:
         rows.fill(case.x, TOKENS)
     out = np.zeros((TOKENS, shape.groups * 16), np.float32)

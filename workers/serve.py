@@ -170,7 +170,8 @@ def _check(message: Compute, frames: Sequence[memoryview], shape: _Expert) -> in
     expected = activation_kind(shape.matrices[0][0].form)
     if kind != expected:
         raise InternalError(f"{where}: activations of kind {kind}, expected {int(expected)}")
-    values, blocks = tokens * shape.d_model, tokens * shape.d_model // kind if kind else 0
+    values = tokens * shape.d_model
+    blocks = values // expected.block(shape.d_model) if expected else 0
     sizes = [4 * values] if kind == ActivationKind.FLOAT else [values, 4 * blocks, 4 * blocks]
     found = [frame.nbytes for frame in frames]
     if found != [*sizes, 4 * starts[-1]]:
@@ -187,8 +188,9 @@ def _activations(
         x = np.frombuffer(frames[0], np.float32).reshape(tokens, d_model)
         return x, _NO_Q, _NO_X, _NO_SUMS
     q = np.frombuffer(frames[0], np.int8).reshape(tokens, d_model)
-    scales = np.frombuffer(frames[1], np.float32).reshape(tokens, d_model // message.kind)
-    sums = np.frombuffer(frames[2], np.int32).reshape(tokens, d_model // message.kind)
+    blocks = d_model // ActivationKind(message.kind).block(d_model)
+    scales = np.frombuffer(frames[1], np.float32).reshape(tokens, blocks)
+    sums = np.frombuffer(frames[2], np.int32).reshape(tokens, blocks)
     return _NO_X, q, scales, sums
 
 

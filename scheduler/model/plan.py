@@ -12,9 +12,11 @@ from ...shm.errors import ModelFileError
 from ...shm.layout import align
 from ...workers.checkpoint import names
 from ...workers.checkpoint.formats import (
+    DEFAULT_STORAGE,
     ActivationKind,
     Format,
     MatrixShape,
+    Storage,
     activation_kind,
     format_of,
     kernel_type,
@@ -59,6 +61,7 @@ class ModelPlan:
 
     hyper: Hyperparameters
     vocab_size: int
+    storage: Storage
     dense: dict[str, DenseTensor] = field(default_factory=dict)
     dense_nbytes: int = 0
     experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class ModelPlan:
     """(file type, format) of all matrices: what kernels are needed for."""
 
     @classmethod
-    def from_file(cls, file: GgufFile) -> ModelPlan:
+    def from_file(cls, file: GgufFile, storage: Storage = DEFAULT_STORAGE) -> ModelPlan:
         """Check that `file` holds every tensor of its architecture, in the right shape.
 
         Raises ModelFileError naming the tensor and what was expected.
@@ -76,7 +79,7 @@ class ModelPlan:
         embedding = names.find(file, "token_embd")
         if embedding is None or len(embedding.shape) != 2:
             raise ModelFileError(f"{file.label}: token_embd.weight is missing or not a matrix")
-        plan = cls(hyper=hyper, vocab_size=embedding.shape[0])
+        plan = cls(hyper=hyper, vocab_size=embedding.shape[0], storage=storage)
         planner = _Planner(file, plan)
         planner.model()
         return plan
@@ -216,7 +219,7 @@ class _Planner:
         return packed
 
     def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
-        form = format_of(file_type, columns, f"{self._file.label}: {tensor}")
+        form = format_of(file_type, columns, f"{self._file.label}: {tensor}", self._plan.storage)
         self._plan.kinds.add((kernel_type(file_type), form))
         return form
 

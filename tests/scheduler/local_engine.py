@@ -19,6 +19,7 @@ from sterna.scheduler.lane import WorkerBatch
 from sterna.scheduler.messages import Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.shm.slots import SlotTable, arena_nbytes
+from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.messages import Compute, Configure, ExpertPage, PageIn
 from sterna.workers.ownership import owners
@@ -83,9 +84,10 @@ class LocalEngine:
         context: int = 512,
         max_batch_tokens: int = 512,
         crew: Crew | None = None,
+        storage: Storage = DEFAULT_STORAGE,
     ) -> None:
         self.file = GgufFile.open(path or embedded_model())
-        self.plan = ModelPlan.from_file(self.file)
+        self.plan = ModelPlan.from_file(self.file, storage)
         plan = self.plan
         arena = np.zeros(arena_nbytes(plan.num_slots, plan.slot_nbytes), np.uint8)
         self.slots = SlotTable(arena, plan.num_slots, plan.slot_nbytes)

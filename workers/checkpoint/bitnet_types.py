@@ -84,6 +84,10 @@ def _configured(path: Path, rows: int, columns: int) -> Tiling | None:
     return None
 
 
+TILED = ("TL1", "TL2")
+"""Types whose tile sizes do not stand in the tensor."""
+
+
 def find_tiling(file: TiledFile, type_name: str, rows: int, columns: int) -> Tiling | None:
     """Return the tile sizes for a `rows` x `columns` matrix of type "TL1" or "TL2", or None.
 

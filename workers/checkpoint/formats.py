@@ -21,7 +21,10 @@ class Format(IntEnum):
     F16 = 1
     BF16 = 2
     Q8 = 3
-    TL1 = 4
+    TL1 = 4  # ternary, 2 bits, float16 scales of 256 columns
+    B3 = 5  # the same in base 3, 1.6 bits
+    TL1_ROW = 6  # ternary, 2 bits, a float32 scale for each row
+    TL1_TOKEN = 7  # the same bytes; reads activations with one scale for each token
     Q2_K = 16
     Q3_K = 17
     Q4_K = 18
@@ -33,12 +36,34 @@ class Format(IntEnum):
 
 
 class ActivationKind(IntEnum):
-    """What a kernel reads: float32 rows, or int8 rows in blocks of that many values."""
+    """What a kernel reads: float32 rows, or int8 rows in blocks of that many values; TOKEN: the whole row."""
 
     FLOAT = 0
+    TOKEN = 1
     Q8_32 = 32
     Q8_256 = 256
 
+    def block(self, width: int) -> int:
+        """Return how many values of a row of `width` share a scale, 0 for FLOAT."""
+        return width if self is ActivationKind.TOKEN else int(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How ternary matrices are held and read where there is a choice; the same in all processes.
+
+    small: 1.6 bits a weight instead of 2, for block scales; per_token: activations with one scale for each
+    token instead of each 256 values, for row scales.
+    """
+
+    small: bool = False
+    per_token: bool = False
+
+
+DEFAULT_STORAGE = Storage()
+
+ROW_SCALED = ("I2_S", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4", "TL1", "TL2")
+"""Names of the ternary file types with a scale for each row, or one for all."""
 
 # File type -> (format, multiple that the columns must have).
 _FORMAT_OF = {
@@ -49,6 +74,7 @@ _FORMAT_OF = {
     "TQ2_0": (Format.TL1, 256),
     "TQ1_0": (Format.TL1, 256),
     "BITNET_T158": (Format.TL1, 256),
+    **dict.fromkeys(ROW_SCALED, (Format.TL1_ROW, 256)),
     "Q2_K": (Format.Q2_K, 256),
     "Q3_K": (Format.Q3_K, 256),
     "Q4_K": (Format.Q4_K, 256),
@@ -66,16 +92,21 @@ _FLOAT_WIDTH = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Bytes of a quantised matrix for each 16 rows: codes per 32 columns, scales per block of activations."""
+    """Bytes of 16 rows: codes per 32 columns, scales per block of activations, scales of whole rows."""
 
     reads: ActivationKind
     code_nbytes: int
     scale_nbytes: int
+    row_scale_nbytes: int = 0
 
 
 _LAYOUTS = {
     Format.Q8: _Layout(ActivationKind.Q8_32, 512, 32),
     Format.TL1: _Layout(ActivationKind.Q8_256, 128, 32),
+    # 13 packets of 64 bytes hold 16 rows of 256 columns.
+    Format.B3: _Layout(ActivationKind.Q8_256, 104, 32),
+    Format.TL1_ROW: _Layout(ActivationKind.Q8_256, 128, 0, 64),
+    Format.TL1_TOKEN: _Layout(ActivationKind.TOKEN, 128, 0, 64),
     Format.Q2_K: _Layout(ActivationKind.Q8_256, 128, 320),
     Format.Q3_K: _Layout(ActivationKind.Q8_256, 192, 288),
     Format.Q4_K: _Layout(ActivationKind.Q8_256, 256, 320),
@@ -100,7 +131,11 @@ def kernel_type(file_type: TensorType) -> str:
     return "F16" if is_decoded_at_load(file_type) else file_type.name
 
 
-def format_of(file_type: TensorType, columns: int, where: str) -> Format:
+_SMALL = {Format.TL1: Format.B3}
+_PER_TOKEN = {Format.TL1_ROW: Format.TL1_TOKEN}
+
+
+def format_of(file_type: TensorType, columns: int, where: str, storage: Storage = DEFAULT_STORAGE) -> Format:
     """Return the arena format for a matrix of `file_type`; `where` names file and tensor.
 
     Raises ModelFileError for a type that cannot be decoded or columns that its kernel cannot take.
@@ -112,7 +147,8 @@ def format_of(file_type: TensorType, columns: int, where: str) -> Format:
         raise ModelFileError(
             f"{where}: {columns} columns, expected a multiple of {multiple} for {file_type.name}"
         )
-    return form
+    form = _SMALL.get(form, form) if storage.small else form
+    return _PER_TOKEN.get(form, form) if storage.per_token else form
 
 
 def activation_kind(form: Format) -> ActivationKind:
@@ -146,7 +182,8 @@ class MatrixShape:
         if self.form in _FLOAT_WIDTH:
             return 0
         layout = _LAYOUTS[self.form]
-        return self.groups * (self.columns // layout.reads) * layout.scale_nbytes
+        blocks = self.columns // layout.reads.block(self.columns)
+        return self.groups * (blocks * layout.scale_nbytes + layout.row_scale_nbytes)
 
     @property
     def nbytes(self) -> int:

@@ -6,19 +6,29 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
-from ..kernels import nibbles, planes, repack
+from ..kernels import base3, nibbles, planes, repack, ternary
 from ..kernels.products import product
-from .formats import Format, MatrixShape, activation_kind, is_decoded_at_load
+from .bitnet_types import Tiling
+from .formats import ROW_SCALED, Format, MatrixShape, activation_kind, is_decoded_at_load
+from .ternary_types import TernaryMatrix
 from .types import TensorType, check_size, dequantize, ternary_matrix
 
 _K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)
 _NIBBLES = (Format.Q4_0, Format.IQ4_NL, Format.MXFP4)
-_TERNARY = {"TQ2_0": repack.tq2_0, "TQ1_0": repack.tq1_0, "BITNET_T158": repack.t158}
+_TERNARY = {
+    "TQ2_0": repack.tq2_0,
+    "TQ1_0": repack.tq1_0,
+    "BITNET_T158": repack.t158,
+    "I2_S": repack.i2_s,
+    "IQ2_BN": repack.iq2_bn,
+    "IQ2_BN_R4": repack.iq2_bn_r4,
+}
 
 
 def matrix_entry(shape: MatrixShape, at: int) -> tuple[int, int, int, int, int]:
     """Return (product, format, codes_at, scales_at, block), as `kernels.ffn` names the matrix at `at`."""
-    return product(shape.form), int(shape.form), *shape.place(at), int(activation_kind(shape.form))
+    block = activation_kind(shape.form).block(shape.columns)
+    return product(shape.form), int(shape.form), *shape.place(at), block
 
 
 def pack_matrix(
@@ -27,15 +37,19 @@ def pack_matrix(
     shape: MatrixShape,
     out: npt.NDArray[np.uint8],
     at: int,
+    tiling: Tiling | None = None,
 ) -> None:
     """Pack `raw` (the tensor's bytes, row-major) into `out` (uint8) from byte `at`.
 
+    tiling: for TL1 and TL2, see `bitnet_types.find_tiling`.
     Raises ModelFileError for bytes that are not of that size, for a ternary block whose codes are not
     ternary, and for a value of a type without a kernel that float16 cannot hold.
     """
     check_size(file_type, raw, (shape.rows, shape.columns))
     codes_at, scales_at = shape.place(at)
-    if file_type.name in _TERNARY:
+    if shape.form is Format.B3 or (file_type.name in ROW_SCALED and file_type.name not in _TERNARY):
+        _pack_codes(ternary_matrix(file_type, raw, (shape.rows, shape.columns), tiling), shape, out, at)
+    elif file_type.name in _TERNARY:
         pack = _TERNARY[file_type.name]
         if pack(raw, shape.rows, shape.columns, out, codes_at, scales_at) >= 0:
             ternary_matrix(file_type, raw, (shape.rows, shape.columns))  # raises, and names the place
@@ -51,6 +65,16 @@ def pack_matrix(
     else:
         width = 4 if shape.form is Format.F32 else 2
         repack.floats(raw, shape.rows, shape.columns, width, out, codes_at)
+
+
+def _pack_codes(matrix: TernaryMatrix, shape: MatrixShape, out: npt.NDArray[np.uint8], at: int) -> None:
+    """Pack codes and scales that were read before."""
+    codes_at, scales_at = shape.place(at)
+    block_scales, row_scales = matrix.block_scales(), matrix.row_scales()
+    if row_scales is not None:
+        ternary.pack_row(matrix.codes, row_scales, out, codes_at, scales_at)
+    elif block_scales is not None:
+        base3.pack(matrix.codes, block_scales.view(np.uint16), out, codes_at, scales_at)
 
 
 def _pack_decoded(
