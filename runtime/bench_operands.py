@@ -18,12 +18,12 @@ from ..scheduler.crew import Crew
 from ..shm.errors import OutOfResources
 from ..workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from ..workers.checkpoint.packing import matrix_entry, pack_matrix
+from ..workers.checkpoint.samples import sample
 from ..workers.checkpoint.types import TYPES_BY_NAME
 from ..workers.kernels import dense
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.bandwidth import allocate, available_nbytes
 from ..workers.kernels.products import scratch_nbytes
-from .bench_blocks import file_type_of, random_matrix
 
 Bytes = npt.NDArray[np.uint8]
 Clock = Callable[[], float]
@@ -72,6 +72,14 @@ def time_call(
     return Timing(best_s=min(times), median_s=statistics.median(times), repetitions=len(times))
 
 
+_FILE_TYPES = {"Q8": "Q8_0", "TL1": "TQ2_0", "B3": "TQ1_0", "TL1_ROW": "I2_S", "TL1_TOKEN": "I2_S"}
+
+
+def file_type_of(form: Format) -> str:
+    """Return the name of the file type whose matrices are measured for `form`."""
+    return _FILE_TYPES.get(form.name, form.name)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A random matrix of a format, as the file holds it; packed when that is first asked for."""
@@ -98,7 +106,9 @@ class Matrix:
     @cached_property
     def raw(self) -> Bytes:
         """The file's bytes."""
-        return random_matrix(self.file_type, self.rows, self.columns, seed=self.rows)
+        return sample(
+            TYPES_BY_NAME[self.file_type], self.rows, self.columns, np.random.default_rng(self.rows)
+        )
 
     @cached_property
     def packed(self) -> Bytes:

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from ..workers import selftest
-from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, format_of
+from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.packing import matrix_entry
 from ..workers.checkpoint.types import TYPES_BY_NAME
 from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
@@ -28,7 +28,13 @@ _ROWS = np.zeros((1, 256), np.float32)
 
 
 # Every file type that has a kernel of its own, with its format.
-ALL_KINDS = tuple((name, format_of(TYPES_BY_NAME[name], 256, name)) for name in KERNEL_TYPES)
+ALL_KINDS = tuple(
+    dict.fromkeys(
+        (name, format_of(TYPES_BY_NAME[name], 256, name, storage))
+        for storage in (Storage(), Storage(small=True, per_token=True))
+        for name in KERNEL_TYPES
+    )
+)
 
 
 def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Callable[[], None]]]:

@@ -17,20 +17,15 @@ import numpy.typing as npt
 from ..shm.errors import InternalError
 from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from .checkpoint.packing import matrix_entry, pack_matrix
-from .checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
+from .checkpoint.samples import sample
+from .checkpoint.types import TYPES_BY_NAME, dequantize
 from .kernels.activations import QuantizedRows
 from .kernels.products import kernel_of, scratch_nbytes
 from .kernels.target import TARGET
 
 ROWS, COLUMNS, TOKENS = 40, 512, 11  # an odd number of groups, one tile and three single tokens
 
-# Where a block of the file keeps its float16 scales; the other bytes may be anything, but for ternary codes.
-_SCALES_AT = {
-    "Q8_0": (0,), "TQ2_0": (64,), "BITNET_T158": (64,), "TQ1_0": (52,), "Q4_0": (0,), "IQ4_NL": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-}  # fmt: skip
-_SCALE = np.float16(2.0**-10)  # keeps the partial sums of integers exact in float32
-_EXACT = (Format.Q8, Format.TL1)
+_EXACT = (Format.Q8, Format.TL1, Format.B3, Format.TL1_ROW, Format.TL1_TOKEN)
 
 PROOF = (("F16", Format.F16), ("Q8_0", Format.Q8), ("TQ2_0", Format.TL1))
 """What shows that a target's instructions work: (file type, format)."""
@@ -65,37 +60,12 @@ def check(name: str, form: Format) -> None:
         if worst:
             x[:] = np.where(random.integers(0, 2, COLUMNS), 127, -127)
         x[:, ::32] = 127.0  # so that every block's scale is 1 and quantising is exact
-        raw = _file_bytes(TYPES_BY_NAME[name], random, worst)
+        raw = sample(TYPES_BY_NAME[name], ROWS, COLUMNS, random, worst=worst)
         shape = MatrixShape(form=form, rows=ROWS, columns=COLUMNS)
         arena = np.zeros(shape.nbytes, np.uint8)
         pack_matrix(raw, TYPES_BY_NAME[name], shape, arena, 0)
         weights = dequantize(TYPES_BY_NAME[name], raw, (ROWS, COLUMNS)).astype(np.float64)
         _require(_Case(name, shape, arena, weights, x))
-
-
-def _file_bytes(kind: TensorType, random: np.random.Generator, worst: bool) -> npt.NDArray[np.uint8]:
-    """Return a matrix as a file holds it, read-only as a mapping is: numba has a type of its own for that."""
-    if kind.name in ("F32", "F16", "BF16"):
-        values = random.integers(-8, 9, (ROWS, COLUMNS)).astype(np.float32)
-        narrow: dict[str, npt.NDArray[np.generic]] = {
-            "F32": values,
-            "F16": values.astype(np.float16),
-            "BF16": values.view(np.uint16)[:, 1::2],
-        }
-        return np.frombuffer(narrow[kind.name].tobytes(), np.uint8)
-    blocks = random.integers(0, 256, (kind.nbytes((ROWS, COLUMNS)) // kind.block_bytes, kind.block_bytes))
-    if worst:
-        blocks[:] = 0x7F if kind.name == "Q8_0" else 0xAA
-    elif kind.name in ("TQ2_0", "BITNET_T158"):
-        blocks &= 0x55 << random.integers(0, 2, blocks.shape)  # no code 3
-    elif kind.name == "Q8_0":
-        blocks[blocks == 0x80] = 0x81  # no encoder writes -128
-    raw = blocks.astype(np.uint8)
-    for at in _SCALES_AT.get(kind.name, ()):
-        raw[:, at : at + 2] = np.frombuffer(_SCALE.tobytes(), np.uint8)
-    if kind.name == "MXFP4":
-        raw[:, 0] = 120  # its scale, 2^(120 - 128)
-    return np.frombuffer(raw.tobytes(), np.uint8)
 
 
 def _require(case: _Case) -> None:

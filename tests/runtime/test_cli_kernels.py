@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.runtime.bench_blocks import file_type_of, random_matrix
 from sterna.runtime.bench_llama import LlamaCpp, best_rate, their_name
+from sterna.runtime.bench_operands import file_type_of
 from sterna.runtime.render import grid
 from sterna.shm.errors import ModelFileError, StartFailed, UsageError
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.checkpoint.packing import pack_matrix
+from sterna.workers.checkpoint.samples import sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.pinned import PinnedThreads
 
@@ -249,11 +250,11 @@ def test_bench_without_a_command() -> None:
 def test_random_matrices_are_valid_and_sane(form: Format) -> None:
     """Each format has one; no weight is zero by chance of its scale, denormal or infinite, and it packs."""
     kind = TYPES_BY_NAME[file_type_of(form)]
-    raw = random_matrix(kind.name, 32, 512, seed=5)
+    raw = sample(kind, 32, 512, np.random.default_rng(5))
     values = dequantize(kind, raw, (32, 512))
     sizes = np.abs(values[values != 0])
     assert np.isfinite(values).all()
-    assert 1e-5 < sizes.min() <= sizes.max() < 100
+    assert 1e-5 < sizes.min() <= sizes.max() <= 8 * 127
     assert len(sizes) > values.size // 2
     shape = MatrixShape(form=form, rows=32, columns=512)
     packed = np.zeros(shape.nbytes, np.uint8)
@@ -263,13 +264,15 @@ def test_random_matrices_are_valid_and_sane(form: Format) -> None:
 
 def test_both_ternary_file_types_can_be_made() -> None:
     for name in ("TQ1_0", "TQ2_0"):
-        values = dequantize(TYPES_BY_NAME[name], random_matrix(name, 16, 256, seed=1), (16, 256))
+        values = dequantize(
+            TYPES_BY_NAME[name], sample(TYPES_BY_NAME[name], 16, 256, np.random.default_rng(1)), (16, 256)
+        )
         scales = np.abs(values).max(axis=1, keepdims=True)
         assert set(np.unique(values / scales)) == {-1.0, 0.0, 1.0}
     with pytest.raises(KeyError):
-        random_matrix("IQ1_S", 16, 256, seed=1)
+        sample(TYPES_BY_NAME["IQ1_S"], 16, 256, np.random.default_rng(1))
     with pytest.raises(ModelFileError):
-        random_matrix("TQ1_0", 16, 100, seed=1)
+        sample(TYPES_BY_NAME["TQ1_0"], 16, 100, np.random.default_rng(1))
 
 
 # ---- the peer ----

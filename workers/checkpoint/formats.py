@@ -11,6 +11,7 @@ from enum import IntEnum
 
 from ...shm.errors import ModelFileError
 from ...shm.layout import align
+from .bitnet_types import TILED
 from .types import TensorType
 
 
@@ -84,7 +85,7 @@ _FORMAT_OF = {
     "IQ4_NL": (Format.IQ4_NL, 32),
     "MXFP4": (Format.MXFP4, 32),
 }
-KERNEL_TYPES = tuple(_FORMAT_OF)
+KERNEL_TYPES = tuple(name for name in _FORMAT_OF if name not in TILED)
 """Names of the file types that are multiplied as they are; others are decoded at load."""
 
 _FLOAT_WIDTH = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
@@ -127,7 +128,9 @@ def is_decoded_at_load(file_type: TensorType) -> bool:
 
 
 def kernel_type(file_type: TensorType) -> str:
-    """Return the name of the type as which matrices of `file_type` are packed."""
+    """Return the name of a type whose matrices are packed by the same kernels as those of `file_type`."""
+    if file_type.name in TILED:
+        return "IQ1_BN"  # both become codes first
     return "F16" if is_decoded_at_load(file_type) else file_type.name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +12,6 @@ from ..kernels import base3, nibbles, planes, repack, ternary
 from ..kernels.products import product
 from .bitnet_types import Tiling
 from .formats import ROW_SCALED, Format, MatrixShape, activation_kind, is_decoded_at_load
-from .ternary_types import TernaryMatrix
 from .types import TensorType, check_size, dequantize, ternary_matrix
 
 _K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)
@@ -47,8 +48,11 @@ def pack_matrix(
     """
     check_size(file_type, raw, (shape.rows, shape.columns))
     codes_at, scales_at = shape.place(at)
-    if shape.form is Format.B3 or (file_type.name in ROW_SCALED and file_type.name not in _TERNARY):
-        _pack_codes(ternary_matrix(file_type, raw, (shape.rows, shape.columns), tiling), shape, out, at)
+    if shape.form is Format.B3:
+        _pack_base3(raw, file_type, shape, out, at)
+    elif file_type.name in ROW_SCALED and file_type.name not in _TERNARY:
+        matrix = ternary_matrix(file_type, raw, (shape.rows, shape.columns), tiling)
+        ternary.pack_row(matrix.codes, matrix.row_scales(), out, codes_at, scales_at)
     elif file_type.name in _TERNARY:
         pack = _TERNARY[file_type.name]
         if pack(raw, shape.rows, shape.columns, out, codes_at, scales_at) >= 0:
@@ -67,14 +71,18 @@ def pack_matrix(
         repack.floats(raw, shape.rows, shape.columns, width, out, codes_at)
 
 
-def _pack_codes(matrix: TernaryMatrix, shape: MatrixShape, out: npt.NDArray[np.uint8], at: int) -> None:
-    """Pack codes and scales that were read before."""
-    codes_at, scales_at = shape.place(at)
-    block_scales, row_scales = matrix.block_scales(), matrix.row_scales()
-    if row_scales is not None:
-        ternary.pack_row(matrix.codes, row_scales, out, codes_at, scales_at)
-    elif block_scales is not None:
-        base3.pack(matrix.codes, block_scales.view(np.uint16), out, codes_at, scales_at)
+def _pack_base3(
+    raw: npt.NDArray[np.uint8],
+    file_type: TensorType,
+    shape: MatrixShape,
+    out: npt.NDArray[np.uint8],
+    at: int,
+) -> None:
+    """Pack at two bits first, which is quick, and turn that into base 3."""
+    wide = replace(shape, form=Format.TL1)
+    packed = np.empty(wide.nbytes, np.uint8)
+    pack_matrix(raw, file_type, wide, packed, 0)
+    base3.repack(packed, *wide.place(0), shape.groups, shape.columns, out, *shape.place(at))
 
 
 def _pack_decoded(

@@ -7,7 +7,7 @@ import platform
 
 import llvmlite.binding as llvm
 
-TARGETS = ("avx512vnni", "avx2", "neon", "generic")
+TARGETS = ("avx512vnni", "avxvnni", "avx2", "neon", "generic")
 
 
 def host_features() -> frozenset[str]:
@@ -23,6 +23,8 @@ def choose_target(features: frozenset[str], machine: str) -> str:
     if machine == "x86_64":
         if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features:
             return "avx512vnni"
+        if {"avx2", "avxvnni"} <= features:
+            return "avxvnni"
         if "avx2" in features:
             return "avx2"
     if machine == "aarch64" and "dotprod" in features:
@@ -33,5 +35,12 @@ def choose_target(features: frozenset[str], machine: str) -> str:
 def candidates() -> list[str]:
     """Return the targets to try on this machine, the best first."""
     best = choose_target(host_features(), platform.machine())
-    lesser = {"avx512vnni": ["avx2", "generic"], "avx2": ["generic"], "neon": ["generic"], "generic": []}
+    # avx512vnni includes the instruction of avxvnni, in another encoding.
+    lesser = {
+        "avx512vnni": ["avxvnni", "avx2", "generic"],
+        "avxvnni": ["avx2", "generic"],
+        "avx2": ["generic"],
+        "neon": ["generic"],
+        "generic": [],
+    }
     return [best, *lesser[best]]

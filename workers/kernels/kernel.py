@@ -13,3 +13,17 @@ kernel = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 # For pieces of a kernel: merged into each caller before LLVM sees it. A call that stays a call would
 # pass vectors through memory and every array as seven words.
 piece = njit(nogil=True, fastmath=False, error_model="numpy", inline="always")
+
+# For what only other kernels call: no wrappers to compile.
+inner = njit(nogil=True, fastmath=False, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+# The same, but LLVM merges it into its callers. For what a kernel does often between two hot loops, where
+# handing over the arrays would cost as much as the work.
+merged = njit(
+    nogil=True,
+    fastmath=False,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    forceinline=True,
+)

@@ -14,17 +14,19 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from . import floating, kquants, nibbles, q8, ternary
+from . import base3, floating, kquants, nibbles, q8, ternary
 from .calls import address_of, emit_call
 
-F32, F16, BF16, Q8, TL1 = 0, 1, 2, 3, 4
+F32, F16, BF16, Q8 = 0, 1, 2, 3
+TL1, TL1_ROW, TL1_TOKEN = ternary.TL1, ternary.TL1_ROW, 7
 
 _KERNELS: dict[int, Any] = {
     F32: floating.gemm,
     F16: floating.gemm,
     BF16: floating.gemm,
     Q8: q8.gemm,
-    TL1: ternary.gemm,
+    **dict.fromkeys((TL1, TL1_ROW, TL1_TOKEN), ternary.gemm),
+    base3.B3: base3.gemm,
     **dict.fromkeys((nibbles.Q4_0, nibbles.IQ4_NL, nibbles.MXFP4), nibbles.gemm),
     **kquants.GEMMS,
 }
@@ -61,7 +63,7 @@ def product(form: int) -> int:
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch for products over up to `columns` columns and `tokens` tokens."""
-    modules = (ternary, q8, nibbles, kquants)
+    modules = (ternary, base3, q8, nibbles, kquants)
     return int(max(module.scratch_nbytes(columns, tokens) for module in modules))
 
 

@@ -3,51 +3,39 @@
 For each group of 16 rows and each block of 256 columns 1,024 bytes of codes: 16 times
 [16 rows][4 bytes]; bits 2s..2s+1 of byte j hold the code (weight + 1) of column 16 kb + 4 s + j.
 A 32-bit lane is one row, so that one broadcast dword of activations serves sixteen rows and no
-sum runs across lanes. All codes come first, then all scales: float16, [group][block][16 rows].
+sum runs across lanes. Scales lie apart from the codes. TL1: float16, [group][block][16 rows].
+TL1_ROW, for models with a scale per row or matrix: float32, [group][16 rows].
+
+A field is masked where it lies in its byte: its sums are then 1, 4, 16 or 64 times too large, exactly,
+and shifted down once in a block. int32 holds them up to 131,072 columns (see `_fields`). A column more or
+fewer tokens, or another kernel in here, changes no bit of a result: the sums are exact, and every kernel
+adds fma(float(sum), row's scale * token's scale, total) in the order of the activations' blocks, then
+multiplies with TL1_ROW's scale.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel, piece
-from .simd.dot import SMALL_CODES, dot_unsigned
-from .simd.ops import (
-    add_i32,
-    and_bytes,
-    broadcast_dword,
-    broadcast_f32,
-    fma_f32,
-    load_bytes,
-    load_f16,
-    load_f32,
-    load_i32,
-    mul_f32,
-    shift_right_bytes,
-    shift_right_i32,
-    splat_f32,
-    splat_i32,
-    store_bytes,
-    store_f32,
-    sub_i32,
-    to_f32,
-    zero_f32,
-    zero_i32,
+from .areas import (
+    AREAS_AT,
+    BLOCK,
+    aligned,
+    clear,
+    fill_area,
+    scratch_nbytes,
+    tile_spread,
+    totals_at,
+    write,
 )
-from .simd.tile import broadcast_tile, store_tile, tile_dot_unsigned
+from .kernel import inner, kernel, merged
+from .simd.dot import SMALL_CODES
+from .simd.groups import GROUPS, TOKENS, field, load_codes, load_scales, no_scales, spread_codes
+from .simd.tile import start_tile, tile_add_shifted, tile_dot, tile_finish, tile_shift, tokens_of, zero_tile
 
-BLOCK = 256
+__all__ = ["BLOCK", "TL1", "TL1_ROW", "gemm", "pack", "pack_row", "scratch_nbytes"]
 
-_field0 = and_bytes(0x03)
-_field1 = and_bytes(0x0C)
-_field2 = and_bytes(0x30)
-_field3 = and_bytes(0xC0 - 256)
-_down2 = shift_right_bytes(2)
-_down4 = shift_right_bytes(4)
-_down6 = shift_right_bytes(6)
-_sum2 = shift_right_i32(2)
-_sum4 = shift_right_i32(4)
-_sum6 = shift_right_i32(6)
+TL1, TL1_ROW = 4, 6
 
 
 def codes_nbytes(rows: int, columns: int) -> int:
@@ -56,18 +44,18 @@ def codes_nbytes(rows: int, columns: int) -> int:
 
 
 def scales_nbytes(rows: int, columns: int) -> int:
-    """Return the size of the scale area."""
+    """Return the size of the scale area of TL1."""
     return -(-rows // 16) * 16 * (columns // BLOCK) * 2
 
 
-@kernel
-def pack(codes, scale_bits, out, codes_at, scales_at):
-    """Pack `codes` (uint8 0..2, (N, K)) and float16 scales (as uint16 bits, (N, K/256)) into `out`.
+def row_scales_nbytes(rows: int) -> int:
+    """Return the size of the scale area of TL1_ROW."""
+    return -(-rows // 16) * 16 * 4
 
-    Rows beyond N up to the next multiple of 16 become zero weights with scale 0.
-    """
+
+@kernel
+def _pack_codes(codes, out, codes_at):
     rows, columns = codes.shape
-    blocks = columns // BLOCK
     for group in range((rows + 15) // 16):
         for lane in range(16):
             row = group * 16 + lane
@@ -80,174 +68,220 @@ def pack(codes, scale_bits, out, codes_at, scales_at):
                         for s in range(4):
                             byte |= np.int64(codes[row, kb * 16 + 4 * s + j]) << (2 * s)
                     out[at + j] = byte
-            for block in range(blocks):
-                at = scales_at + ((group * blocks + block) * 16 + lane) * 2
-                bits = scale_bits[row, block] if row < rows else np.uint16(0)
-                out[at] = bits & np.uint16(0xFF)
-                out[at + 1] = bits >> np.uint16(8)
-
-
-@piece
-def _finish(acc, sums, weight_scales, x_sum, x_scale):
-    """Take the code offset off and add the scaled block to `acc`."""
-    exact = to_f32(sub_i32(sums, splat_i32(x_sum)))
-    return fma_f32(exact, mul_f32(weight_scales, splat_f32(x_scale)), acc)
-
-
-if SMALL_CODES:
-    # Codes must stay small: the upper two fields are shifted down by four bits.
-    @piece
-    def _third(v):
-        return _field0(_down4(v))
-
-    @piece
-    def _fourth(v):
-        return _field1(_down4(v))
-
-    @piece
-    def _whole(c0, c1, c2, c3):
-        return add_i32(add_i32(c0, c2), _sum2(add_i32(c1, c3)))
-
-else:
-    # The fields stay where they are: their sums are multiples of 1, 4, 16 and 64.
-    @piece
-    def _third(v):
-        return _field2(v)
-
-    @piece
-    def _fourth(v):
-        return _field3(v)
-
-    @piece
-    def _whole(c0, c1, c2, c3):
-        return add_i32(add_i32(c0, _sum2(c1)), add_i32(_sum4(c2), _sum6(c3)))
 
 
 @kernel
-def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, place):
-    """Compute one group of 16 rows, or two if `pair` is the bytes from one to the next, for one token."""
-    blocks = columns // BLOCK
-    a = zero_f32()
-    d = zero_f32()
-    for b in range(blocks):
-        c0, c1, c2, c3 = zero_i32(), zero_i32(), zero_i32(), zero_i32()
-        e0, e1, e2, e3 = zero_i32(), zero_i32(), zero_i32(), zero_i32()
-        at = codes + b * 1024
-        x = row * columns + b * BLOCK
-        for kb in range(16):
-            v = load_bytes(w, at + kb * 64)
-            u = load_bytes(w, at + pair + kb * 64)
-            x0 = broadcast_dword(q, x + kb * 16)
-            x1 = broadcast_dword(q, x + kb * 16 + 4)
-            x2 = broadcast_dword(q, x + kb * 16 + 8)
-            x3 = broadcast_dword(q, x + kb * 16 + 12)
-            c0 = dot_unsigned(c0, _field0(v), x0)
-            e0 = dot_unsigned(e0, _field0(u), x0)
-            c1 = dot_unsigned(c1, _field1(v), x1)
-            e1 = dot_unsigned(e1, _field1(u), x1)
-            c2 = dot_unsigned(c2, _third(v), x2)
-            e2 = dot_unsigned(e2, _third(u), x2)
-            c3 = dot_unsigned(c3, _fourth(v), x3)
-            e3 = dot_unsigned(e3, _fourth(u), x3)
-        s, h = x_sums[row, b], x_scales[row, b]
-        a = _finish(a, _whole(c0, c1, c2, c3), load_f16(w, scales + b * 32), s, h)
-        d = _finish(d, _whole(e0, e1, e2, e3), load_f16(w, scales + pair // 32 + b * 32), s, h)
-    store_f32(out, 4 * place, a)
-    if pair:
-        store_f32(out, 4 * (place + 16), d)
+def pack(codes, scale_bits, out, codes_at, scales_at):
+    """Pack `codes` (uint8 0..2, (N, K)) and float16 scales (as uint16 bits, (N, K/256)) into `out`.
 
-
-_TILE = 8
-_first_tile = broadcast_tile(_TILE)
-_tile_dot = tile_dot_unsigned(_TILE)
-_store_tile = store_tile(2 * _TILE)
-# Scratch: codes of two groups' block, one byte each; a tile's sums; then for eight tokens at a time
-# the panels, then [block][token] negated sums, then [block][token] scales; then for each token the
-# float sums of both groups.
-_SUMS_AT = 2 * 64 * 64
-_PANELS_AT = _SUMS_AT + 2 * _TILE * 64
-
-
-def scratch_nbytes(columns: int, tokens: int) -> int:
-    """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
-    return _PANELS_AT + tokens * (columns + 8 * (columns // BLOCK) + 128)
-
-
-@kernel
-def _pack_panels(q, x_scales, x_sums, columns, rows, count, scratch):
-    """Copy tokens in eights: [column / 4][token][4 int8] each, with their sums and scales behind."""
-    blocks = columns // BLOCK
-    quads = columns // 4
-    words = q.view(np.int32)
-    panels = scratch[_PANELS_AT:].view(np.int32)
-    sums = panels[count * quads :]
-    scales = scratch[_PANELS_AT + count * (columns + 4 * blocks) :].view(np.float32)
-    for t in range(0, count, _TILE):
-        for i in range(_TILE):
-            row = rows[t + i]
-            for k in range(quads):
-                panels[t * quads + k * _TILE + i] = words[row, k]
-            for b in range(blocks):
-                sums[t * blocks + b * _TILE + i] = -x_sums[row, b]
-                scales[t * blocks + b * _TILE + i] = x_scales[row, b]
-
-
-@kernel
-def _unpack(w, at, out, out_at):
-    """Spread one block of codes (16 rows, 256 columns) to one byte per code."""
-    for kb in range(16):
-        v = load_bytes(w, at + kb * 64)
-        place = out_at + kb * 256
-        store_bytes(out, place, _field0(v))
-        store_bytes(out, place + 64, _field0(_down2(v)))
-        store_bytes(out, place + 128, _field0(_down4(v)))
-        store_bytes(out, place + 192, _field0(_down6(v)))
-
-
-@piece
-def _tile(scratch, panel, sums_at, scales_at, first, second, acc_at):
-    """Add one block of two groups, unpacked in scratch, to the sums of eight tokens at acc_at.
-
-    first, second: the groups' weight scales of this block. The code offset goes in with the start.
+    Rows beyond N up to the next multiple of 16 become zero weights with scale 0.
     """
-    tile = _first_tile(scratch, sums_at)
-    for k in range(64):
-        u = load_bytes(scratch, k * 64)
-        v = load_bytes(scratch, 4096 + k * 64)
-        tile = _tile_dot(tile, u, v, scratch, panel + k * 4 * _TILE)
-    _store_tile(scratch, _SUMS_AT, tile)
-    for i in range(_TILE):
-        x_scale = broadcast_f32(scratch, scales_at + 4 * i)
-        at = acc_at + i * 128
-        a = to_f32(load_i32(scratch, _SUMS_AT + i * 64))
-        d = to_f32(load_i32(scratch, _SUMS_AT + (_TILE + i) * 64))
-        store_f32(scratch, at, fma_f32(a, mul_f32(first, x_scale), load_f32(scratch, at)))
-        store_f32(scratch, at + 64, fma_f32(d, mul_f32(second, x_scale), load_f32(scratch, at + 64)))
+    _pack_codes(codes, out, codes_at)
+    rows, columns = codes.shape
+    blocks = columns // BLOCK
+    for row in range((rows + 15) // 16 * 16):
+        for block in range(blocks):
+            at = scales_at + ((row // 16 * blocks + block) * 16 + row % 16) * 2
+            bits = scale_bits[row, block] if row < rows else np.uint16(0)
+            out[at] = bits & np.uint16(0xFF)
+            out[at + 1] = bits >> np.uint16(8)
 
 
 @kernel
-def _tiles(w, codes, scales, pair, columns, count, scratch, out, place, out_step):
-    """Compute two groups for `count` tokens, a multiple of eight, whose panels lie in scratch."""
+def pack_row(codes, row_scales, out, codes_at, scales_at):
+    """Pack `codes` (uint8 0..2, (N, K)) and float32 scales (N,) into `out` as TL1_ROW.
+
+    Rows beyond N up to the next multiple of 16 become zero weights with scale 0.
+    """
+    _pack_codes(codes, out, codes_at)
+    rows = codes.shape[0]
+    words = row_scales.view(np.uint32)
+    for row in range((rows + 15) // 16 * 16):
+        bits = np.int64(words[row]) if row < rows else 0
+        for i in range(4):
+            out[scales_at + 4 * row + i] = (bits >> (8 * i)) & 0xFF
+
+
+_first = field(0x03)
+_second = field(0x0C)
+# `_fields` takes the fourth field, _upper, _lower, the first; the quads are the fields' columns in 16.
+if SMALL_CODES:
+    # Codes must stay small: the upper two fields are shifted down to where the lower two lie.
+    _third, _fourth = field(0x03, 4), field(0x0C, 4)
+    _upper, _UPPER_QUAD, _lower, _LOWER_QUAD = _second, 4, _third, 8
+    _outer, _up = tile_shift(0), tile_shift(2)
+    _between = tile_shift(0)
+    _add_upper = tile_add_shifted(0)
+    PAIR_START, TILE_START = 1, 4  # how many times too large the first sums of `_few` and `_fields` are
+else:
+    _third, _fourth = field(0x30), field(0xC0 - 256)
+    _upper, _UPPER_QUAD, _lower, _LOWER_QUAD = _third, 8, _second, 4
+    _outer, _up = tile_shift(-2), tile_shift(6)
+    _between = tile_shift(-4)
+    _add_upper = tile_add_shifted(4)
+    PAIR_START, TILE_START = 16, 64
+_down2 = tile_shift(-2)
+_add_quarter = tile_add_shifted(2)
+_low2, _low3, _low4 = field(0x03, 2), field(0x03, 4), field(0x03, 6)
+_zero1, _zero2, _zero4, _zeros = zero_tile(1), zero_tile(2), zero_tile(4), zero_tile(TOKENS)
+_CHUNK = 1024  # columns at most whose fields `_fields` takes one after the other: all stays in L1
+
+
+@merged
+def _places(group, last, columns, by_row, codes_at, scales_at):
+    """Return where the groups from `group` lie: codes, scales, bytes to the second, how many of GROUPS."""
+    scales = scales_at + group * (64 if by_row else columns // BLOCK * 32)
+    here = min(GROUPS, last - group)
+    return codes_at + group * columns * 4, scales, columns * 4 if here > 1 else 0, here
+
+
+# The kernels below compute the groups first..last - 1 for the tokens of one area of scratch, and write them
+# from element `place` of out, a token's row `out_step` after the other's.
+
+
+@inner
+def _one(
+    w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, place, out_step
+):  # fmt: skip
+    """Compute one token: the four fields at once."""
+    spans = columns // span
+    totals = totals_at(area, 1, columns, span)
+    for group in range(first, last, GROUPS):
+        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        clear(scratch, totals, 1)
+        for b in range(spans):
+            c0 = start_tile(_zero1(), scratch, area + columns + 4 * b)
+            c1, c2, c3 = _zero1(), _zero1(), _zero1()
+            at, x = codes + b * span * 4, area + b * span
+            for kb in range(span // 16):
+                v = load_codes(w, at + kb * 64, pair)
+                c0 = tile_dot(c0, _first(v), scratch, x + kb * 16)
+                c1 = tile_dot(c1, _second(v), scratch, x + kb * 16 + 4)
+                c2 = tile_dot(c2, _third(v), scratch, x + kb * 16 + 8)
+                c3 = tile_dot(c3, _fourth(v), scratch, x + kb * 16 + 12)
+            c0 = _add_upper(_add_quarter(c0, c1), _add_quarter(c2, c3))
+            weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
+            tile_finish(c0, weights, scratch, area + columns + 4 * (spans + b), scratch, totals)
+        write(w, scales, by_row, scratch, totals, 1, here, out, place + group * 16, out_step)
+
+
+@inner
+def _few(
+    like, w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, place, out_step
+):  # fmt: skip
+    """Compute one tile of two or four tokens, as `like` has: two fields at once, the upper ones first."""
+    tokens, spans = tokens_of(like), columns // span
+    totals = totals_at(area, tokens, columns, span)
+    for group in range(first, last, GROUPS):
+        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        clear(scratch, totals, tokens)
+        for b in range(spans):
+            at, panel = codes + b * span * 4, area + b * span * tokens
+            c = start_tile(like, scratch, area + tokens * (columns + 4 * b))
+            d = like
+            for kb in range(span // 16):
+                v = load_codes(w, at + kb * 64, pair)
+                c = tile_dot(c, _third(v), scratch, panel + (kb * 16 + 8) * tokens)
+                d = tile_dot(d, _fourth(v), scratch, panel + (kb * 16 + 12) * tokens)
+            c = _between(_add_quarter(c, d))
+            d = like
+            for kb in range(span // 16):
+                v = load_codes(w, at + kb * 64, pair)
+                c = tile_dot(c, _first(v), scratch, panel + kb * 16 * tokens)
+                d = tile_dot(d, _second(v), scratch, panel + (kb * 16 + 4) * tokens)
+            c = _add_quarter(c, d)
+            weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
+            tile_finish(c, weights, scratch, area + tokens * (columns + 4 * (spans + b)), scratch, totals)
+        write(w, scales, by_row, scratch, totals, tokens, here, out, place + group * 16, out_step)
+
+
+@inner
+def _fields(
+    w, codes_at, scales_at, first, last, columns, span, by_row, count, scratch, area, out, place, out_step
+):  # fmt: skip
+    """Compute `count` tokens, a multiple of TOKENS, one field after the other.
+
+    Before each field but the first the sums shift down (with SMALL_CODES, between the second and third).
+    The largest sum is 64 * 256 * columns: the whole row's, shifted up again for the next chunk.
+    """
+    spans = columns // span
+    starts = area + count * columns
+    totals = totals_at(area, count, columns, span)
+    for group in range(first, last, GROUPS):
+        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        clear(scratch, totals, count)
+        for b in range(spans):
+            weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
+            for t in range(0, count, TOKENS):
+                c = start_tile(_zeros(), scratch, starts + 4 * (b * count + t))
+                chunk = 0
+                while chunk < span:
+                    if chunk:
+                        c = _up(c)
+                    size = _CHUNK if span - chunk >= _CHUNK else BLOCK
+                    at = codes + (b * span + chunk) * 4
+                    panel = area + b * span * count + t * span + chunk * TOKENS
+                    n = _fourth(load_codes(w, at, pair))
+                    for kb in range(size // 16):
+                        v, n = n, _fourth(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
+                        c = tile_dot(c, v, scratch, panel + (kb * 16 + 12) * TOKENS)
+                    c = _outer(c)
+                    n = _upper(load_codes(w, at, pair))
+                    for kb in range(size // 16):
+                        v, n = n, _upper(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
+                        c = tile_dot(c, v, scratch, panel + (kb * 16 + _UPPER_QUAD) * TOKENS)
+                    c = _down2(c)
+                    n = _lower(load_codes(w, at, pair))
+                    for kb in range(size // 16):
+                        v, n = n, _lower(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
+                        c = tile_dot(c, v, scratch, panel + (kb * 16 + _LOWER_QUAD) * TOKENS)
+                    c = _outer(c)
+                    n = _first(load_codes(w, at, pair))
+                    for kb in range(size // 16):
+                        v, n = n, _first(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
+                        c = tile_dot(c, v, scratch, panel + kb * 16 * TOKENS)
+                    chunk += size
+                side = starts + 4 * (spans * count + b * count + t)
+                tile_finish(c, weights, scratch, side, scratch, totals + t * 64 * GROUPS)
+        write(w, scales, by_row, scratch, totals, count, here, out, place + group * 16, out_step)
+
+
+@merged
+def _spread_dot(tile, field, scratch, place, panel):
+    """Store the field of the codes, and add its products with the panel."""
+    spread_codes(scratch, place, field)
+    return tile_dot(tile, field, scratch, panel)
+
+
+@inner
+def _tiles(
+    w, codes_at, scales_at, first, last, columns, by_row, count, scratch, base, area, out, place, out_step
+):  # fmt: skip
+    """Compute `count` tokens, a multiple of TOKENS, with each block's codes spread once to a byte each."""
     blocks = columns // BLOCK
-    sums_at = _PANELS_AT + count * columns
-    scales_at = sums_at + 4 * count * blocks
-    acc_at = scales_at + 4 * count * blocks
-    for t in range(count):
-        store_f32(scratch, acc_at + t * 128, zero_f32())
-        store_f32(scratch, acc_at + t * 128 + 64, zero_f32())
-    for b in range(blocks):
-        _unpack(w, codes + b * 1024, scratch, 0)
-        _unpack(w, codes + pair + b * 1024, scratch, 4096)
-        first = load_f16(w, scales + b * 32)
-        second = load_f16(w, scales + pair // 32 + b * 32)
-        for t in range(0, count, _TILE):
-            side = 4 * (t * blocks + b * _TILE)
-            panel = _PANELS_AT + t * columns + b * BLOCK * _TILE
-            _tile(scratch, panel, sums_at + side, scales_at + side, first, second, acc_at + t * 128)
-    for t in range(count):
-        store_f32(out, 4 * (place + t * out_step), load_f32(scratch, acc_at + t * 128))
-        if pair:
-            store_f32(out, 4 * (place + t * out_step + 16), load_f32(scratch, acc_at + t * 128 + 64))
+    starts = area + count * columns
+    totals = totals_at(area, count, columns, BLOCK)
+    for group in range(first, last, GROUPS):
+        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        clear(scratch, totals, count)
+        for b in range(blocks):
+            weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
+            panel, start = area + b * BLOCK * count, starts + 4 * b * count
+            c = start_tile(_zeros(), scratch, start)
+            for kb in range(16):
+                v = load_codes(w, codes + b * 1024 + kb * 64, pair)
+                c = _spread_dot(c, _first(v), scratch, base + kb * 256, panel + kb * 16 * TOKENS)
+                c = _spread_dot(c, _low2(v), scratch, base + kb * 256 + 64, panel + (kb * 16 + 4) * TOKENS)
+                c = _spread_dot(c, _low3(v), scratch, base + kb * 256 + 128, panel + (kb * 16 + 8) * TOKENS)
+                c = _spread_dot(c, _low4(v), scratch, base + kb * 256 + 192, panel + (kb * 16 + 12) * TOKENS)
+            tile_finish(c, weights, scratch, start + 4 * blocks * count, scratch, totals)
+            for t in range(TOKENS, count, TOKENS):
+                here_scales = start + 4 * (blocks * count + t)
+                tile_spread(
+                    weights, scratch, base, panel + t * BLOCK, start + 4 * t, here_scales,
+                    totals + t * 64 * GROUPS,
+                )  # fmt: skip
+        write(w, scales, by_row, scratch, totals, count, here, out, place + group * 16, out_step)
 
 
 @kernel
@@ -257,24 +291,70 @@ def gemm(
 ):  # fmt: skip
     """out[t, :] = W @ x[rows[t]] for t < count; every token gets the same bits in any batch.
 
-    The signature is that of all products (`products`). form: the format's number; w: uint8 arena; groups:
-    padded rows / 16; x: float32 (tokens, columns), read by float formats only; q: int8 (tokens, columns)
-    with x_scales, x_sums (tokens, columns/256), read by the others; rows: int; scratch: uint8, see
-    scratch_nbytes; out: float32, row t starts at element out_at + t * out_step and is 16 * groups long.
-    Sums are exact integers; scales are applied in block order.
+    The signature is that of all products. form: TL1 or TL1_ROW; w: uint8 arena; groups: padded rows / 16;
+    x: not read; q: int8 (tokens, columns) with x_scales (float32) and x_sums (int32), both (tokens,
+    columns/256), or with TL1_ROW (tokens, 1): one scale and sum for a token, which is faster; rows: int32;
+    scratch: uint8, see scratch_nbytes; out: float32, row t starts at element out_at + t * out_step and is
+    16 * groups long. Sums are exact integers; scales are applied in block order, TL1_ROW's at the end.
     """
-    blocks = columns // BLOCK
-    tiled = count // _TILE * _TILE
-    if tiled:
-        _pack_panels(q, x_scales, x_sums, columns, rows, tiled, scratch)
-    for group in range(0, groups, 2):
-        codes = codes_at + group * blocks * 1024
-        scales = scales_at + group * blocks * 32
-        pair = blocks * 1024 if group + 1 < groups else 0
-        place = out_at + group * 16
-        if tiled:
-            _tiles(w, codes, scales, pair, columns, tiled, scratch, out, place, out_step)
-        for t in range(tiled, count):
-            _one_token(
-                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, place + t * out_step
-            )
+    by_row = form != TL1
+    span = columns // x_scales.shape[1] if by_row else BLOCK
+    done = 0
+    many = count // TOKENS * TOKENS
+    four = (count - many) // 4 * 4
+    two = (count - many - four) // 2 * 2
+    one = count - many - four - two
+    # One tile is done sooner than its codes are spread; and a row's sum is not finished block by block.
+    spread = span == BLOCK and many > TOKENS
+    base = aligned(scratch)
+    area8 = base + AREAS_AT
+    area4 = area2 = area1 = area8
+    if many:
+        start = 1 if spread else TILE_START
+        area4 = area2 = area1 = fill_area(
+            _zeros(), q, x_scales, x_sums, columns, span, rows, done, many, start, scratch, area8
+        )
+        done += many
+    start = PAIR_START if four or two else 1
+    if four:
+        area2 = area1 = fill_area(
+            _zero4(), q, x_scales, x_sums, columns, span, rows, done, four, start, scratch, area4
+        )
+        done += four
+    if two:
+        area1 = fill_area(
+            _zero2(), q, x_scales, x_sums, columns, span, rows, done, two, start, scratch, area2
+        )
+        done += two
+    if one:
+        fill_area(_zero1(), q, x_scales, x_sums, columns, span, rows, done, one, one, scratch, area1)
+    # All tokens meet a group's codes before the next ones are read; one kind of tile walks by itself.
+    alone = (many > 0) + (four > 0) + (two > 0) + one == 1
+    step = groups if alone else GROUPS
+    for first in range(0, groups, step):
+        last = min(first + step, groups)
+        if spread:
+            _tiles(
+                w, codes_at, scales_at, first, last, columns, by_row, many, scratch, base, area8, out, out_at,
+                out_step,
+            )  # fmt: skip
+        elif many:
+            _fields(
+                w, codes_at, scales_at, first, last, columns, span, by_row, many, scratch, area8, out, out_at,
+                out_step,
+            )  # fmt: skip
+        if four:
+            _few(
+                _zero4(), w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area4, out,
+                out_at + many * out_step, out_step,
+            )  # fmt: skip
+        if two:
+            _few(
+                _zero2(), w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area2, out,
+                out_at + (many + four) * out_step, out_step,
+            )  # fmt: skip
+        if one:
+            _one(
+                w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area1, out,
+                out_at + (count - 1) * out_step, out_step,
+            )  # fmt: skip

@@ -21,8 +21,7 @@ F32 = npt.NDArray[np.float32]
 ROWS = (1, 23, 40)  # one, two and three groups
 TERNARY_COLUMNS = (256, 768, 8192, 32768)
 Q8_COLUMNS = (32, 96, 256, 4096)
-FORMS = {"q8": 3, "ternary": 4}
-COUNT = 9  # eight tokens at once and one alone
+COUNT = 23  # two or more tiles, then four tokens at once, two and one alone
 
 
 def digests() -> dict[str, str]:
@@ -39,26 +38,27 @@ def assembly(kernel: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN401
 
 
 def assemblies() -> dict[str, str]:
-    """Return the machine code of the inner kernels: 2-bit for one token and a tile, 8-bit for a tile."""
+    """Return the machine code of the inner kernels: 2-bit for one token and for tiles, 8-bit for a tile."""
     ternary = import_module("sterna.workers.kernels.ternary")
     q8 = import_module("sterna.workers.kernels.q8")
-    zeros = np.zeros((1, 1), np.float32)
+    tokens = ternary.TOKENS
     w, out = np.zeros(32768, np.uint8), np.zeros((8, 16), np.float32)
-    one = (
-        w, 0, 1024, 256, 0, np.zeros((1, 256), np.int8), zeros, zeros.astype(np.int32), np.int32(0), out, 0
-    )  # fmt: skip
-    scratch = np.zeros(max(ternary.scratch_nbytes(256, 8), q8.scratch_nbytes(256, 8)), np.uint8)
-    tile = (w, 0, 4096, 0, 256, 8, scratch, out, 0, 16)
+    scratch = np.zeros(max(ternary.scratch_nbytes(256, 2 * tokens), q8.scratch_nbytes(256, 8)), np.uint8)
+    area = ternary.AREAS_AT
+    where = (w, 0, 4096, 0, 1, 256)
     return {
-        "2-bit, one token": assembly(ternary._one_token, one),
-        "2-bit, a tile": assembly(ternary._tiles, tile),
-        "8-bit, a tile": assembly(q8._tiles, tile),
+        "2-bit, one token": assembly(ternary._one, (*where, 256, False, scratch, area, out, 0, 16)),
+        "2-bit, by fields": assembly(ternary._fields, (*where, 256, False, tokens, scratch, area, out, 0, 0)),
+        "2-bit, a tile": assembly(ternary._tiles, (*where, False, tokens, scratch, 0, area, out, 0, 0)),
+        "8-bit, a tile": assembly(q8._tiles, (w, 0, 4096, 0, 256, 8, scratch, out, 0, 16)),
     }
 
 
-def _run(form: str, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int) -> dict[str, F32]:
+def _run(
+    name: str, form: int, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int
+) -> dict[str, F32]:
     """Return the products with scales of 1 and with the block scales 1, 2, 3, ... / 7."""
-    module = import_module(f"sterna.workers.kernels.{form}")
+    module = import_module(f"sterna.workers.kernels.{name}")
     count, columns = q.shape
     groups = -(-rows // 16)
     scratch = np.full(module.scratch_nbytes(columns, count), np.uint8(0xA5))
@@ -66,13 +66,13 @@ def _run(form: str, arena: U8, places: tuple[int, int], rows: int, q: U8, block:
     ones = np.ones(sums.shape, np.float32)
     varied = (np.arange(1, sums.size + 1, dtype=np.float32) / np.float32(7)).reshape(sums.shape)
     results = {}
-    for name, scales in (("exact", ones), ("scaled", varied)):
+    for kind, scales in (("exact", ones), ("scaled", varied)):
         out = np.zeros((count, groups * 16), np.float32)
         module.gemm(
-            FORMS[form], arena, *places, groups, columns, np.zeros((1, 1), np.float32), q.view(np.int8),
+            form, arena, *places, groups, columns, np.zeros((1, 1), np.float32), q.view(np.int8),
             scales, sums, np.arange(count, dtype=np.int32), count, scratch, out, 0, groups * 16,
         )  # fmt: skip
-        results[name] = out[:, :rows]
+        results[kind] = out[:, :rows]
     return results
 
 
@@ -100,10 +100,18 @@ def _ternary() -> dict[str, str]:
             arena = np.zeros(scales_at + ternary.scales_nbytes(rows, columns), np.uint8)
             one = np.full((rows, columns // 256), 0x3C00, np.uint16)
             ternary.pack(codes, one, arena, 32, scales_at)
-            results = _run("ternary", arena, (32, scales_at), rows, q, 256)
+            by_row = np.zeros(scales_at + ternary.row_scales_nbytes(rows), np.uint8)
+            ternary.pack_row(codes, np.ones(rows, np.float32), by_row, 32, scales_at)
             true = q.view(np.int8).astype(np.int64) @ (codes.astype(np.int64) - 1).T
-            assert (results["exact"] == true).all(), f"ternary {rows} x {columns}"
-            found |= {f"ternary {rows} x {columns} {k}": _digest(v) for k, v in results.items()}
+            for form, weights, block in (
+                (ternary.TL1, arena, 256),
+                (ternary.TL1_ROW, by_row, 256),
+                (ternary.TL1_ROW, by_row, columns),
+            ):
+                results = _run("ternary", form, weights, (32, scales_at), rows, q, block)
+                name = f"ternary {form} {rows} x {columns} by {block}"
+                assert (results["exact"] == true).all(), name
+                found |= {f"{name} {k}": _digest(v) for k, v in results.items()}
     return found
 
 
@@ -123,7 +131,7 @@ def _q8() -> dict[str, str]:
             scales_at = 32 + q8.codes_nbytes(rows, columns)
             arena = np.zeros(scales_at + q8.scales_nbytes(rows, columns), np.uint8)
             repack.q8_0(np.frombuffer(blocks.tobytes(), np.uint8), rows, columns, arena, 32, scales_at)
-            results = _run("q8", arena, (32, scales_at), rows, q, 32)
+            results = _run("q8", 3, arena, (32, scales_at), rows, q, 32)
             true = q.view(np.int8).astype(np.int64) @ weights.astype(np.int64).T
             inside = np.abs(true) < 2**23  # beyond 2^24 the float32 between blocks rounds
             assert (results["exact"][inside] == true[inside]).all(), f"q8 {rows} x {columns}"

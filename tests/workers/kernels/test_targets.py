@@ -17,6 +17,7 @@ import platformdirs
 import pytest
 
 from sterna.shm.errors import ConfigError
+from sterna.workers.kernels import features
 from sterna.workers.kernels.cache import sources_digest
 from sterna.workers.kernels.target import TARGETS, choose_target, host_features
 
@@ -24,6 +25,7 @@ SCRIPT = Path(__file__).with_name("target_check.py")
 TIMEOUT_S = 100
 NEEDS = {
     "avx512vnni": ("x86_64", {"avx512f", "avx512bw", "avx512vl", "avx512vnni"}),
+    "avxvnni": ("x86_64", {"avx2", "avxvnni"}),
     "avx2": ("x86_64", {"avx2"}),
     "neon": ("aarch64", {"dotprod"}),
 }
@@ -43,6 +45,8 @@ def missing(target: str) -> str | None:
     machine, features = NEEDS.get(target, (platform.machine(), set()))
     if platform.machine() != machine:
         return f"{target} is for {machine}, this is {platform.machine()}"
+    if target == "avxvnni" and "avx512vnni" in host_features():
+        return missing("avx512vnni")  # its instruction is there, in another encoding
     lacking = features - host_features()
     return f"this CPU has no {', '.join(sorted(lacking))}" if lacking else None
 
@@ -100,19 +104,33 @@ def count(assembly: str, instruction: str) -> int:
 
 
 def test_the_product_uses_the_instruction_it_was_written_for(checked: Report) -> None:
-    expected = {"avx512vnni": {"pdpbusd"}, "avx2": {"pmaddubsw"}, "neon": {"sdot"}, "generic": set()}
-    # Times 64 bytes: two groups of four fields for one token, two groups for eight tokens in a tile.
-    # (LLVM joins AVX2's halves again where the CPU has AVX-512.)
-    width = {"avx512vnni": 1, "avx2": 1, "neon": 4, "generic": 0}[checked.target]
-    minimum = {"2-bit, one token": 8, "2-bit, a tile": 16, "8-bit, a tile": 16}
+    expected = {
+        "avx512vnni": {"pdpbusd"},
+        "avxvnni": {"pdpbusd"},
+        "avx2": {"pmaddubsw"},
+        "neon": {"sdot"},
+        "generic": set(),
+    }[checked.target]
+    # How many of its instructions make 64 bytes. (LLVM joins AVX2's halves where the CPU has AVX-512.)
+    width = {"avx512vnni": 1, "avxvnni": 2, "avx2": 1, "neon": 4, "generic": 0}[checked.target]
+    groups, tokens = (2, 8) if checked.target == "avx512vnni" else (1, 4)
+    minimum = {
+        "2-bit, one token": groups * 4,
+        "2-bit, by fields": groups * tokens * 4,
+        "2-bit, a tile": groups * tokens * 5,
+        "8-bit, a tile": 16,
+    }
     assert checked.assembly.keys() == minimum.keys()
     for kernel, text in checked.assembly.items():
         dots = {name: count(text, name) for name in ("pdpbusd", "pmaddubsw", "sdot", "pmullw")}
         used = {name for name, number in dots.items() if number}
-        assert used - ({"pmullw"} if checked.target == "generic" else set()) == expected[checked.target], (
-            kernel
-        )
+        assert used - ({"pmullw"} if checked.target == "generic" else set()) == expected, kernel
         assert sum(dots.values()) >= minimum[kernel] * width, kernel
+
+
+def test_each_target_computes_in_vectors_of_its_own_width(checked: Report) -> None:
+    dots = re.findall(r"pdpbusd\b.*%([xyz]mm)\d+$", "\n".join(checked.assembly.values()), re.MULTILINE)
+    assert set(dots) == {"avx512vnni": {"zmm"}, "avxvnni": {"ymm"}}.get(checked.target, set())
 
 
 def test_a_target_asked_for_is_the_one_that_runs(checked: Report) -> None:
@@ -125,6 +143,9 @@ def test_a_target_asked_for_is_the_one_that_runs(checked: Report) -> None:
         ({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "f16c", "fma"}, "x86_64", "avx512vnni"),
         ({"avx512f", "avx512bw", "avx512vl", "avx2", "f16c", "fma"}, "x86_64", "avx2"),
         ({"avx512vnni", "avx2", "f16c", "fma"}, "x86_64", "avx2"),
+        ({"avxvnni", "avx2", "f16c", "fma"}, "x86_64", "avxvnni"),
+        ({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni", "avx2"}, "x86_64", "avx512vnni"),
+        ({"avxvnni", "avx"}, "x86_64", "generic"),
         ({"avx2", "f16c", "fma"}, "x86_64", "avx2"),
         ({"sse4.2"}, "x86_64", "generic"),
         ({"neon", "dotprod"}, "aarch64", "neon"),
@@ -134,6 +155,23 @@ def test_a_target_asked_for_is_the_one_that_runs(checked: Report) -> None:
 )
 def test_the_fastest_possible_target_is_chosen(features: set[str], machine: str, target: str) -> None:
     assert choose_target(frozenset(features), machine) == target
+
+
+@pytest.mark.parametrize(
+    ("best", "others"),
+    [
+        ("avx512vnni", ["avxvnni", "avx2", "generic"]),
+        ("avxvnni", ["avx2", "generic"]),
+        ("avx2", ["generic"]),
+        ("neon", ["generic"]),
+        ("generic", []),
+    ],
+)
+def test_lesser_targets_follow_the_best(
+    best: str, others: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "choose_target", lambda *_: best)
+    assert features.candidates() == [best, *others]
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,15 @@ def _dot_vnni(builder, acc, w, a):
     return call(builder, "llvm.x86.avx512.vpdpbusd.512", llvm_type(I32), operands)
 
 
+def _dot_vnni_256(builder, acc, w, a):
+    halves = []
+    dwords = builder.bitcast(w, llvm_type(I32))
+    for start in (0, 8):
+        operands = [part(builder, operand, start, 8) for operand in (acc, dwords, a)]
+        halves.append(call(builder, "llvm.x86.avx512.vpdpbusd.256", llvm_type(I32, 8), operands))
+    return join(builder, halves)
+
+
 def _dot_avx2(builder, acc, w, a):
     a_bytes = builder.bitcast(a, llvm_type(I8, 4 * LANES))
     halves = []
@@ -55,7 +64,13 @@ def _dot_generic(builder, acc, w, a, extend=None):
     return acc
 
 
-_BODIES = {"avx512vnni": _dot_vnni, "avx2": _dot_avx2, "neon": _dot_neon, "generic": _dot_generic}
+_BODIES = {
+    "avx512vnni": _dot_vnni,
+    "avxvnni": _dot_vnni_256,
+    "avx2": _dot_avx2,
+    "neon": _dot_neon,
+    "generic": _dot_generic,
+}
 
 
 def emit_dot_unsigned(builder, acc, w, a):
@@ -93,9 +108,15 @@ def _signed_generic(builder, acc, w, a):
     return acc
 
 
-_OFFSET = {"avx512vnni": _dot_vnni, "avx2": _signed_avx2, "neon": _dot_neon, "generic": _signed_generic}
+_OFFSET = {
+    "avx512vnni": _dot_vnni,
+    "avxvnni": _dot_vnni_256,
+    "avx2": _signed_avx2,
+    "neon": _dot_neon,
+    "generic": _signed_generic,
+}
 # Whether dot_offset turns w back to signed itself; if not, the caller subtracts 128 * sum(a).
-OFFSET_IN_DOT = TARGET != "avx512vnni"
+OFFSET_IN_DOT = TARGET not in ("avx512vnni", "avxvnni")
 
 
 def emit_dot_offset(builder, acc, w, a):

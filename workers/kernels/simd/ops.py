@@ -56,6 +56,17 @@ def _store(source, stored: ir.Type, narrow=None, doc: str = ""):
     return intrinsic(store)
 
 
+@intrinsic
+def address(typing, array):
+    """The address of the array's first byte."""
+
+    def emit(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, context.get_value_type(types.intp))
+
+    return types.intp(array), emit
+
+
 def _lanewise(result, operands, body, doc: str = ""):
     def typed():
         return result(*operands), lambda context, builder, signature, args: body(builder, *args)

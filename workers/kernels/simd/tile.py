@@ -5,7 +5,8 @@ matrix product over B tokens is written once for each B. Activations come as a p
 
     panel = for each 4 columns: [token 0: 4 int8][token 1: 4 int8] ... [token B-1: 4 int8]
 
-so that one address and constant offsets reach all tokens.
+so that one address and constant offsets reach all tokens. The operations that name no number of tokens
+work on any tile of [token][group], see `groups`; the others are for two groups, [group][token].
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from .dot import emit_dot_offset, emit_dot_unsigned
-from .vector import I32, llvm_type, pointer, splat, v64u8
+from .groups import GROUPS, codes_type, scales_type
+from .vector import F32, I32, LANES, call, constant, llvm_type, pointer, splat, v64u8
 
 
 class Tile(types.Type):
@@ -101,3 +103,223 @@ def store_tile(count: int):
         return types.void(array, types.intp, Tile(count)), emit
 
     return intrinsic(store)
+
+
+def _spread(builder, like: Tile, vectors):
+    """Return a tile with the vector of each token in all its groups."""
+    value = ir.Constant(ir.ArrayType(llvm_type(I32), like.count), ir.Undefined)
+    for row in range(like.count):
+        value = builder.insert_value(value, vectors[row // GROUPS], row)
+    return value
+
+
+def _load_scalar(context, builder, array_type, array, byte_offset, index: int, element: ir.Type):
+    at = builder.add(byte_offset, ir.Constant(byte_offset.type, 4 * index))
+    scalar = builder.load(pointer(context, builder, array_type, array, at, element))
+    scalar.align = 4
+    return splat(builder, scalar)
+
+
+def zero_tile(tokens: int):
+    """Return the intrinsic () that makes a tile of zeros for `tokens` tokens."""
+    kind = Tile(tokens * GROUPS)
+
+    def make(typing):
+        zeros = ir.Constant(ir.ArrayType(llvm_type(I32), kind.count), [constant(I32, 0)] * kind.count)
+        return kind(), lambda context, builder, signature, args: zeros
+
+    return intrinsic(make)
+
+
+@intrinsic
+def fill_tile(typing, like, value):
+    """A tile as large as `like` with the int32 `value` in all lanes."""
+
+    def emit(context, builder, signature, args):
+        return _spread(builder, signature.args[0], [splat(builder, args[1])] * like.count)
+
+    return like(like, types.int32), emit
+
+
+@intrinsic
+def start_tile(typing, like, array, byte_offset):
+    """A tile as large as `like` with the dword of token i, at byte_offset + 4 i, in its lanes."""
+
+    def emit(context, builder, signature, args):
+        kind = signature.args[1]
+        dwords = [
+            _load_scalar(context, builder, kind, args[1], args[2], i, I32)
+            for i in range(like.count // GROUPS)
+        ]
+        return _spread(builder, like, dwords)
+
+    return like(like, array, types.intp), emit
+
+
+@intrinsic
+def tile_dot(typing, tile, codes, panel, byte_offset):
+    """Add to each sum the dot product of its group's codes with its token's dword of the panel."""
+
+    def emit(context, builder, signature, args):
+        value, codes, array, at = args
+        for token in range(tile.count // GROUPS):
+            x = _load_scalar(context, builder, signature.args[2], array, at, token, I32)
+            for group in range(GROUPS):
+                row = token * GROUPS + group
+                packet = builder.extract_value(codes, group)
+                acc = emit_dot_unsigned(builder, builder.extract_value(value, row), packet, x)
+                value = builder.insert_value(value, acc, row)
+        return value
+
+    return tile(tile, codes_type, panel, types.intp), emit
+
+
+def _each(body):
+    """Return the intrinsic that applies `body(builder, vector, ...)` to the vectors of one or two tiles."""
+
+    def emit(context, builder, signature, args):
+        value = args[0]
+        for row in range(signature.return_type.count):
+            operands = [builder.extract_value(tile, row) for tile in args]
+            value = builder.insert_value(value, body(builder, *operands), row)
+        return value
+
+    return emit
+
+
+def tile_shift(bits: int):
+    """Return the intrinsic that shifts all sums left by `bits`, or right by -`bits`, keeping the sign."""
+
+    def body(builder, x):
+        if bits == 0:
+            return x
+        return builder.shl(x, constant(I32, bits)) if bits > 0 else builder.ashr(x, constant(I32, -bits))
+
+    def shift(typing, tile):
+        return tile(tile), _each(body)
+
+    return intrinsic(shift)
+
+
+def tile_add_shifted(bits: int):
+    """Return the intrinsic (tile, other): tile + (other >> bits)."""
+
+    def body(builder, x, y):
+        return builder.add(x, builder.ashr(y, constant(I32, bits)) if bits else y)
+
+    def add(typing, tile, other):
+        return tile(tile, tile), _each(body)
+
+    return intrinsic(add)
+
+
+@intrinsic
+def tile_finish(typing, tile, scales, x_scales, scale_at, sums, sum_at):
+    """Add the scaled tile to float sums: sum = fma(float(tile), scale of row * scale of token, sum).
+
+    x_scales: array with the float32 of token i at byte scale_at + 4 i; sums: array of float32
+    [token][group][16 rows] from byte sum_at.
+    """
+
+    def emit(context, builder, signature, args):
+        value, scales, x_scales, scale_at, array, at = args
+        for row in range(tile.count):
+            token, group = divmod(row, GROUPS)
+            x_scale = _load_scalar(context, builder, signature.args[2], x_scales, scale_at, token, F32)
+            scale = builder.fmul(builder.extract_value(scales, group), x_scale)
+            exact = builder.sitofp(builder.extract_value(value, row), llvm_type(F32))
+            here = builder.add(at, ir.Constant(at.type, 4 * LANES * row))
+            place = pointer(context, builder, signature.args[4], array, here, llvm_type(F32))
+            old = builder.load(place)
+            old.align = 1
+            new = call(builder, "llvm.fma.v16f32", llvm_type(F32), [exact, scale, old])
+            builder.store(new, place).align = 1
+        return context.get_dummy_value()
+
+    return types.void(tile, scales_type, x_scales, types.intp, sums, types.intp), emit
+
+
+def _interleave(builder, vectors):
+    """Return the elements 0 of all vectors, then their elements 1, ..., in as many vectors."""
+    if len(vectors) == 1:
+        return vectors
+    even, odd = _interleave(builder, vectors[0::2]), _interleave(builder, vectors[1::2])
+    half = LANES // 2
+    result = []
+    for a, b in zip(even, odd, strict=True):
+        for start in (0, half):
+            lanes = [start + i // 2 + LANES * (i % 2) for i in range(LANES)]
+            result.append(builder.shuffle_vector(a, b, ir.Constant(llvm_type(I32), lanes)))
+    return result
+
+
+def _row_of(context, builder, rows_type, rows, index):
+    """Return rows[index] of an int32 array as a number of the width of `index`."""
+    at = builder.mul(index, ir.Constant(index.type, 4))
+    return builder.sext(builder.load(pointer(context, builder, rows_type, rows, at, I32)), index.type)
+
+
+@intrinsic
+def tokens_of(typing, tile):
+    """For how many tokens the tile is."""
+    count = tile.count // GROUPS
+
+    def emit(context, builder, signature, args):
+        return ir.Constant(context.get_value_type(types.intp), count)
+
+    return types.intp(tile), emit
+
+
+@intrinsic
+def copy_panel(typing, like, q, width, rows, first, column, panel, byte_offset):
+    """Copy 64 columns from `column` of the rows rows[first], rows[first + 1], ... into a panel.
+
+    There are as many rows as `like` has tokens (a power of two). q: int8, rows of `width`; rows: int32.
+    """
+    tokens = like.count // GROUPS
+
+    def emit(context, builder, signature, args):
+        _, q, width, rows, first, column, panel, at = args
+        vectors = []
+        for token in range(tokens):
+            index = builder.add(first, ir.Constant(first.type, token))
+            row = _row_of(context, builder, signature.args[3], rows, index)
+            start = builder.add(builder.mul(row, width), column)
+            vector = builder.load(pointer(context, builder, signature.args[1], q, start, llvm_type(I32)))
+            vector.align = 1
+            vectors.append(vector)
+        for i, vector in enumerate(_interleave(builder, vectors)):
+            here = builder.add(at, ir.Constant(at.type, 4 * LANES * i))
+            place = pointer(context, builder, signature.args[6], panel, here, llvm_type(I32))
+            builder.store(vector, place).align = 1
+        return context.get_dummy_value()
+
+    number = types.intp
+    return types.void(like, q, number, rows, number, number, panel, number), emit
+
+
+@intrinsic
+def copy_column(typing, like, table, width, rows, first, column, factor, array, byte_offset):
+    """Copy table[rows[first + i], column] * factor for each token i that `like` has, next to each other.
+
+    table: float32 or int32, rows of `width`; factor: of the same type; array: uint8.
+    """
+    tokens = like.count // GROUPS
+    element = table.dtype
+    stored = F32 if isinstance(element, types.Float) else I32
+
+    def emit(context, builder, signature, args):
+        _, table, width, rows, first, column, factor, array, at = args
+        for token in range(tokens):
+            index = builder.add(first, ir.Constant(first.type, token))
+            row = _row_of(context, builder, signature.args[3], rows, index)
+            source = builder.mul(builder.add(builder.mul(row, width), column), ir.Constant(width.type, 4))
+            value = builder.load(pointer(context, builder, signature.args[1], table, source, stored))
+            times = builder.fmul if stored is F32 else builder.mul
+            here = builder.add(at, ir.Constant(at.type, 4 * token))
+            place = pointer(context, builder, signature.args[7], array, here, stored)
+            builder.store(times(value, factor), place).align = 1
+        return context.get_dummy_value()
+
+    number = types.intp
+    return types.void(like, table, number, rows, number, number, element, array, number), emit
