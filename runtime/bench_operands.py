@@ -18,7 +18,7 @@ from ..scheduler.crew import Crew
 from ..shm.errors import OutOfResources
 from ..workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from ..workers.checkpoint.packing import matrix_entry, pack_matrix
-from ..workers.checkpoint.samples import sample
+from ..workers.checkpoint.samples import file_type_of, sample
 from ..workers.checkpoint.types import TYPES_BY_NAME
 from ..workers.kernels import dense
 from ..workers.kernels.activations import QuantizedRows
@@ -70,14 +70,6 @@ def time_call(
         times.append(max(clock() - began, 1e-9))
         between()
     return Timing(best_s=min(times), median_s=statistics.median(times), repetitions=len(times))
-
-
-_FILE_TYPES = {"Q8": "Q8_0", "TL1": "TQ2_0", "B3": "TQ1_0", "TL1_ROW": "I2_S", "TL1_TOKEN": "I2_S"}
-
-
-def file_type_of(form: Format) -> str:
-    """Return the name of the file type whose matrices are measured for `form`."""
-    return _FILE_TYPES.get(form.name, form.name)
 
 
 @dataclass(frozen=True)

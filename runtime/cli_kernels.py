@@ -221,8 +221,8 @@ def _integer(flag: str, text: str, largest: int) -> int:
 def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[Format, ...]:
     """Return the formats to measure, each once; the file's name of a format counts too."""
     from ..workers.checkpoint.formats import Format
+    from ..workers.checkpoint.samples import file_type_of
     from ..workers.checkpoint.types import TYPES_BY_NAME
-    from .bench_operands import file_type_of
 
     by_name = {name.lower(): form for form in Format for name in (file_type_of(form), form.name)}
     names = list(by_name) if text is None else [name.strip().lower() for name in text.split(",")]
@@ -243,7 +243,7 @@ def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[For
 
 def _kinds(formats: tuple[Format, ...]) -> Kinds:
     """Return the (file type, format) pairs that are measured."""
-    from .bench_operands import file_type_of
+    from ..workers.checkpoint.samples import file_type_of
 
     return [(file_type_of(form), int(form)) for form in formats]
 

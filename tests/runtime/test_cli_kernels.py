@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from sterna.runtime.bench_llama import LlamaCpp, best_rate, their_name
-from sterna.runtime.bench_operands import file_type_of
 from sterna.runtime.render import grid
 from sterna.shm.errors import ModelFileError, StartFailed, UsageError
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.checkpoint.packing import pack_matrix
-from sterna.workers.checkpoint.samples import sample
+from sterna.workers.checkpoint.samples import file_type_of, sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.pinned import PinnedThreads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -102,3 +103,18 @@ def exact_q8(name: str) -> Tensor:
     raw[:, :2] = scales[:, None].view(np.uint8)
     raw[:, 2:] = np.sign(blocks).astype(np.int8).view(np.uint8)
     return raw.reshape(*floats.shape[:-1], -1), Type.Q8_0
+
+
+def retyped(path: Path, columns: Mapping[str, int], type_id: int) -> Path:
+    """Give 2-D tensors written as bytes the type `type_id` and their true row length; return the path.
+
+    For types that the reference package does not know.
+    """
+    content = bytearray(path.read_bytes())
+    for name, length in columns.items():
+        key = struct.pack("<Q", len(name)) + name.encode()
+        at = content.index(key) + len(key)
+        struct.pack_into("<Q", content, at + 4, length)  # behind the number of dimensions
+        struct.pack_into("<I", content, at + 20, type_id)
+    path.write_bytes(content)
+    return path

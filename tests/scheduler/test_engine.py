@@ -13,8 +13,13 @@ from gguf import GGMLQuantizationType as Type
 
 from sterna.scheduler import state as st
 from sterna.scheduler.messages import Sampling, Submit
+from sterna.scheduler.model.storage import measure_activations
 from sterna.shm.errors import InternalError
+from sterna.workers.checkpoint.formats import Storage
+from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
+from ..workers.checkpoint import ternary_bytes
 from . import altered_model as altered
 from .local_engine import GREEDY, Generated, LocalEngine
 
@@ -289,3 +294,46 @@ def test_one_nan_row_of_the_output_matrix_is_an_error(tmp_path: Path) -> None:
     path = altered.write(tmp_path / "m.gguf", change=altered.only("output.weight", (raw, kind)))
     with pytest.raises(InternalError, match="finite"):
         LocalEngine(path, streams=1).run([PROMPTS[0]], 2)
+
+
+def test_base_3_gives_the_same_bits_as_two_bits() -> None:
+    plain, small = LocalEngine(streams=3), LocalEngine(streams=3, storage=Storage(small=True))
+    assert small.plan.slot_nbytes < plain.plan.slot_nbytes
+    assert small.run(PROMPTS[:3], 12) == plain.run(PROMPTS[:3], 12)
+
+
+def row_scaled(tmp_path: Path) -> Path:
+    """Write the embedded model with attention output and shared experts as IQ2_BN, one scale a row.
+
+    The reference package has no such type: the tensors are written as bytes, and their ids put in after.
+    """
+    names = [name for name in altered.tensors() if name.endswith(("attn_output.weight", "_shexp.weight"))]
+
+    def convert(name: str) -> altered.Tensor:
+        values = altered.values(name)
+        codes = (np.sign(values) + 1).astype(np.uint8)
+        scales = np.abs(values).max(axis=1).astype(np.float32)
+        return ternary_bytes.iq2_bn(codes, scales).reshape(len(values), -1), altered.Type.I8
+
+    path = altered.write(tmp_path / "rows.gguf", change=altered.converted(tuple(names), convert))
+    return altered.retyped(
+        path, {name: altered.values(name).shape[1] for name in names}, TYPES_BY_NAME["IQ2_BN"].id
+    )
+
+
+def test_row_scaled_matrices_run_with_both_kinds_of_activations(tmp_path: Path) -> None:
+    """Close to each other, and to the same weights as float16; the block form in every batch alike."""
+    path = row_scaled(tmp_path)
+    found = {
+        storage.per_token: LocalEngine(path, streams=3, storage=storage).run(PROMPTS[:3], 4)
+        for storage in (Storage(), Storage(per_token=True))
+    }
+    alone = [LocalEngine(path, streams=1).run([prompt], 4)[0] for prompt in PROMPTS[:3]]
+    assert alone == found[False]
+    for block, token in zip(found[False], found[True], strict=True):
+        assert abs(block.logprobs[0] - token.logprobs[0]) < 0.2
+    with GgufFile.open(path) as file:
+        error = measure_activations(file)
+    assert error is not None
+    assert 1e-6 < error.block < 1e-3
+    assert 1e-6 < error.token < 1e-2

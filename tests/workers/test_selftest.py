@@ -60,8 +60,8 @@ def test_a_wrong_scale_of_the_last_row_is_seen(
 ) -> None:
     shape = MatrixShape(form=form, rows=selftest.ROWS, columns=selftest.COLUMNS)
     end = shape.place(0)[1] + shape.scales_nbytes
-    # The last area of every format holds one number for each of 16 rows: float16, or MXFP4's byte.
-    width = 1 if form is Format.MXFP4 else 2
+    # The last area of every format holds one number for each of 16 rows, float16 but for these.
+    width = {Format.MXFP4: 1, Format.TL1_ROW: 4, Format.TL1_TOKEN: 4}.get(form, 2)
     damage(monkeypatch, end - (16 - ROW_39) * width + width - 1, 0x04)
     with pytest.raises(InternalError, match=r"\(row 39, token 0\)"):
         selftest.check(name, form)

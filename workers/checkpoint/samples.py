@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .formats import ROW_SCALED
+from .formats import ROW_SCALED, Format
 from .types import Bytes, TensorType
 
 # Where a block keeps its float16 scales; the other bytes may be anything, but for ternary codes.
@@ -15,6 +15,14 @@ _SCALES_AT = {
     "F32": (), "F16": (), "BF16": (), "MXFP4": (), **dict.fromkeys(ROW_SCALED[:4], ()),
 }  # fmt: skip
 _SCALE = np.float16(2.0**-10)  # keeps partial sums of integers exact in float32
+
+
+_FILE_TYPES = {"Q8": "Q8_0", "TL1": "TQ2_0", "B3": "TQ1_0", "TL1_ROW": "I2_S", "TL1_TOKEN": "I2_S"}
+
+
+def file_type_of(form: Format) -> str:
+    """Return the name of the file type that samples of `form` come from."""
+    return _FILE_TYPES.get(form.name, form.name)
 
 
 def sample(

@@ -21,6 +21,7 @@ I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 
 BLOCK = 256
+FORMS = {"base3": 5, "ternary": 4}
 POISON = np.uint8(0xA5)
 SHAPES = ((1, 256), (23, 768), (40, 512), (17, 32768))
 COUNT = 9  # eight tokens at once and one alone
@@ -54,7 +55,7 @@ def multiply(
     out = np.full((1, start + count * (wide + gap) + 16), np.float32(7.0))
     sums = q.reshape(len(q), -1, BLOCK).sum(axis=2, dtype=np.int32)
     module.gemm(
-        5, *packed, groups, columns, np.zeros((1, 1), np.float32), q, x_scales, sums,
+        FORMS[name], *packed, groups, columns, np.zeros((1, 1), np.float32), q, x_scales, sums,
         np.array(tokens, np.int32), count, scratch[:size], out, start, wide + gap,
     )  # fmt: skip
     assert (scratch[size:] == POISON).all()
