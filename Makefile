@@ -1,6 +1,7 @@
 # make demo    write a story with the model that comes along (the first run sets everything up)
 # make serve   run the daemon in the foreground
 # make test    all checks of .ci/run: ruff, mypy, pytest
+# make test-aarch64    kernels, formats and shared memory on an emulated Raspberry Pi 5 (x86-64 only)
 # make lint    ruff and mypy only
 # make clean   remove caches and build products; the environment .venv stays
 
@@ -14,7 +15,7 @@ READY := .venv/.installed
 PYTHONS := python3.13 python3.12 python3.11 python3
 PYTHON_OK := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo serve test lint clean
+.PHONY: help demo serve test test-aarch64 lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -27,6 +28,9 @@ serve: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not bench"
+
+test-aarch64: $(READY)
+	@PYTHON=$(BIN)/python tests/aarch64/run.sh
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
 import llvmlite.binding as llvm
 
 TARGETS = ("avx512vnni", "avxvnni", "avx2", "neon", "generic")
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # linux/auxvec.h, asm/hwcap.h of arm64
 
 
 def host_features() -> frozenset[str]:
@@ -15,7 +17,17 @@ def host_features() -> frozenset[str]:
     forced = os.environ.get("NUMBA_CPU_FEATURES")
     if forced is not None:
         return frozenset(word[1:] for word in forced.split(",") if word.startswith("+"))
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    found = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    # LLVM reads the features of an ARM CPU from /proc/cpuinfo and leaves this one out there.
+    if platform.machine() == "aarch64" and _hwcap() & _HWCAP_ASIMDDP:
+        found.add("dotprod")
+    return frozenset(found)
+
+
+def _hwcap() -> int:
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return int(getauxval(_AT_HWCAP))
 
 
 def choose_target(features: frozenset[str], machine: str) -> str:
