@@ -21,9 +21,7 @@ F32, F16, BF16, Q8 = 0, 1, 2, 3
 TL1, TL1_ROW, TL1_TOKEN = ternary.TL1, ternary.TL1_ROW, 7
 
 _KERNELS: dict[int, Any] = {
-    F32: floating.gemm,
-    F16: floating.gemm,
-    BF16: floating.gemm,
+    **floating.GEMMS,
     Q8: q8.gemm,
     **dict.fromkeys((TL1, TL1_ROW, TL1_TOKEN), ternary.gemm),
     base3.B3: base3.gemm,

@@ -202,7 +202,8 @@ def _fields(
     """Compute `count` tokens, a multiple of TOKENS, one field after the other.
 
     Before each field but the first the sums shift down (with SMALL_CODES, between the second and third).
-    The largest sum is 64 * 256 * columns: the whole row's, shifted up again for the next chunk.
+    The largest sum is that of a whole row, shifted up again for the next chunk: below
+    64 * (128 * columns + 256 * _CHUNK).
     """
     spans = columns // span
     starts = area + count * columns

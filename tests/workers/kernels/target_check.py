@@ -150,7 +150,7 @@ def _floating() -> dict[str, str]:
     repack.floats(np.frombuffer(weights.tobytes(), np.uint8), 23, 256, 2, arena, 0)
     out = np.zeros((COUNT, 32), np.float32)
     none = np.zeros((1, 1), np.float32)
-    floating.gemm(
+    floating.GEMMS[floating.F16](
         floating.F16, arena, 0, 0, 2, 256, x, none.astype(np.int8), none, none.astype(np.int32),
         np.arange(COUNT, dtype=np.int32), COUNT, arena, out, 0, 32,
     )  # fmt: skip

@@ -93,6 +93,7 @@ def _shuffle_generic(builder, table, index):
 
 _SHUFFLES = {
     "avx512vnni": _shuffle_vnni,
+    "avxvnni": _shuffle_pieces("llvm.x86.avx2.pshuf.b", 32),
     "avx2": _shuffle_pieces("llvm.x86.avx2.pshuf.b", 32),
     "neon": _shuffle_pieces("llvm.aarch64.neon.tbl1.v16i8", 16),
     "generic": _shuffle_generic,
