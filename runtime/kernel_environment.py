@@ -14,7 +14,7 @@ from .kernel_target import VARIABLE, proven_target
 
 # OpenBLAS starts its threads when numpy is imported; Numba's default layer may be GNU OpenMP,
 # which aborts a child forked after any parallel kernel was merely loaded.
-THREAD_SETTINGS = {
+SETTINGS = {
     "NUMBA_THREADING_LAYER": "workqueue",
     # Kernels are vectorised by hand; -O3 doubles the time to compile them and gains nothing.
     "NUMBA_OPT": "2",
@@ -46,7 +46,7 @@ def prepare() -> KernelEnvironment:
     """
     if "numba" in sys.modules:
         raise RuntimeError("numba is imported already: it would compile with other options")
-    os.environ.update(THREAD_SETTINGS)
+    os.environ.update(SETTINGS)
     target = os.environ[VARIABLE] = proven_target()
     folder = cache_dir()
     try:

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import platformdirs
 
+from .features import candidates
 
-def sources_digest() -> str:
-    """Return 16 hex digits over all kernel sources, the compiler's versions and a forced target.
+
+def sources_digest(target: str = "") -> str:
+    """Return 16 hex digits over all kernel sources, the compiler's versions and the target.
+
+    target: by default what $STERNA_KERNEL_TARGET says, or this machine offers.
 
     Numba's own key sees only the file of the jitted function and the CPU, not the modules that define
     its intrinsics, so that an edited intrinsic would keep running as stale machine code.
     """
-    digest = hashlib.sha256(os.environ.get("STERNA_KERNEL_TARGET", "").encode())
+    chosen = target or os.environ.get("STERNA_KERNEL_TARGET") or candidates()[0]
+    digest = hashlib.sha256(chosen.encode())
     for package in ("numba", "llvmlite", "numpy"):
         digest.update(f"{package}={version(package)};".encode())
     here = Path(__file__).parent
@@ -26,9 +31,9 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_dir() -> Path:
-    """Return the folder for kernels as they are now compiled; its name holds their digest."""
-    return cache_root() / f"kernels-{sources_digest()}"
+def cache_dir(target: str = "") -> Path:
+    """Return the folder for kernels as they are now compiled for `target`; its name holds their digest."""
+    return cache_root() / f"kernels-{sources_digest(target)}"
 
 
 def cache_root() -> Path:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from numba.core.errors import TypingError
 
 from sterna.workers.kernels import base3
+from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.simd.trits import FLIP
 from sterna.workers.kernels.target import TARGETS
 
 from .base3_check import BLOCK, F32, I8, U8, multiply, pack, scaled
-from .test_targets import kernel_cache, missing, run
+from .test_targets import missing, run
 
 SCRIPT = Path(__file__).with_name("base3_check.py")
 
@@ -201,7 +202,7 @@ def test_a_nan_scale_poisons_its_token_and_no_other(count: int) -> None:
 @cache
 def report(target: str) -> dict[str, Any]:
     """Return what a process says that was told to use `target`."""
-    process = run([str(SCRIPT)], target, kernel_cache(target))
+    process = run([str(SCRIPT)], target, cache_dir(target))
     assert process.returncode == 0, f"{target}: status {process.returncode}\n{process.stderr}"
     found: dict[str, Any] = json.loads(process.stdout)
     return found

@@ -26,13 +26,14 @@ from sterna.workers.checkpoint.formats import (
 from sterna.workers.checkpoint.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, dequantize
 from sterna.workers.kernels import ffn, products
+from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.target import TARGETS
 
 from ... import oracles
 from ...scheduler import altered_model
 from ...scheduler.local_engine import Generated, LocalEngine
 from .file_blocks import FORMATS, SCALES_AT, Matrix, quantized, random_blocks, ternary_blocks
-from .test_targets import kernel_cache, missing, run
+from .test_targets import missing, run
 
 # A few roundings of float32 in sums of K products.
 TOLERANCE = 4e-7
@@ -171,7 +172,7 @@ def test_all_targets_give_the_same_bits(target: str) -> None:
         pytest.skip(reason)
     digests = {}
     for each in (target, "generic"):
-        done = run([str(Path(__file__).with_name("format_check.py"))], each, kernel_cache(each))
+        done = run([str(Path(__file__).with_name("format_check.py"))], each, cache_dir(each))
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert report["target"] == each

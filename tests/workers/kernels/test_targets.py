@@ -6,23 +6,21 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import platformdirs
 import pytest
 
 from sterna.shm.errors import ConfigError
 from sterna.workers.kernels import features
-from sterna.workers.kernels.cache import sources_digest
+from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.target import TARGETS, choose_target, host_features
 
 SCRIPT = Path(__file__).with_name("target_check.py")
-TIMEOUT_S = 100
+TIMEOUT_S = 280
 NEEDS = {
     "avx512vnni": ("x86_64", {"avx512f", "avx512bw", "avx512vl", "avx512vnni"}),
     "avxvnni": ("x86_64", {"avx2", "avxvnni"}),
@@ -51,18 +49,8 @@ def missing(target: str) -> str | None:
     return f"this CPU has no {', '.join(sorted(lacking))}" if lacking else None
 
 
-def kernel_cache(target: str) -> Path:
-    """Return where this target's kernels are kept between runs, and remove what is out of date."""
-    root = platformdirs.user_cache_path("sterna-tests")
-    mine = root / f"{target}-{sources_digest()}"
-    for old in root.glob(f"{target}-*"):
-        if old != mine:
-            shutil.rmtree(old, ignore_errors=True)
-    return mine
-
-
-def run(arguments: list[str], target: str, cache_dir: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "STERNA_KERNEL_TARGET": target, "NUMBA_CACHE_DIR": str(cache_dir)}
+def run(arguments: list[str], target: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "STERNA_KERNEL_TARGET": target, "NUMBA_CACHE_DIR": str(folder)}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -76,7 +64,7 @@ def run(arguments: list[str], target: str, cache_dir: Path) -> subprocess.Comple
 @cache
 def report(target: str) -> Report:
     """Return the report of a process that was told to use `target`."""
-    process = run([str(SCRIPT)], target, kernel_cache(target))
+    process = run([str(SCRIPT)], target, cache_dir(target))
     assert process.returncode == 0, f"{target}: status {process.returncode}\n{process.stderr}"
     return Report(**json.loads(process.stdout))
 
