@@ -1,8 +1,8 @@
 """What holds for all tests: where kernels are kept, and how hypothesis runs.
 
 Kernels lie with the daemon's and are compiled with its options, in a folder whose name is their digest:
-Numba's own place, __pycache__, has a key that misses edits in the intrinsics. Timings never fail a test, so examples have no deadline;
-a CI run repeats exactly.
+Numba's own place, __pycache__, has a key that misses edits in the intrinsics. Timings never fail a
+test, so examples have no deadline; a CI run repeats exactly.
 """
 
 from __future__ import annotations
