@@ -32,6 +32,7 @@ from .kernel import inner, kernel, merged
 from .simd.dot import SMALL_CODES
 from .simd.groups import GROUPS, TOKENS, field, load_codes, load_scales, no_scales, spread_codes
 from .simd.tile import start_tile, tile_add_shifted, tile_dot, tile_finish, tile_shift, tokens_of, zero_tile
+from .target import TARGET
 
 __all__ = ["BLOCK", "TL1", "TL1_ROW", "gemm", "pack", "pack_row", "scratch_nbytes"]
 
@@ -163,6 +164,10 @@ def _one(
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
             tile_finish(c0, weights, scratch, area + columns + 4 * (spans + b), scratch, totals)
         write(w, scales, by_row, scratch, totals, 1, here, out, place + group * 16, out_step)
+
+
+if TARGET == "avx2":
+    from .ternary_pairs import one_token as _one
 
 
 @inner
