@@ -41,7 +41,7 @@ def zero_pairs(typing):
 
 @intrinsic
 def add_pairs(typing, sums, weights, array, at):
-    """Return sums + the products of `weights` (v64u8, at most 8 each) with the dword at byte `at` of array."""
+    """Return sums + products of `weights` (v64u8, at most 8 each) with the dword at byte `at` of array."""
 
     def emit(context, builder, signature, args):
         sums, weights, array, at = args
