@@ -17,7 +17,7 @@ from pathlib import Path
 import numba
 
 FOLDER = Path(__file__).parents[1] / "workers" / "kernels"
-CHECKS = ("target_check", "format_check")
+CHECKS = ("target_check", "format_check", "base3_check")
 
 
 def printed() -> str:
@@ -26,7 +26,7 @@ def printed() -> str:
     numba.config.CACHE_DIR = str(import_module("sterna.workers.kernels.cache").cache_dir())
     target = import_module("sterna.workers.kernels.target").TARGET
     sys.path.insert(0, str(FOLDER))
-    digests = {}
+    digests: dict[str, str] = {}
     for name in CHECKS:
         digests |= import_module(name).digests()
     return json.dumps({"target": target, "digests": digests})

@@ -30,8 +30,18 @@ from .areas import (
 )
 from .kernel import inner, kernel, merged
 from .simd.dot import SMALL_CODES
+from .simd.dwords import load_quads
 from .simd.groups import GROUPS, TOKENS, field, load_codes, load_scales, no_scales, spread_codes
-from .simd.tile import start_tile, tile_add_shifted, tile_dot, tile_finish, tile_shift, tokens_of, zero_tile
+from .simd.tile import (
+    start_tile,
+    tile_add,
+    tile_dot,
+    tile_dot_quad,
+    tile_finish,
+    tile_shift,
+    tokens_of,
+    zero_tile,
+)
 from .target import TARGET
 
 __all__ = ["BLOCK", "TL1", "TL1_ROW", "gemm", "pack", "pack_row", "scratch_nbytes"]
@@ -106,23 +116,29 @@ def pack_row(codes, row_scales, out, codes_at, scales_at):
 _first = field(0x03)
 _second = field(0x0C)
 # `_fields` takes the fourth field, _upper, _lower, the first; the quads are the fields' columns in 16.
-if SMALL_CODES:
+if TARGET == "neon":
+    # Codes must stay small: the top field is shifted down, which takes no mask there.
+    _third, _fourth = field(0x30), field(0x03, 6)
+    _upper, _UPPER_QUAD, _lower, _LOWER_QUAD = _third, 8, _second, 4
+    _to_upper, _to_first, _up = tile_shift(4), tile_shift(-2), tile_shift(0)
+    _add_upper = tile_add(4, 0)
+    PAIR_START, TILE_START = 16, 1  # how many times too large the first sums of `_few` and `_fields` are
+elif SMALL_CODES:
     # Codes must stay small: the upper two fields are shifted down to where the lower two lie.
     _third, _fourth = field(0x03, 4), field(0x0C, 4)
     _upper, _UPPER_QUAD, _lower, _LOWER_QUAD = _second, 4, _third, 8
-    _outer, _up = tile_shift(0), tile_shift(2)
-    _between = tile_shift(0)
-    _add_upper = tile_add_shifted(0)
-    PAIR_START, TILE_START = 1, 4  # how many times too large the first sums of `_few` and `_fields` are
+    _to_upper, _to_first, _up = tile_shift(0), tile_shift(0), tile_shift(2)
+    _add_upper = tile_add(0, 2)
+    PAIR_START, TILE_START = 1, 4
 else:
     _third, _fourth = field(0x30), field(0xC0 - 256)
     _upper, _UPPER_QUAD, _lower, _LOWER_QUAD = _third, 8, _second, 4
-    _outer, _up = tile_shift(-2), tile_shift(6)
-    _between = tile_shift(-4)
-    _add_upper = tile_add_shifted(4)
+    _to_upper, _to_first, _up = tile_shift(-2), tile_shift(-2), tile_shift(6)
+    _add_upper = tile_add(0, 2, 4)
     PAIR_START, TILE_START = 16, 64
 _down2 = tile_shift(-2)
-_add_quarter = tile_add_shifted(2)
+_add, _add_quarter = tile_add(), tile_add(0, 2)
+_dot_first, _dot_second, _dot_third, _dot_fourth = (tile_dot_quad(quad) for quad in range(4))
 _low2, _low3, _low4 = field(0x03, 2), field(0x03, 4), field(0x03, 6)
 _zero1, _zero2, _zero4, _zeros = zero_tile(1), zero_tile(2), zero_tile(4), zero_tile(TOKENS)
 _CHUNK = 1024  # columns at most whose fields `_fields` takes one after the other: all stays in L1
@@ -156,11 +172,12 @@ def _one(
             at, x = codes + b * span * 4, area + b * span
             for kb in range(span // 16):
                 v = load_codes(w, at + kb * 64, pair)
-                c0 = tile_dot(c0, _first(v), scratch, x + kb * 16)
-                c1 = tile_dot(c1, _second(v), scratch, x + kb * 16 + 4)
-                c2 = tile_dot(c2, _third(v), scratch, x + kb * 16 + 8)
-                c3 = tile_dot(c3, _fourth(v), scratch, x + kb * 16 + 12)
-            c0 = _add_upper(_add_quarter(c0, c1), _add_quarter(c2, c3))
+                quads = load_quads(scratch, x + kb * 16)
+                c0 = _dot_first(c0, _first(v), scratch, quads)
+                c1 = _dot_second(c1, _second(v), scratch, quads)
+                c2 = _dot_third(c2, _third(v), scratch, quads)
+                c3 = _dot_fourth(c3, _fourth(v), scratch, quads)
+            c0 = _add(_add_quarter(c0, c1), _add_upper(c2, c3))
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
             tile_finish(c0, weights, scratch, area + columns + 4 * (spans + b), scratch, totals)
         write(w, scales, by_row, scratch, totals, 1, here, out, place + group * 16, out_step)
@@ -188,7 +205,7 @@ def _few(
                 v = load_codes(w, at + kb * 64, pair)
                 c = tile_dot(c, _third(v), scratch, panel + (kb * 16 + 8) * tokens)
                 d = tile_dot(d, _fourth(v), scratch, panel + (kb * 16 + 12) * tokens)
-            c = _between(_add_quarter(c, d))
+            c = _add_upper(c, d)
             d = like
             for kb in range(span // 16):
                 v = load_codes(w, at + kb * 64, pair)
@@ -206,7 +223,7 @@ def _fields(
 ):  # fmt: skip
     """Compute `count` tokens, a multiple of TOKENS, one field after the other.
 
-    Before each field but the first the sums shift down (with SMALL_CODES, between the second and third).
+    Between two fields the sums shift to the next one's place in its byte.
     The largest sum is that of a whole row, shifted up again for the next chunk: below
     64 * (128 * columns + 256 * _CHUNK).
     """
@@ -231,7 +248,7 @@ def _fields(
                     for kb in range(size // 16):
                         v, n = n, _fourth(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
                         c = tile_dot(c, v, scratch, panel + (kb * 16 + 12) * TOKENS)
-                    c = _outer(c)
+                    c = _to_upper(c)
                     n = _upper(load_codes(w, at, pair))
                     for kb in range(size // 16):
                         v, n = n, _upper(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
@@ -241,7 +258,7 @@ def _fields(
                     for kb in range(size // 16):
                         v, n = n, _lower(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))
                         c = tile_dot(c, v, scratch, panel + (kb * 16 + _LOWER_QUAD) * TOKENS)
-                    c = _outer(c)
+                    c = _to_first(c)
                     n = _first(load_codes(w, at, pair))
                     for kb in range(size // 16):
                         v, n = n, _first(load_codes(w, at + (kb * 64 + 64 & size * 4 - 1), pair))

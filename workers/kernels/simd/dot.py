@@ -13,6 +13,8 @@ from ..target import TARGET
 from .vector import I8, I16, I32, LANES, call, constant, join, llvm_type, part, v16i32, v64u8
 
 SMALL_CODES = TARGET in ("avx2", "neon")
+# Whether the dot takes one dword of a register for all lanes, so that one load serves four of them.
+BY_ELEMENT = TARGET == "neon"
 
 
 def _dot_vnni(builder, acc, w, a):

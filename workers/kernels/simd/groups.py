@@ -115,18 +115,23 @@ def field(mask: int, down: int = 0):
 
     The bits that a shift brings in from the neighbouring byte must be outside the mask.
     """
+    # NEON shifts bytes apart; then the topmost field needs no mask.
+    alone = TARGET == "neon" and mask == 0xFF >> down
 
     def take(typing, codes):
         def emit(context, builder, signature, args):
             value = args[0]
             for group in range(GROUPS):
                 packet = builder.extract_value(value, group)
-                if down:
+                if alone:
+                    packet = builder.lshr(packet, constant(I8, down, PACKET))
+                elif down:
                     wide = builder.bitcast(packet, llvm_type(I16, 2 * LANES))
                     packet = builder.bitcast(
                         builder.lshr(wide, constant(I16, down, 2 * LANES)), llvm_type(I8, PACKET)
                     )
-                packet = builder.and_(packet, constant(I8, mask, PACKET))
+                if not alone:
+                    packet = builder.and_(packet, constant(I8, mask, PACKET))
                 value = builder.insert_value(value, packet, group)
             return value
 

@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from .dot import emit_dot_offset, emit_dot_unsigned
+from .dwords import load_dwords, load_scalar, quad_of, quads_type
 from .groups import GROUPS, codes_type, scales_type
 from .vector import F32, I32, LANES, call, constant, llvm_type, pointer, splat, v64u8
 
@@ -113,13 +114,6 @@ def _spread(builder, like: Tile, vectors):
     return value
 
 
-def _load_scalar(context, builder, array_type, array, byte_offset, index: int, element: ir.Type):
-    at = builder.add(byte_offset, ir.Constant(byte_offset.type, 4 * index))
-    scalar = builder.load(pointer(context, builder, array_type, array, at, element))
-    scalar.align = 4
-    return splat(builder, scalar)
-
-
 def zero_tile(tokens: int):
     """Return the intrinsic () that makes a tile of zeros for `tokens` tokens."""
     kind = Tile(tokens * GROUPS)
@@ -148,12 +142,21 @@ def start_tile(typing, like, array, byte_offset):
     def emit(context, builder, signature, args):
         kind = signature.args[1]
         dwords = [
-            _load_scalar(context, builder, kind, args[1], args[2], i, I32)
-            for i in range(like.count // GROUPS)
+            load_scalar(context, builder, kind, args[1], args[2], i, I32) for i in range(like.count // GROUPS)
         ]
         return _spread(builder, like, dwords)
 
     return like(like, array, types.intp), emit
+
+
+def _add_dots(builder, value, codes, token: int, x):
+    """Add the dots of all groups' codes with `x` to the sums of the token."""
+    for group in range(GROUPS):
+        row = token * GROUPS + group
+        packet = builder.extract_value(codes, group)
+        acc = emit_dot_unsigned(builder, builder.extract_value(value, row), packet, x)
+        value = builder.insert_value(value, acc, row)
+    return value
 
 
 @intrinsic
@@ -162,16 +165,29 @@ def tile_dot(typing, tile, codes, panel, byte_offset):
 
     def emit(context, builder, signature, args):
         value, codes, array, at = args
-        for token in range(tile.count // GROUPS):
-            x = _load_scalar(context, builder, signature.args[2], array, at, token, I32)
-            for group in range(GROUPS):
-                row = token * GROUPS + group
-                packet = builder.extract_value(codes, group)
-                acc = emit_dot_unsigned(builder, builder.extract_value(value, row), packet, x)
-                value = builder.insert_value(value, acc, row)
+        xs = load_dwords(context, builder, signature.args[2], array, at, tile.count // GROUPS)
+        for token, x in enumerate(xs):
+            value = _add_dots(builder, value, codes, token, x)
         return value
 
     return tile(tile, codes_type, panel, types.intp), emit
+
+
+def tile_dot_quad(quad: int):
+    """Return the intrinsic (tile, codes, panel, quads): `tile_dot` of one token with that one of four quads.
+
+    quads: what `load_quads` makes of the panel.
+    """
+
+    def dot(typing, tile, codes, panel, quads):
+        def emit(context, builder, signature, args):
+            value, codes, array, quads = args
+            x = quad_of(context, builder, signature.args[2], array, quads, quad)
+            return _add_dots(builder, value, codes, 0, x)
+
+        return tile(tile, codes_type, panel, quads_type), emit
+
+    return intrinsic(dot)
 
 
 def _each(body):
@@ -187,28 +203,38 @@ def _each(body):
     return emit
 
 
-def tile_shift(bits: int):
-    """Return the intrinsic that shifts all sums left by `bits`, or right by -`bits`, keeping the sign."""
+def _shift(bits: int):
+    """Return the body that shifts left by `bits`, or right by -`bits`, keeping the sign."""
 
     def body(builder, x):
         if bits == 0:
             return x
         return builder.shl(x, constant(I32, bits)) if bits > 0 else builder.ashr(x, constant(I32, -bits))
 
+    return body
+
+
+def tile_shift(bits: int):
+    """Return the intrinsic that shifts all sums left by `bits`, or right by -`bits`, keeping the sign."""
+
     def shift(typing, tile):
-        return tile(tile), _each(body)
+        return tile(tile), _each(_shift(bits))
 
     return intrinsic(shift)
 
 
-def tile_add_shifted(bits: int):
-    """Return the intrinsic (tile, other): tile + (other >> bits)."""
+def tile_add(first: int = 0, second: int = 0, both: int = 0):
+    """Return the intrinsic (tile, other): ((tile >> first) + (other >> second)) >> both."""
 
     def body(builder, x, y):
-        return builder.add(x, builder.ashr(y, constant(I32, bits)) if bits else y)
+        return builder.add(_shift(-first)(builder, x), _shift(-second)(builder, y))
 
     def add(typing, tile, other):
-        return tile(tile, tile), _each(body)
+        def emit(context, builder, signature, args):
+            value = _each(body)(context, builder, signature, args)
+            return _each(_shift(-both))(context, builder, signature, [value])
+
+        return tile(tile, tile), emit
 
     return intrinsic(add)
 
@@ -225,7 +251,7 @@ def tile_finish(typing, tile, scales, x_scales, scale_at, sums, sum_at):
         value, scales, x_scales, scale_at, array, at = args
         for row in range(tile.count):
             token, group = divmod(row, GROUPS)
-            x_scale = _load_scalar(context, builder, signature.args[2], x_scales, scale_at, token, F32)
+            x_scale = load_scalar(context, builder, signature.args[2], x_scales, scale_at, token, F32)
             scale = builder.fmul(builder.extract_value(scales, group), x_scale)
             exact = builder.sitofp(builder.extract_value(value, row), llvm_type(F32))
             here = builder.add(at, ir.Constant(at.type, 4 * LANES * row))
