@@ -20,6 +20,7 @@ import zmq
 from ..scheduler import messages as wire
 from ..scheduler.spec import SchedulerSpec
 from ..shm.errors import EngineLost, StartFailed, SternaError, error_of
+from ..workers.kernels.cache import cache_root as user_cache
 from ..workers.spec import WorkerSpec
 from .child import Child
 from .config import Config
@@ -104,6 +105,8 @@ class EngineLink:
             control_url=self._control_url,
             lane_url=lane,
             workers=self._num_workers,
+            slots=self._model.slots,
+            cache_dir=str(user_cache()),
             context=self._model.context,
             streams=self._config.max_num_seqs,
             max_batch_tokens=self._config.max_batch_tokens,
@@ -141,8 +144,10 @@ class EngineLink:
             index=index,
             generation=self._next_number(),
             lane_url=self._lane_url(self._generation),
-            num_slots=self._model.plan.num_slots,
-            slot_nbytes=self._model.plan.slot_nbytes,
+            slots=self._model.slots,
+            model_path=str(self._model.path),
+            model_id=self._model.id,
+            cache_dir=str(user_cache()),
         )
         await self._spawn(f"worker {index}", "sterna.workers.process:run", spec, self._model.worker_fds)
 

@@ -57,7 +57,7 @@ def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "
             "file_bytes": path.stat().st_size,
             "types": types,
             "memory": {
-                "expert_bytes": plan.num_slots * plan.slot_nbytes,
+                "expert_bytes": sum(count * nbytes for count, nbytes in plan.all_slots()),
                 "dense_bytes": plan.dense_arena_nbytes,
                 "weights_bytes": weights_nbytes(plan),
             },

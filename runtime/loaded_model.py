@@ -48,6 +48,7 @@ class LoadedModel:
         # No token stands for more text than its piece has characters.
         longest_piece = max(len(self.tokenizer.id_to_piece(i)) for i in range(self.tokenizer.vocab_size))
         self.max_prompt_chars = max(MIN_PROMPT_CHARS, self.context * longest_piece)
+        self.slots = self.plan.all_slots()
         self.streams_shape = StreamShape(
             layers=self.plan.hyper.layers,
             width=self.plan.hyper.cache_width,
@@ -67,7 +68,7 @@ class LoadedModel:
     def allocate(self) -> None:
         """Reserve the arenas; raises OutOfResources with the size that did not fit."""
         sizes = {
-            "weights": arena_nbytes(self.plan.num_slots, self.plan.slot_nbytes),
+            "weights": arena_nbytes(self.slots),
             "dense": self.plan.dense_arena_nbytes,
             "streams": self.streams_shape.layout().nbytes,
         }

@@ -29,7 +29,7 @@ class ModelChoice:
 
 def weights_nbytes(plan: ModelPlan) -> int:
     """Return the bytes of both weight arenas when every expert has a slot."""
-    return arena_nbytes(plan.num_slots, plan.slot_nbytes) + plan.dense_arena_nbytes
+    return arena_nbytes(plan.all_slots()) + plan.dense_arena_nbytes
 
 
 def choose(

@@ -33,7 +33,7 @@ def report(daemon: Daemon, engine: Stats | None) -> dict[str, Any]:
             "path": model.facts.path,
             "architecture": model.facts.architecture,
             "context": model.context,
-            "experts": model.plan.num_slots,
+            "experts": model.plan.num_experts,
             "resident_experts": engine.resident_experts if engine else None,
         },
         "processes": processes,

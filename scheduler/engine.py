@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,8 @@ from ..shm.errors import InternalError
 from ..workers.kernels.norms import first_bad_row
 from .crew import Crew
 from .dense import DenseWeights
+from .expert_runner import ExpertRunner
 from .kv import StreamMemory
-from .lane import Lane
 from .messages import StreamStep, Submit
 from .mixture import Mixture
 from .model.deepseek2 import Deepseek2, TokenBatch
@@ -41,8 +41,7 @@ class Engine:
         plan: ModelPlan,
         dense: npt.NDArray[np.uint8],
         streams: StreamMemory,
-        lane: Lane,
-        owners: Mapping[tuple[int, int], int],
+        runner: ExpertRunner,
         max_batch_tokens: int,
         crew: Crew,
     ) -> None:
@@ -50,7 +49,7 @@ class Engine:
         self._plan = plan
         self._streams = streams
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
-        self._mixture = Mixture(plan, weights, lane, owners, max_batch_tokens)
+        self._mixture = Mixture(plan, weights, runner, max_batch_tokens)
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
         # Our own copy: the daemon may give a record to the next request while a step still runs.
         self._tokens = np.zeros_like(streams.tokens)

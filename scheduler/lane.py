@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..shm.errors import SternaError
 from ..workers.messages import ExpertPage
 
 
@@ -18,11 +19,12 @@ class WorkerBatch:
 
     experts: ids, lying in `slots`; starts: pairs of expert i are starts[i]:starts[i + 1] of `rows`;
     rows: int32, the activation row of each pair; activations: float32 rows, or int8 rows with their
-    float32 scales and int32 sums; kind: see `workers.messages.Compute`.
+    float32 scales and int32 sums; precision, kind: see `workers.messages.Compute`.
     """
 
     worker: int
     layer: int
+    precision: int
     kind: int
     experts: list[int]
     slots: list[int]
@@ -31,17 +33,46 @@ class WorkerBatch:
     activations: tuple[npt.NDArray[np.generic], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """A batch is done: `rows` are float32 (pairs, d_model), in the order of its pairs."""
+
+    seq: int
+    rows: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """An expert is complete in its slot, or could not be read: then `error` says why."""
+
+    seq: int
+    nbytes: int = 0
+    read_ns: int = 0
+    busy_ns: int = 0
+    error: SternaError | None = None
+
+
 class Lane(Protocol):
     """A transport. Every transport carries the same batch and gives the same bits."""
 
-    def exchange_all(
-        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], None]
-    ) -> list[npt.NDArray[np.float32]]:
-        """Send each batch to its worker, run `meanwhile`, and return the outputs in that order.
+    waited_ns: int
+    """Time spent waiting for experts to be read and for nothing else, since the lane was made."""
 
-        Output i is float32 (pairs, d_model), in the order of the batch's pairs. Raises WorkerLost
-        when a worker dies, and InternalError when one reports trouble or answers not in time.
+    def compute(self, batch: WorkerBatch) -> int:
+        """Send `batch` to its worker and return the number under which the answer comes.
+
+        Raises WorkerLost when the worker is not there.
         """
 
-    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
-        """Have each worker read its experts into their slots; reports (done, total)."""
+    def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
+        """Have `worker` read an expert into its slot; returns as `compute`. It goes on through failed steps."""
+
+    def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
+        """Return the next answer of any request, waiting for one of `computing` and `loading`.
+
+        A `Loaded` may be of a request that is not waited for. Raises WorkerLost when a worker that owes an
+        answer dies or gives none in time (it is killed), and what a worker reports as trouble with a batch.
+        """
+
+    def give_up(self) -> None:
+        """Forget the batches that have no answer yet: their step failed. Reading goes on."""

@@ -11,13 +11,12 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from ..shm.errors import InternalError, ProtocolError, WorkerLost, error_of
@@ -27,7 +26,6 @@ from ..workers.messages import (
     Configure,
     ExpertPage,
     Hello,
-    Outputs,
     Paged,
     PageIn,
     ToScheduler,
@@ -35,7 +33,7 @@ from ..workers.messages import (
     decode_for_scheduler,
     encode,
 )
-from .lane import WorkerBatch
+from .lane import Computed, Loaded, WorkerBatch
 
 SLICE_MS = 20
 
@@ -66,6 +64,10 @@ class ZmqLane:
         self._joined: list[int] = []
         self._lost: list[int] = []
         self._seq = 0
+        self._computing: dict[int, tuple[int, int]] = {}  # request: worker, pairs
+        self._loading: dict[int, int] = {}  # request: worker
+        self._early: list[Loaded] = []
+        self.waited_ns = 0
 
     def close(self) -> None:
         """Close the socket and all pidfds."""
@@ -82,10 +84,9 @@ class ZmqLane:
     def poll_hello(self) -> list[int]:
         """Take hellos that have arrived and return the indices of workers that joined."""
         while self.socket.poll(0, zmq.POLLIN):
-            frames = self.socket.recv_multipart()
-            message = self._decode(frames)
-            if isinstance(message, Hello):
-                self._join(frames[0], message)
+            answer = self._take(self.socket.recv_multipart())
+            if isinstance(answer, Loaded):
+                self._early.append(answer)
         joined, self._joined = self._joined, []
         return joined
 
@@ -96,8 +97,13 @@ class ZmqLane:
         lost, self._lost = self._lost, []
         return lost
 
+    def poll_loaded(self) -> list[Loaded]:
+        """Return what was read without anybody waiting, as far as `poll_hello` has met it."""
+        early, self._early = self._early, []
+        return early
+
     def _join(self, identity: bytes, hello: Hello) -> None:
-        self._forget(hello.index)
+        self._give_up(hello.index)
         try:
             pidfd = os.pidfd_open(hello.pid)
         except ProcessLookupError:
@@ -117,54 +123,98 @@ class ZmqLane:
         peer = self._peers.pop(index, None)
         if peer is not None:
             os.close(peer.pidfd)
+        self._loading = {seq: worker for seq, worker in self._loading.items() if worker != index}
 
     # ---- work ----
 
-    def exchange_all(
-        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], None]
-    ) -> list[npt.NDArray[np.float32]]:
-        """See `Lane.exchange_all`."""
-        waiting: dict[int, int] = {}
-        for position, batch in enumerate(batches):
-            self._seq += 1
-            waiting[self._seq] = position
-            request = Compute(
-                seq=self._seq,
-                layer=batch.layer,
-                kind=batch.kind,
-                tokens=len(batch.activations[0]),
-                experts=batch.experts,
-                slots=batch.slots,
-                starts=batch.starts,
-            )
-            self._send(batch.worker, [encode(request), join((*batch.activations, batch.rows))])
-        meanwhile()
-        outputs: list[npt.NDArray[np.float32]] = [np.empty((0, 0), np.float32)] * len(batches)
-        deadline = time.monotonic() + self._timeout_s
-        while waiting:
-            silent = {seq: batches[position].worker for seq, position in waiting.items()}
-            message, frames = self._receive(silent, deadline, f"layer {batches[0].layer}")
-            position = waiting.pop(message.seq)
-            pairs = batches[position].starts[-1]
-            if len(frames) != 3 or len(frames[2]) != pairs * self._d_model * 4:
-                raise InternalError(f"worker {batches[position].worker}: an answer of the wrong size")
-            outputs[position] = np.frombuffer(frames[2], np.float32).reshape(pairs, self._d_model)
-        return outputs
+    def compute(self, batch: WorkerBatch) -> int:
+        """See `Lane.compute`."""
+        self._seq += 1
+        request = Compute(
+            seq=self._seq,
+            layer=batch.layer,
+            precision=batch.precision,
+            kind=batch.kind,
+            tokens=len(batch.activations[0]),
+            experts=batch.experts,
+            slots=batch.slots,
+            starts=batch.starts,
+        )
+        self._send(batch.worker, [encode(request), join((*batch.activations, batch.rows))])
+        self._computing[self._seq] = (batch.worker, batch.starts[-1])
+        return self._seq
 
-    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
-        """See `Lane.page_in`; the time limit holds between two experts."""
-        total = sum(len(wanted) for wanted in experts.values())
-        waiting: dict[int, int] = {}
-        for worker, wanted in experts.items():
-            self._seq += 1
-            waiting[self._seq] = worker
-            self._send(worker, [encode(PageIn(seq=self._seq, experts=wanted))])
-        for done in range(1, total + 1):
-            deadline = time.monotonic() + self._timeout_s
-            message, _ = self._receive(waiting, deadline, "reading experts")
-            if isinstance(message, Paged) and not message.left:
-                del waiting[message.seq]
-            progress(done, total)
+    def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
+        """See `Lane.page_in`."""
+        self._seq += 1
+        self._send(worker, [encode(PageIn(seq=self._seq, page=page, urgent=urgent))])
+        self._loading[self._seq] = worker
+        return self._seq
+
+    def give_up(self) -> None:
+        """See `Lane.give_up`."""
+        self._computing.clear()
+
+    def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
+        """See `Lane.collect`; the time limit holds for each answer."""
+        begin_ns = time.perf_counter_ns()
+        deadline_ns = begin_ns + int(self._timeout_s * 1e9)
+        while True:
+            # Waiting for the socket alone costs half of what polling pidfds beside it does; a death
+            # is seen after one slice.
+            if self._early:
+                return self._early.pop(0)
+            if self.socket.poll(SLICE_MS, zmq.POLLIN):
+                answer = self._take(self.socket.recv_multipart(), what)
+                if answer is not None:
+                    if not computing:
+                        self.waited_ns += time.perf_counter_ns() - begin_ns
+                    return answer
+            else:
+                for index in self._owing(computing, loading):
+                    peer = self._peers.get(index)
+                    if peer is None or _ended(peer.pidfd):
+                        raise WorkerLost(f"worker {index} died ({what})")
+            if time.perf_counter_ns() > deadline_ns:
+                silent = self._owing(computing, loading)
+                self._kill(silent)
+                names = ", ".join(str(index) for index in sorted(silent))
+                raise WorkerLost(f"worker {names} gave no answer in {self._timeout_s:.0f} s ({what}): killed")
+
+    def _owing(self, computing: Collection[int], loading: Collection[int]) -> set[int]:
+        """Return the workers that owe an answer to one of these requests."""
+        return {self._computing[seq][0] for seq in computing if seq in self._computing} | {
+            self._loading[seq] for seq in loading if seq in self._loading
+        }
+
+    def _take(self, frames: list[bytes], what: str = "") -> Computed | Loaded | None:
+        """Return the answer that `frames` are; None for a hello and for what was given up.
+
+        Raises WorkerLost for the hello of a successor while `what` is waited for.
+        """
+        message = self._decode(frames)
+        if isinstance(message, Hello):
+            index = message.index
+            owed = index in self._owing(self._computing, self._loading)
+            self._join(frames[0], message)
+            if owed and what:
+                raise WorkerLost(f"worker {index} died and was replaced ({what})")
+            return None
+        if self._loading.pop(message.seq, None) is not None:
+            match message:
+                case Paged(nbytes=nbytes, read_ns=read_ns, busy_ns=busy_ns):
+                    return Loaded(seq=message.seq, nbytes=nbytes, read_ns=read_ns, busy_ns=busy_ns)
+                case Trouble(code=code, text=text):
+                    return Loaded(seq=message.seq, error=error_of(code, text))
+        if (owed_by := self._computing.pop(message.seq, None)) is None:
+            return None
+        worker, pairs = owed_by
+        if isinstance(message, Trouble):
+            raise error_of(message.code, message.text)
+        if len(frames) != 3 or len(frames[2]) != pairs * self._d_model * 4:
+            raise InternalError(f"worker {worker}: an answer of the wrong size")
+        rows = np.frombuffer(frames[2], np.float32).reshape(pairs, self._d_model)
+        return Computed(seq=message.seq, rows=rows)
 
     def _send(self, worker: int, frames: Sequence[Any]) -> None:
         peer = self._peers.get(worker)
@@ -177,40 +227,6 @@ class ZmqLane:
             raise WorkerLost(
                 f"worker {worker} (pid {peer.pid}) cannot be reached: {error.strerror}"
             ) from None
-
-    def _receive(
-        self, waiting: Mapping[int, int], deadline: float, awaited: str
-    ) -> tuple[Outputs | Paged, list[bytes]]:
-        """Return the next answer to one of `waiting` (request number: worker).
-
-        Raises what a worker reports, or WorkerLost when one of them died or `deadline` passed. What
-        belongs to a request that was given up is dropped.
-        """
-        while True:
-            # Waiting for the socket alone costs half of what polling pidfds beside it does; a death
-            # is seen after one slice.
-            if self.socket.poll(SLICE_MS, zmq.POLLIN):
-                frames = self.socket.recv_multipart()
-                message = self._decode(frames)
-                if isinstance(message, Hello):
-                    self._join(frames[0], message)
-                    if message.index in waiting.values():
-                        raise WorkerLost(f"worker {message.index} died and was replaced ({awaited})")
-                elif message.seq in waiting:
-                    if isinstance(message, Trouble):
-                        raise error_of(message.code, message.text)
-                    return message, frames
-            else:
-                for index in waiting.values():
-                    peer = self._peers.get(index)
-                    if peer is None or _ended(peer.pidfd):
-                        raise WorkerLost(f"worker {index} died ({awaited})")
-            if time.monotonic() > deadline:
-                self._kill(set(waiting.values()))
-                names = ", ".join(str(index) for index in sorted(set(waiting.values())))
-                raise WorkerLost(
-                    f"worker {names} gave no answer in {self._timeout_s:.0f} s ({awaited}): killed"
-                )
 
     def _kill(self, workers: set[int]) -> None:
         """Kill workers that hang or take nothing; the daemon sees them end and starts new ones."""

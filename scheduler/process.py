@@ -7,7 +7,7 @@ waits are bounded. It ends by SIGTERM's default action: what must survive lies i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ from ..shm.errors import ModelFileError, StartFailed, SternaError, WorkerLost
 from ..shm.slots import SlotTable
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.kernels import bandwidth
-from ..workers.messages import Configure, ExpertPage
+from ..workers.messages import Configure
 from ..workers.ownership import owners
 from ..workers.pinned import cpus_by_core
 from . import messages as wire
@@ -27,14 +27,19 @@ from . import state as st
 from .crew import Crew, usable_cores
 from .dense import fill_dense
 from .engine import Engine
+from .expert_runner import ExpertRunner
 from .kv import StreamMemory, StreamShape
+from .lane import Loaded
 from .lane_zmq import ZmqLane
 from .model.plan import ModelPlan
+from .residency.expert_memory import ExpertMemory
+from .residency.policies import DEFAULT_POLICY, Policy
 from .spec import SchedulerSpec, model_id
 
 IDLE_MS = 1000
 PROGRESS_S = 0.1
 PROBE_S = 0.2
+FILLING = 16  # experts that each worker is asked for at a time
 
 
 def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
@@ -92,22 +97,21 @@ class _Scheduler:
         self._plan = plan = ModelPlan.from_file(self._file, spec.storage)
         dense = Arena.attach("dense", self._fds["dense"]).bytes
         fill_dense(plan, self._file, dense, lambda done, total: self._progress("weights", done, total))
-        self._slots = SlotTable(
-            Arena.attach("weights", self._fds["weights"]).bytes, plan.num_slots, plan.slot_nbytes
-        )
+        slots = SlotTable(Arena.attach("weights", self._fds["weights"]).bytes, spec.slots)
         shape = StreamShape(
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=spec.streams, context=spec.context
         )
         self._streams = StreamMemory(shape, Arena.attach("streams", self._fds["streams"]).bytes)
-        self._owners = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
+        owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
+        policy = None if slots.num_slots == plan.num_experts else Policy(DEFAULT_POLICY, plan.num_experts)
+        self._memory = ExpertMemory(plan, slots, spec.slots, owned, policy)
         configure = Configure(layers=plan.layer_shapes())
         self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
         threads = spec.threads or usable_cores()
         streaming = _streaming_threads(dense, threads)
         crew = Crew(threads, streaming)
-        self._engine = Engine(
-            plan, dense, self._streams, self._lane, self._owners, spec.max_batch_tokens, crew
-        )
+        self._runner = ExpertRunner(plan, self._file, self._lane, self._memory)
+        self._engine = Engine(plan, dense, self._streams, self._runner, spec.max_batch_tokens, crew)
         self._state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,
@@ -127,19 +131,27 @@ class _Scheduler:
                 raise StartFailed(f"worker {missing} not there after {self._spec.start_timeout_s:.0f} s")
             self._lane.socket.poll(IDLE_MS, zmq.POLLIN)
             waiting -= set(self._lane.poll_hello())
-        self._bring_in(range(self._spec.workers))
+        self._fill()
         for index in range(self._spec.workers):
             self._handle(st.WorkerJoined(worker=index))
 
-    def _bring_in(self, workers: Iterable[int]) -> None:
-        """Have `workers` read those of their experts that are not in their slots."""
-        plan, wanted = self._plan, frozenset(workers)
-        missing: dict[int, list[ExpertPage]] = {}
-        for (layer, expert), worker in self._owners.items():
-            if worker in wanted and not self._slots.holds(plan.slot_of(layer, expert), layer, expert):
-                missing.setdefault(worker, []).append(plan.expert_page(self._file, layer, expert))
-        if missing:
-            self._lane.page_in(missing, lambda done, total: self._progress("experts", done, total))
+    def _fill(self) -> None:
+        """Read experts into the slots that are free; raises WorkerLost, or what reading met."""
+        left = self._memory.missing(range(self._plan.num_experts))
+        total, reading = len(left), set[int]()
+        while left or reading:
+            while left and len(reading) < FILLING * self._spec.workers:
+                key = left.pop(0)
+                if (slot := self._memory.claim(key)) is not None:
+                    reading.add(self._runner.read(key, slot, urgent=True))
+            if reading:
+                answer = self._lane.collect((), reading, "reading experts")
+                if isinstance(answer, Loaded):
+                    reading.discard(answer.seq)
+                    self._runner.take_loaded(answer)
+                    if answer.error is not None:
+                        raise answer.error
+            self._progress("experts", total - len(left) - len(reading), total)
 
     def _progress(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -189,14 +201,21 @@ class _Scheduler:
         }
 
     def _take_workers(self) -> None:
-        for index in self._lane.poll_lost():
-            self._handle(st.WorkerLost(worker=index))
-        for index in self._lane.poll_hello():
+        joined = self._lane.poll_hello()
+        self._take_lost()
+        for answer in self._lane.poll_loaded():
+            self._runner.take_loaded(answer)
+        for index in joined:
             try:
-                self._bring_in([index])
+                self._fill()
             except WorkerLost:
                 continue  # the next incarnation will bring in what is missing
             self._handle(st.WorkerJoined(worker=index))
+
+    def _take_lost(self) -> None:
+        for index in self._lane.poll_lost():
+            self._memory.worker_lost(index)
+            self._handle(st.WorkerLost(worker=index))
 
     def _run_step(self) -> None:
         # What was cancelled since the step was planned is left out; its end is an event all the same.
@@ -209,8 +228,7 @@ class _Scheduler:
         try:
             results = self._engine.step(segments, [self._state.request(s.stream) for s in segments])
         except SternaError as error:
-            for index in self._lane.poll_lost():
-                self._handle(st.WorkerLost(worker=index))
+            self._take_lost()
             self._handle(st.StepFailed(code=error.code, text=str(error)))
             return
         self._steps += 1
@@ -244,7 +262,7 @@ class _Scheduler:
             running=self._state.num_streams,
             free_blocks=self._state.blocks.num_free,
             workers=self._state.workers,
-            resident_experts=self._slots.num_ready(),
+            resident_experts=self._memory.num_resident,
         )
 
 

@@ -18,6 +18,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     control_url: str
     lane_url: str
     workers: int
+    slots: list[tuple[int, int]]
+    cache_dir: str
     context: int
     streams: int
     max_batch_tokens: int

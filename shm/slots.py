@@ -2,12 +2,17 @@
 
     arena = [ header 0 | header 1 | ... ][ slot 0 | slot 1 | ... ]     slots start at a whole page
 
+Experts of one size share a class of slots; slots are numbered through all classes, smallest first.
+
 States of a header:  EMPTY -> FILLING (generation odd) -> READY (generation even) -> FILLING ...
 Only the worker that owns the expert writes a slot and its header; everybody reads. A header that is
 not READY, or names another expert, means: the weights are not there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +29,28 @@ HEADER = np.dtype(
         ("format", np.int32),
         ("generation", np.int64),
         ("nbytes", np.int64),
-        ("crc32", np.uint32),  # of the file's bytes, gate then up then down
-        ("reserved", np.uint8, 28),
+        ("checksum", np.uint64),  # of the file's bytes, see `workers.checksums`
+        ("precision", np.int32),  # which of the layer's formats, see `workers.messages.LayerShape`
+        ("reserved", np.uint8, 20),
     ]
 )
 assert HEADER.itemsize == 64  # noqa: S101 - one cache line each, checked once at import
 
 
+SlotClasses = Sequence[tuple[int, int]]
+"""(slots, bytes of each) of every class; the bytes are multiples of a page."""
+
+
 class SlotTable:
     """The slots of one arena, seen from any process that maps it."""
 
-    def __init__(self, memory: npt.NDArray[np.uint8], num_slots: int, slot_nbytes: int) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8], classes: SlotClasses) -> None:
         self.memory = memory
-        self.num_slots = num_slots
-        self.slot_nbytes = slot_nbytes
-        self.headers = memory[: num_slots * HEADER.itemsize].view(HEADER)
-        self._first = slots_at(num_slots)
+        self.num_slots = sum(count for count, _ in classes)
+        self.headers = memory[: self.num_slots * HEADER.itemsize].view(HEADER)
+        sizes = [nbytes for count, nbytes in classes for _ in range(count)]
+        first = slots_at(self.num_slots)
+        self._at = [first, *(first + end for end in accumulate(sizes))]
         # Plain views: reading a field of a structured element costs ten times as much.
         self._states, self._layers, self._experts = (
             self.headers[name] for name in ("state", "layer", "expert")
@@ -47,7 +58,11 @@ class SlotTable:
 
     def at(self, slot: int) -> int:
         """Return the first byte of `slot` in the arena."""
-        return self._first + slot * self.slot_nbytes
+        return self._at[slot]
+
+    def nbytes(self, slot: int) -> int:
+        """Return the size of `slot`."""
+        return self._at[slot + 1] - self._at[slot]
 
     def begin(self, slot: int) -> None:
         """Mark `slot` as being filled; readers see it as absent from now on."""
@@ -55,13 +70,22 @@ class SlotTable:
         header["state"] = FILLING
         header["generation"] |= 1
 
-    def publish(self, slot: int, *, layer: int, expert: int, form: int, nbytes: int, crc32: int) -> None:
+    def publish(
+        self, slot: int, *, layer: int, expert: int, precision: int, form: int, nbytes: int, checksum: int
+    ) -> None:
         """Make a filled slot visible; its state is written last."""
         header = self.headers[slot]
-        header["layer"], header["expert"], header["format"] = layer, expert, form
-        header["nbytes"], header["crc32"] = nbytes, crc32
+        header["layer"], header["expert"] = layer, expert
+        header["precision"], header["format"] = precision, form
+        header["nbytes"], header["checksum"] = nbytes, checksum
         header["generation"] = (header["generation"] | 1) + 1
         header["state"] = READY
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` empty: its expert is given up."""
+        header = self.headers[slot]
+        header["state"] = EMPTY
+        header["generation"] = (header["generation"] | 1) + 1
 
     def holds(self, slot: int, layer: int, expert: int) -> bool:
         """Return whether `slot` holds that expert, complete."""
@@ -79,6 +103,6 @@ def slots_at(num_slots: int) -> int:
     return align(num_slots * HEADER.itemsize, 4096)
 
 
-def arena_nbytes(num_slots: int, slot_nbytes: int) -> int:
-    """Return the size of an arena with `num_slots` slots of `slot_nbytes`."""
-    return slots_at(num_slots) + num_slots * slot_nbytes
+def arena_nbytes(classes: SlotClasses) -> int:
+    """Return the size of an arena with slots of these classes."""
+    return slots_at(sum(count for count, _ in classes)) + sum(count * nbytes for count, nbytes in classes)

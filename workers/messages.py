@@ -24,11 +24,14 @@ class Hello(LaneMessage, frozen=True, kw_only=True):
 
 
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
-    """The experts of one layer: gate, up, down as (format, rows, columns, byte offset in the slot)."""
+    """The experts of one layer, in each precision that they may be held in; the first is the file's own.
+
+    precisions: for each, gate, up, down as (format, rows, columns, byte offset in the slot).
+    """
 
     d_model: int
     d_ff: int
-    matrices: list[tuple[int, int, int, int]]
+    precisions: list[list[tuple[int, int, int, int]]]
 
 
 class Configure(LaneMessage, frozen=True, kw_only=True):
@@ -40,13 +43,15 @@ class Configure(LaneMessage, frozen=True, kw_only=True):
 class Compute(LaneMessage, frozen=True, kw_only=True):
     """Run experts over token rows.
 
-    kind: 0 (float32 rows follow) or the block of int8 rows (q, scales, sums follow); tokens: number
+    precision: which of the layer's, that of all these experts; kind: 0 (float32 rows follow) or the block
+    of int8 rows (q, scales, sums follow); tokens: number
     of rows; experts lie in `slots`; pairs of expert i are routing rows starts[i]:starts[i + 1]. The
     last array holds the routing rows, int32: for each pair the row of its token.
     """
 
     seq: int
     layer: int
+    precision: int
     kind: int
     tokens: int
     experts: list[int]
@@ -71,27 +76,33 @@ class FileSlab(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
-    """One expert, where it goes, and where gate, up and down lie in the file."""
+    """One expert, the slot and precision it goes to, and where gate, up and down lie in the file."""
 
     layer: int
     expert: int
     slot: int
+    precision: int
     slabs: list[FileSlab]
 
 
 class PageIn(LaneMessage, frozen=True, kw_only=True):
-    """Read experts into their slots."""
+    """Read an expert into its slot, beside what is computed; answered by `paged` or `trouble`.
+
+    urgent: somebody waits for it; what is not urgent is read when nothing else is.
+    """
 
     seq: int
-    experts: list[ExpertPage]
+    page: ExpertPage
+    urgent: bool = True
 
 
 class Paged(LaneMessage, frozen=True, kw_only=True):
-    """The expert in `slot` is complete; `left` are still to come for this request."""
+    """The expert is complete: `nbytes` were read in `read_ns`; request to answer took `busy_ns`."""
 
     seq: int
-    slot: int
-    left: int
+    nbytes: int
+    read_ns: int
+    busy_ns: int
 
 
 class Trouble(LaneMessage, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     """
     worker = msgspec.convert(dict(spec), WorkerSpec)
     arena = Arena.attach("weights", fds["weights"])
-    slots = SlotTable(arena.bytes, worker.num_slots, worker.slot_nbytes)
+    slots = SlotTable(arena.bytes, worker.slots)
     serve = ExpertWorker(slots, fds["model"])
     with zmq.Context() as context, context.socket(zmq.DEALER) as lane:
         lane.setsockopt(zmq.LINGER, 0)
@@ -52,8 +52,7 @@ def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, frames: list[bytes]) -
                 outputs, rows = serve.compute(message, split(bytearray(frames[1])))
                 lane.send_multipart([encode(outputs), rows.data])
             case PageIn():
-                for paged in serve.page_in(message):
-                    lane.send(encode(paged))
+                lane.send(encode(serve.page_in(message)))
     except SternaError as error:
         lane.send(encode(_trouble(message, error)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,11 +34,11 @@ _NO_SUMS = np.zeros((1, 1), np.int32)
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One layer's experts: gate, up, down with their byte offsets within a slot."""
+    """One layer's experts: for each precision gate, up, down with their byte offsets within a slot."""
 
     d_model: int
     d_ff: int
-    matrices: tuple[tuple[MatrixShape, int], ...]
+    precisions: tuple[tuple[tuple[MatrixShape, int], ...], ...]
 
 
 class _Scratch:
@@ -69,16 +69,19 @@ class ExpertWorker:
         self._model_fd = model_fd
         self._scratch = _Scratch()
         self._layers: dict[int, _Expert] = {}
-        self._places: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
+        self._places: dict[tuple[int, int, int], list[tuple[int, int, int, int, int]]] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
         for layer, shape in message.layers.items():
-            matrices = tuple(
-                (MatrixShape(form=Format(form), rows=rows, columns=columns), at)
-                for form, rows, columns, at in shape.matrices
+            precisions = tuple(
+                tuple(
+                    (MatrixShape(form=Format(form), rows=rows, columns=columns), at)
+                    for form, rows, columns, at in matrices
+                )
+                for matrices in shape.precisions
             )
-            self._layers[layer] = _Expert(shape.d_model, shape.d_ff, matrices)
+            self._layers[layer] = _Expert(shape.d_model, shape.d_ff, precisions)
 
     def compute(
         self, message: Compute, frames: Sequence[memoryview]
@@ -107,15 +110,15 @@ class ExpertWorker:
         busy_ns = time.perf_counter_ns() - begin_ns
         return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]
 
-    def page_in(self, message: PageIn) -> Iterator[Paged]:
-        """Read each expert into its slot, yielding after each.
-
-        Raises ModelFileError or ModelReadError; slots already published stay good.
-        """
-        for done, page in enumerate(message.experts, 1):
-            if not self._slots.holds(page.slot, page.layer, page.expert):
-                self._fill(page)
-            yield Paged(seq=message.seq, slot=page.slot, left=len(message.experts) - done)
+    def page_in(self, message: PageIn) -> Paged:
+        """Read an expert into its slot; raises ModelFileError or ModelReadError."""
+        begin_ns = time.perf_counter_ns()
+        page = message.page
+        if not self._slots.holds(page.slot, page.layer, page.expert):
+            self._fill(page)
+        busy_ns = time.perf_counter_ns() - begin_ns
+        nbytes = sum(slab.nbytes for slab in page.slabs)
+        return Paged(seq=message.seq, nbytes=nbytes, read_ns=busy_ns, busy_ns=busy_ns)
 
     def _layer(self, layer: int) -> _Expert:
         if layer not in self._layers:
@@ -128,22 +131,23 @@ class ExpertWorker:
             in_range = 0 <= slot < self._slots.num_slots
             if not in_range or not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
-            table[i] = self._places_in(message.layer, slot, shape)
+            table[i] = self._places_in(message, slot, shape)
         return table
 
-    def _places_in(self, layer: int, slot: int, shape: _Expert) -> list[tuple[int, int, int, int, int]]:
+    def _places_in(self, message: Compute, slot: int, shape: _Expert) -> list[tuple[int, int, int, int, int]]:
         """Return the entries of gate, up, down in a slot; remembered."""
-        if (layer, slot) not in self._places:
-            base = self._slots.at(slot)
-            self._places[layer, slot] = [matrix_entry(matrix, base + at) for matrix, at in shape.matrices]
-        return self._places[layer, slot]
+        key = (message.layer, message.precision, slot)
+        if key not in self._places:
+            base, matrices = self._slots.at(slot), shape.precisions[message.precision]
+            self._places[key] = [matrix_entry(matrix, base + at) for matrix, at in matrices]
+        return self._places[key]
 
     def _fill(self, page: ExpertPage) -> None:
         shape = self._layer(page.layer)
         base = self._slots.at(page.slot)
         self._slots.begin(page.slot)
         crc = 0
-        for slab, (matrix, at) in zip(page.slabs, shape.matrices, strict=True):
+        for slab, (matrix, at) in zip(page.slabs, shape.precisions[page.precision], strict=True):
             raw = _read(self._model_fd, slab)
             crc = zlib.crc32(raw.data, crc)
             pack_matrix(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.memory, base + at)
@@ -151,9 +155,10 @@ class ExpertWorker:
             page.slot,
             layer=page.layer,
             expert=page.expert,
-            form=shape.matrices[0][0].form,
-            nbytes=sum(matrix.nbytes for matrix, _ in shape.matrices),
-            crc32=crc,
+            precision=page.precision,
+            form=shape.precisions[page.precision][0][0].form,
+            nbytes=sum(matrix.nbytes for matrix, _ in shape.precisions[page.precision]),
+            checksum=crc,
         )
 
 
@@ -167,7 +172,9 @@ def _check(message: Compute, frames: Sequence[memoryview], shape: _Expert) -> in
         )
     if starts[0] != 0 or any(a > b for a, b in pairwise(starts)) or tokens < 0:
         raise InternalError(f"{where}: {tokens} tokens, and pairs start at {starts}")
-    expected = activation_kind(shape.matrices[0][0].form)
+    if not 0 <= message.precision < len(shape.precisions):
+        raise InternalError(f"{where}: precision {message.precision}, there are {len(shape.precisions)}")
+    expected = activation_kind(shape.precisions[message.precision][0][0].form)
     if kind != expected:
         raise InternalError(f"{where}: activations of kind {kind}, expected {int(expected)}")
     values = tokens * shape.d_model

@@ -6,10 +6,17 @@ import msgspec
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker is told when it is forked."""
+    """What a worker is told when it is forked; `slots` are the classes of the arena, see `shm.slots`.
+
+    model_id: as SchedulerSpec's; cache_dir: folder of the user's cache, "" for none; io_threads: 0 is
+    measured.
+    """
 
     index: int
     generation: int
     lane_url: str
-    num_slots: int
-    slot_nbytes: int
+    slots: list[tuple[int, int]]
+    model_path: str
+    model_id: tuple[int, int, int, int]
+    cache_dir: str
+    io_threads: int = 0

@@ -65,7 +65,8 @@ class ModelPlan:
     dense: dict[str, DenseTensor] = field(default_factory=dict)
     dense_nbytes: int = 0
     experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
-    slot_nbytes: int = 0
+    expert_nbytes: dict[int, int] = field(default_factory=dict)
+    """Bytes of the slot that an expert of each layer needs."""
     kinds: set[tuple[str, Format]] = field(default_factory=set)
     """(file type, format) of all matrices: what kernels are needed for."""
 
@@ -89,14 +90,23 @@ class ModelPlan:
         """Bytes of the dense arena."""
         return DENSE_HEADER_NBYTES + self.dense_nbytes
 
-    def slot_of(self, layer: int, expert: int) -> int:
-        """Return the slot of an expert when every expert has one."""
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of all layers."""
+        return len(self.experts) * self.hyper.experts
+
+    def key_of(self, layer: int, expert: int) -> int:
+        """Return the number of an expert among all routed ones: layer after layer."""
         return (layer - self.hyper.dense_layers) * self.hyper.experts + expert
 
-    @property
-    def num_slots(self) -> int:
-        """Slots needed to hold every routed expert."""
-        return len(self.experts) * self.hyper.experts
+    def slot_sizes(self) -> list[int]:
+        """Return the sizes of slots that the layers need, smallest first: one class of slots for each."""
+        return sorted(set(self.expert_nbytes.values()))
+
+    def all_slots(self) -> list[tuple[int, int]]:
+        """Return the classes of slots, as `shm.slots.SlotClasses`, that hold every routed expert."""
+        sizes = list(self.expert_nbytes.values())
+        return [(sizes.count(nbytes) * self.hyper.experts, nbytes) for nbytes in self.slot_sizes()]
 
     def expert_activation(self, layer: int) -> ActivationKind:
         """Return what the experts of `layer` read."""
@@ -109,19 +119,19 @@ class ModelPlan:
             layer: LayerShape(
                 d_model=h.d_model,
                 d_ff=h.d_ff_expert,
-                matrices=[(int(m.shape.form), m.shape.rows, m.shape.columns, m.at) for m in matrices],
+                precisions=[[(int(m.shape.form), m.shape.rows, m.shape.columns, m.at) for m in matrices]],
             )
             for layer, matrices in self.experts.items()
         }
 
-    def expert_page(self, file: GgufFile, layer: int, expert: int) -> ExpertPage:
-        """Return where the expert goes and where it lies in `file`."""
+    def expert_page(self, file: GgufFile, layer: int, expert: int, slot: int) -> ExpertPage:
+        """Return what a worker needs to read the expert of `file` into `slot`."""
         slabs = []
         for matrix in self.experts[layer]:
             rows, columns = matrix.shape.rows, matrix.shape.columns
             slab = names.expert_slab(file, matrix.role, layer, expert, self.hyper.experts, rows, columns)
             slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor))
-        return ExpertPage(layer, expert, self.slot_of(layer, expert), slabs)
+        return ExpertPage(layer, expert, slot, 0, slabs)
 
 
 class _Planner:
@@ -198,7 +208,7 @@ class _Planner:
             at += shape.nbytes
         self._same_activation(matrices[0].shape.form, matrices[1].shape.form, "expert gate and up", layer)
         self._plan.experts[layer] = tuple(matrices)
-        self._plan.slot_nbytes = max(self._plan.slot_nbytes, align(at, 4096))
+        self._plan.expert_nbytes[layer] = align(at, 4096)
 
     def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
         if activation_kind(gate) is not activation_kind(up):

@@ -1,0 +1,260 @@
+"""Carries one layer's batch of experts out: computes what is in memory, and the rest as it is read.
+
+What is here is sent first, so that it is computed while the rest is read. When a batch needs more
+experts than there are slots (a long prompt), it goes in waves: each expert is read once, computed, and
+gives its slot to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ..shm.errors import InternalError
+from ..workers.checkpoint.formats import ActivationKind
+from ..workers.checkpoint.gguf import GgufFile
+from ..workers.kernels.routing import scatter_pairs
+from .batch import ExpertGroups
+from .dense import Rows
+from .lane import Computed, Lane, Loaded, WorkerBatch
+from .model.plan import ModelPlan
+from .residency.expert_memory import ExpertMemory
+
+# Below this many tokens all rows go to every worker: finding out which it needs costs more.
+FEW_TOKENS = 4
+# Of a batch that needs many experts, so many are on their way at a time: enough to keep a disk busy.
+MAX_READING = 8
+
+Indices = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the start; an event is one layer of one step."""
+
+    events: int = 0
+    logical: int = 0  # (token, expert) pairs asked for
+    distinct: int = 0  # different experts of each event, summed
+    hits: int = 0  # of them in memory at the start of the event
+    fetched: int = 0
+    fetched_bytes: int = 0
+    late: int = 0  # foreseen, but not there yet when they were needed
+
+
+@dataclass(slots=True)
+class _Event:
+    layer: int
+    rows: Rows
+    count: int
+    groups: ExpertGroups
+    ends: list[int]
+    y: npt.NDArray[np.float32]
+    computing: dict[int, tuple[list[int], Indices, Indices]] = field(
+        default_factory=dict
+    )  # request: places, ...
+    loading: dict[int, int] = field(default_factory=dict)  # request: place
+    queue: list[int] = field(default_factory=list)  # places that have no slot yet
+    fetched: set[int] = field(default_factory=set)  # keys read for this event
+    passed: list[int] = field(default_factory=list)  # those of them that are computed
+
+
+class Division:
+    """The experts of one layer in the order (owner, id): each worker's are neighbours.
+
+    place: int32 (experts,), an expert's place in that order; experts: the inverse; worker: the owner at a
+    place.
+    """
+
+    def __init__(self, owner: Sequence[int]) -> None:
+        count = len(owner)
+        self.experts = sorted(range(count), key=lambda expert: (owner[expert], expert))
+        self.place = np.empty(count, np.int32)
+        self.place[self.experts] = np.arange(count)
+        self.worker = [owner[expert] for expert in self.experts]
+
+
+class ExpertRunner:
+    """Runs groups of (token, rank) pairs through the lane; see the module."""
+
+    def __init__(self, plan: ModelPlan, file: GgufFile, lane: Lane, memory: ExpertMemory) -> None:
+        self._plan = plan
+        self._file = file
+        self._lane = lane
+        self.memory = memory
+        self.counts = Counts()
+        h = plan.hyper
+        self.divisions = {
+            layer: Division([memory.owner(plan.key_of(layer, expert)) for expert in range(h.experts)])
+            for layer in h.moe_layers
+        }
+
+    def run(
+        self,
+        layer: int,
+        rows: Rows,
+        count: int,
+        groups: ExpertGroups,
+        y: npt.NDArray[np.float32],
+        meanwhile: Callable[[], None],
+    ) -> None:
+        """Write the outputs of all pairs of `groups`, which are in the order of `divisions`, to y[token,
+        rank].
+
+        `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
+        reading an expert met (ModelReadError, ModelFileError); `y` is then not to be used.
+        """
+        event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
+        places: list[int] = groups.experts.tolist()
+        keys = [self._key(event, place) for place in places]
+        self.memory.begin(np.array(keys, np.int32))
+        try:
+            self._start(event, places, keys)
+            meanwhile()
+            while event.computing or event.loading or event.queue:
+                self._continue(event)
+        except BaseException:
+            self._lane.give_up()
+            raise
+        finally:
+            self.memory.end()
+
+    def _key(self, event: _Event, place: int) -> int:
+        return self._plan.key_of(event.layer, self.divisions[event.layer].experts[place])
+
+    def _start(self, event: _Event, places: list[int], keys: list[int]) -> None:
+        here: list[int] = []
+        for place, key in zip(places, keys, strict=True):
+            if self.memory.ready(key):
+                here.append(place)
+            elif (request := self.memory.request_of(key)) is not None:
+                event.loading[request] = place
+            else:
+                event.queue.append(place)
+        counts = self.counts
+        counts.events += 1
+        counts.logical += event.ends[-1]
+        counts.distinct += len(places)
+        counts.late += len(event.loading)
+        counts.hits += len(here) + len(event.loading)
+        self._read_more(event)
+        worker = self.divisions[event.layer].worker
+        first = 0
+        for i in range(1, len(here) + 1):
+            if i == len(here) or worker[here[i]] != worker[here[first]]:
+                self._compute(event, here[first:i])
+                first = i
+
+    def _continue(self, event: _Event) -> None:
+        """Wait for one answer and do what it makes possible."""
+        if not event.computing and not event.loading and not self.memory.num_loading:
+            raise InternalError(f"layer {event.layer}: no slot is left for {len(event.queue)} experts")
+        answer = self._lane.collect(event.computing, event.loading, f"layer {event.layer}")
+        if isinstance(answer, Computed):
+            self._computed(event, answer)
+        else:
+            self._loaded(event, answer)
+        self._read_more(event)
+
+    def _computed(self, event: _Event, answer: Computed) -> None:
+        places, tokens, ranks = event.computing.pop(answer.seq)
+        scatter_pairs(answer.rows, tokens, ranks, 0, len(tokens), event.y)
+        if event.queue:
+            keys = [self._key(event, place) for place in places]
+            self.memory.release(keys)
+            event.passed += [key for key in keys if key in event.fetched]
+
+    def _loaded(self, event: _Event, answer: Loaded) -> None:
+        place = event.loading.pop(answer.seq, None)
+        self.take_loaded(answer)
+        if place is not None:
+            if answer.error is not None:
+                raise answer.error
+            self._compute(event, [place])
+
+    def take_loaded(self, answer: Loaded) -> None:
+        """Note the end of a read, whoever asked for it."""
+        if answer.error is not None:
+            self.memory.failed(answer.seq)
+            return
+        self.counts.fetched += 1
+        self.counts.fetched_bytes += answer.nbytes
+        self.memory.loaded(answer.seq)
+
+    def _read_more(self, event: _Event) -> None:
+        """Ask for experts of the queue as long as there are slots for them."""
+        if not event.queue:
+            return
+        wide = len(event.queue) > MAX_READING or event.passed
+        # Experts that this long batch has read and used give way first: those of other layers are worth more.
+        passed, left = event.passed if wide else [], []
+        for place in event.queue:
+            key = self._key(event, place)
+            slot = None
+            if not wide or len(event.loading) < MAX_READING:
+                slot = self.memory.claim(key, prefer=passed)
+            if slot is None:
+                left.append(place)
+            else:
+                event.loading[self.read(key, slot, urgent=True)] = place
+                event.fetched.add(key)
+        event.queue = left
+
+    def read(self, key: int, slot: int, *, urgent: bool) -> int:
+        """Have an expert read into a slot claimed for it; return the request. Raises WorkerLost."""
+        layer, expert = divmod(key, self._plan.hyper.experts)
+        page = self._plan.expert_page(self._file, layer + self._plan.hyper.dense_layers, expert, slot)
+        try:
+            request = self._lane.page_in(self.memory.owner(key), page, urgent=urgent)
+        except BaseException:
+            self.memory.unclaim(key, slot)
+            raise
+        self.memory.loading(request, key, slot, awaited=urgent)
+        return request
+
+    def _compute(self, event: _Event, places: list[int]) -> None:
+        """Send the experts at `places`, all of one worker, as one batch."""
+        ends, groups = event.ends, event.groups
+        first, last = ends[places[0]], ends[places[-1] + 1]
+        starts = [0]
+        for place in places:
+            starts.append(starts[-1] + ends[place + 1] - ends[place])
+        tokens, ranks = groups.tokens[first:last], groups.ranks[first:last]
+        if starts[-1] != last - first:  # there are others between
+            picked = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in places])
+            tokens, ranks = groups.tokens[picked], groups.ranks[picked]
+        division = self.divisions[event.layer]
+        kind = self._plan.expert_activation(event.layer)
+        needed, index = _needed(tokens, event.count)
+        batch = WorkerBatch(
+            worker=division.worker[places[0]],
+            layer=event.layer,
+            precision=0,
+            kind=int(kind),
+            experts=[division.experts[place] for place in places],
+            slots=[int(self.memory.slot_of[self._key(event, place)]) for place in places],
+            starts=starts,
+            rows=index,
+            activations=_take(event.rows, kind, needed, event.count),
+        )
+        event.computing[self._lane.compute(batch)] = (places, tokens, ranks)
+
+
+def _needed(tokens: Indices, count: int) -> tuple[Indices | slice, Indices]:
+    """Return the rows a batch needs and, for each pair, its place among them."""
+    if count <= FEW_TOKENS:
+        return slice(count), tokens
+    needed, places = np.unique(tokens, return_inverse=True)
+    return needed, places.astype(np.int32)
+
+
+def _take(
+    rows: Rows, kind: ActivationKind, needed: Indices | slice, count: int
+) -> tuple[npt.NDArray[np.generic], ...]:
+    """Return the `needed` rows in the form that `kind` asks for."""
+    if kind is ActivationKind.FLOAT:
+        return (rows.x[needed],)
+    q = rows.as_kind(kind, count)
+    return q.q[needed], q.scales[needed], q.sums[needed]

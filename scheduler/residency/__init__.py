@@ -1,0 +1,1 @@
+"""Which experts are in memory: affinity, policies, prediction, precision, and who holds which slot."""
