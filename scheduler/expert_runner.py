@@ -64,8 +64,7 @@ class _Event:
 class Division:
     """The experts of one layer in the order (owner, id): each worker's are neighbours.
 
-    place: int32 (experts,), an expert's place in that order; experts: the inverse; worker: the owner at a
-    place.
+    place: int32 (experts,), an expert's place in that order; experts: the inverse; worker: who owns it.
     """
 
     def __init__(self, owner: Sequence[int]) -> None:
@@ -100,8 +99,7 @@ class ExpertRunner:
         y: npt.NDArray[np.float32],
         meanwhile: Callable[[], None],
     ) -> None:
-        """Write the outputs of all pairs of `groups`, which are in the order of `divisions`, to y[token,
-        rank].
+        """Write the outputs of all pairs of `groups` (in the order of `divisions`) to y[token, rank].
 
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
         reading an expert met (ModelReadError, ModelFileError); `y` is then not to be used.

@@ -65,7 +65,7 @@ class Lane(Protocol):
         """
 
     def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
-        """Have `worker` read an expert into its slot; returns as `compute`. It goes on through failed steps."""
+        """Have `worker` read an expert into its slot; returns as `compute`. Failed steps do not stop it."""
 
     def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
         """Return the next answer of any request, waiting for one of `computing` and `loading`.

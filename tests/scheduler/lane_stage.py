@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import zmq
 
 from sterna.runtime.config import embedded_model
-from sterna.scheduler.lane import WorkerBatch
+from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.lane_zmq import ZmqLane
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.shm.arena import Arena
@@ -45,8 +46,8 @@ class Stage:
         self.file = GgufFile.open(path)
         self.plan = ModelPlan.from_file(self.file)
         plan = self.plan
-        self.arena = Arena.create("weights", arena_nbytes(plan.num_slots, plan.slot_nbytes))
-        self.slots = SlotTable(self.arena.bytes, plan.num_slots, plan.slot_nbytes)
+        self.arena = Arena.create("weights", arena_nbytes(plan.all_slots()))
+        self.slots = SlotTable(self.arena.bytes, plan.all_slots())
         self.url = f"ipc://{folder}/lane.sock"
         self.configure = Configure(layers=plan.layer_shapes())
         self.lane = ZmqLane(self.url, self.configure, D_MODEL, timeout_s)
@@ -56,7 +57,8 @@ class Stage:
         """Start a real worker; it joins when it has said hello."""
         spec = {
             "index": index, "generation": generation, "lane_url": self.url,
-            "num_slots": self.plan.num_slots, "slot_nbytes": self.plan.slot_nbytes,
+            "slots": self.plan.all_slots(), "model_path": str(self.file.path), "model_id": (0, 0, 0, 0),
+            "cache_dir": "",
         }  # fmt: skip
         fds = {"weights": self.arena.fd, "model": self.file.fd}
         process = subprocess.Popen(
@@ -81,27 +83,55 @@ class Stage:
         return WorkerBatch(
             worker=worker,
             layer=LAYER,
+            precision=0,
             kind=256,
             experts=list(pairs),
-            slots=[self.plan.slot_of(LAYER, expert) for expert in pairs],
+            slots=[self.plan.key_of(LAYER, expert) for expert in pairs],
             starts=np.concatenate(([0], np.cumsum([len(rows) for rows in pairs.values()]))).tolist(),
             rows=np.array([row for rows in pairs.values() for row in rows], np.int32),
             activations=(q.q, q.scales, q.sums),
         )
 
-    def page_in(self, worker: int, *experts: int) -> list[tuple[int, int]]:
-        """Have `worker` read experts of LAYER in; return the progress reported."""
-        seen: list[tuple[int, int]] = []
-        pages = [self.plan.expert_page(self.file, LAYER, expert) for expert in experts]
-        self.lane.page_in({worker: pages}, lambda done, total: seen.append((done, total)))
-        return seen
+    def page_in(self, worker: int, *experts: int) -> None:
+        """Have `worker` read experts of LAYER in, each into the slot of its key; raises what it met."""
+        waiting = {
+            self.lane.page_in(
+                worker,
+                self.plan.expert_page(self.file, LAYER, expert, self.plan.key_of(LAYER, expert)),
+                urgent=True,
+            )
+            for expert in experts
+        }
+        while waiting:
+            answer = self.lane.collect((), waiting, "a test")
+            assert isinstance(answer, Loaded)
+            waiting.remove(answer.seq)
+            if answer.error is not None:
+                raise answer.error
+
+    def exchange(
+        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], object] = lambda: None
+    ) -> list[Floats]:
+        """Have all batches computed and return their outputs in the order of the batches."""
+        waiting = [self.lane.compute(batch) for batch in batches]
+        meanwhile()
+        found: dict[int, Floats] = {}
+        try:
+            while len(found) < len(waiting):
+                answer = self.lane.collect(set(waiting) - set(found), (), f"layer {LAYER}")
+                assert isinstance(answer, Computed)
+                found[answer.seq] = answer.rows
+        except BaseException:
+            self.lane.give_up()
+            raise
+        return [found[seq] for seq in waiting]
 
     def expected(self, batch: WorkerBatch) -> Floats:
         """Return what an in-process worker makes of `batch`."""
         worker = ExpertWorker(self.slots, self.file.fd)
         worker.configure(self.configure)
         message = Compute(
-            seq=0, layer=batch.layer, kind=batch.kind, tokens=len(batch.activations[0]),
+            seq=0, layer=batch.layer, precision=0, kind=batch.kind, tokens=len(batch.activations[0]),
             experts=batch.experts, slots=batch.slots, starts=batch.starts,
         )  # fmt: skip
         arrays = (*batch.activations, batch.rows)

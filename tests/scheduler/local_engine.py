@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler import state as st
 from sterna.scheduler.crew import Crew
 from sterna.scheduler.dense import fill_dense
 from sterna.scheduler.engine import Engine
+from sterna.scheduler.expert_runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
-from sterna.scheduler.lane import WorkerBatch
+from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.messages import Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.residency.expert_memory import ExpertMemory
+from sterna.scheduler.residency.policies import DEFAULT_POLICY, Policy
+from sterna.shm.errors import SternaError
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile
@@ -33,33 +36,45 @@ class LocalLane:
 
     def __init__(self, workers: Sequence[ExpertWorker]) -> None:
         self.workers = workers
-        self.exchanges = 0
+        self.batches = 0
+        self.pages = 0
+        self.waited_ns = 0
+        self._seq = 0
+        self._answers: list[Computed | Loaded] = []
 
-    def exchange_all(
-        self, batches: Sequence[WorkerBatch], meanwhile: Callable[[], None]
-    ) -> list[npt.NDArray[np.float32]]:
-        meanwhile()
-        self.exchanges += 1
-        outputs = []
-        for batch in batches:
-            message = Compute(
-                seq=self.exchanges,
-                layer=batch.layer,
-                kind=batch.kind,
-                tokens=len(batch.activations[0]),
-                experts=batch.experts,
-                slots=batch.slots,
-                starts=batch.starts,
-            )
-            frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
-            _, rows = self.workers[batch.worker].compute(message, frames)
-            outputs.append(np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape))
-        return outputs
+    def compute(self, batch: WorkerBatch) -> int:
+        self.batches += 1
+        self._seq += 1
+        message = Compute(
+            seq=self._seq,
+            layer=batch.layer,
+            precision=batch.precision,
+            kind=batch.kind,
+            tokens=len(batch.activations[0]),
+            experts=batch.experts,
+            slots=batch.slots,
+            starts=batch.starts,
+        )
+        frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
+        _, rows = self.workers[batch.worker].compute(message, frames)
+        self._answers.append(Computed(seq=self._seq, rows=rows.copy()))
+        return self._seq
 
-    def page_in(self, experts: Mapping[int, list[ExpertPage]], progress: Callable[[int, int], None]) -> None:
-        for worker, pages in experts.items():
-            for paged in self.workers[worker].page_in(PageIn(seq=0, experts=pages)):
-                progress(len(pages) - paged.left, len(pages))
+    def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
+        self.pages += 1
+        self._seq += 1
+        try:
+            paged = self.workers[worker].page_in(PageIn(seq=self._seq, page=page, urgent=urgent))
+            self._answers.append(Loaded(seq=self._seq, nbytes=paged.nbytes))
+        except SternaError as error:
+            self._answers.append(Loaded(seq=self._seq, error=error))
+        return self._seq
+
+    def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
+        return self._answers.pop(0)
+
+    def give_up(self) -> None:
+        self._answers = [answer for answer in self._answers if isinstance(answer, Loaded)]
 
 
 @dataclass
@@ -85,26 +100,34 @@ class LocalEngine:
         max_batch_tokens: int = 512,
         crew: Crew | None = None,
         storage: Storage = DEFAULT_STORAGE,
+        resident: int = 0,
     ) -> None:
+        """`resident`: how many experts have a slot, 0 for all."""
         self.file = GgufFile.open(path or embedded_model())
         self.plan = ModelPlan.from_file(self.file, storage)
         plan = self.plan
-        arena = np.zeros(arena_nbytes(plan.num_slots, plan.slot_nbytes), np.uint8)
-        self.slots = SlotTable(arena, plan.num_slots, plan.slot_nbytes)
+        classes = [(resident, *plan.slot_sizes())] if resident else plan.all_slots()
+        self.slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
         pool = [ExpertWorker(self.slots, self.file.fd) for _ in range(workers)]
         for worker in pool:
             worker.configure(Configure(layers=plan.layer_shapes()))
         self.lane = LocalLane(pool)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
-        for (layer, expert), index in owned.items():
-            self.lane.page_in({index: [plan.expert_page(self.file, layer, expert)]}, lambda done, total: None)
+        policy = Policy(DEFAULT_POLICY, plan.num_experts) if resident else None
+        self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)
+        self.runner = ExpertRunner(plan, self.file, self.lane, self.memory)
+        for key in self.memory.missing(range(plan.num_experts)):
+            slot = self.memory.claim(key)
+            assert slot is not None
+            self.runner.read(key, slot, urgent=True)
+            self.runner.take_loaded(self.lane.collect((), (), ""))  # type: ignore[arg-type]
         dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
         fill_dense(plan, self.file, dense, lambda done, total: None)
         shape = StreamShape(
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
         )
         self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
-        self.engine = Engine(plan, dense, self.streams, self.lane, owned, max_batch_tokens, crew or Crew(1))
+        self.engine = Engine(plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1))
         self.state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,

@@ -298,7 +298,7 @@ def test_one_nan_row_of_the_output_matrix_is_an_error(tmp_path: Path) -> None:
 
 def test_base_3_gives_the_same_bits_as_two_bits() -> None:
     plain, small = LocalEngine(streams=3), LocalEngine(streams=3, storage=Storage(small=True))
-    assert small.plan.slot_nbytes < plain.plan.slot_nbytes
+    assert small.plan.slot_sizes() < plain.plan.slot_sizes()
     assert small.run(PROMPTS[:3], 12) == plain.run(PROMPTS[:3], 12)
 
 

@@ -13,15 +13,12 @@ import numpy as np
 import pytest
 import zmq
 
+from sterna.scheduler.lane import Loaded
 from sterna.shm.errors import InternalError, ModelReadError, ProtocolError, WorkerLost
 from sterna.workers.framing import split
 from sterna.workers.messages import Compute, Configure, Outputs, Paged, PageIn, Trouble, encode
 
 from .lane_stage import D_MODEL, LAYER, PATIENT_S, START_S, Peer, Stage
-
-
-def nothing() -> None:
-    pass
 
 
 @pytest.fixture
@@ -38,15 +35,15 @@ def test_two_workers_compute_what_one_in_process_does(stage: Stage) -> None:
     stage.start(0)
     stage.start(1)
     stage.join(0, 1)
-    assert stage.page_in(0, 3, 7) == [(1, 2), (2, 2)]
-    assert stage.page_in(1, 11) == [(1, 1)]
+    stage.page_in(0, 3, 7)
+    stage.page_in(1, 11)
     assert stage.slots.num_ready() == 3
     batches = [
         stage.batch(1, {11: [4, 0], 3: [1]}),  # worker 1 computes what worker 0 has read in
         stage.batch(0, {7: [0, 1, 2, 3, 4, 5]}, seed=2),
     ]
     calls: list[int] = []
-    outputs = stage.lane.exchange_all(batches, lambda: calls.append(1))
+    outputs = stage.exchange(batches, lambda: calls.append(1))
     assert calls == [1]
     for batch, output in zip(batches, outputs, strict=True):
         assert output.dtype == np.float32
@@ -58,20 +55,20 @@ def test_a_killed_worker_is_noticed_and_its_successor_goes_on(stage: Stage) -> N
     stage.join(0)
     stage.page_in(0, 3)
     batch = stage.batch(0, {3: [0, 1]})
-    (before,) = stage.lane.exchange_all([batch], nothing)
+    (before,) = stage.exchange([batch])
     kept = before.tobytes()
     first.send_signal(signal.SIGSTOP)  # so that it cannot answer before it dies
     begin_s = time.monotonic()
     with pytest.raises(WorkerLost, match=r"worker 0 .*layer 2"):
-        stage.lane.exchange_all([batch], first.kill)
+        stage.exchange([batch], first.kill)
     assert time.monotonic() - begin_s < 2.0
     assert stage.lane.poll_lost() == [0]
     assert stage.lane.poll_lost() == []
     with pytest.raises(WorkerLost, match="worker 0"):
-        stage.lane.exchange_all([batch], nothing)
+        stage.exchange([batch])
     stage.start(0, generation=1)
     stage.join(0)
-    (after,) = stage.lane.exchange_all([batch], nothing)  # its experts are in the arena already
+    (after,) = stage.exchange([batch])  # its experts are in the arena already
     assert after.tobytes() == kept
 
 
@@ -82,7 +79,7 @@ def test_a_worker_that_hangs_is_killed_when_its_time_is_up(tmp_path: Path) -> No
     process.send_signal(signal.SIGSTOP)
     begin_s = time.monotonic()
     with pytest.raises(WorkerLost, match=r"worker 0 .*layer 2"):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], nothing)
+        stage.exchange([stage.batch(0, {3: [0]})])
     assert 0.5 < time.monotonic() - begin_s < 2.0
     assert process.wait(START_S) == -signal.SIGKILL
     stage.close()
@@ -92,7 +89,7 @@ def test_trouble_keeps_its_kind_and_text(stage: Stage) -> None:
     stage.start(0)
     stage.join(0)
     with pytest.raises(InternalError, match="expert 3 of layer 2 is not in slot"):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], nothing)
+        stage.exchange([stage.batch(0, {3: [0]})])
     os.truncate(stage.file.path, stage.file.data_offset)
     with pytest.raises(ModelReadError, match=r"blk\.2\.ffn_gate_exps\.weight: the model file ends at byte"):
         stage.page_in(0, 3)
@@ -140,7 +137,7 @@ def test_a_worker_is_configured_first_and_given_its_batch_whole(stage: Stage, pe
         ]
         peer.say(Outputs(seq=message.seq, busy_ns=1), answer(1.0, 3))
 
-    (output,) = stage.lane.exchange_all([batch], check)
+    (output,) = stage.exchange([batch], check)
     assert output.shape == (3, D_MODEL)
 
 
@@ -151,7 +148,7 @@ def test_outputs_keep_the_order_of_the_batches(stage: Stage, peers: Joined) -> N
         for peer, value in ((two, 2.0), (one, 1.0)):
             peer.say(Outputs(seq=peer.computation().seq, busy_ns=1), answer(value))
 
-    outputs = stage.lane.exchange_all([stage.batch(0, {3: [0]}), stage.batch(1, {3: [0]})], reversed_answers)
+    outputs = stage.exchange([stage.batch(0, {3: [0]}), stage.batch(1, {3: [0]})], reversed_answers)
     assert [float(output[0, 0]) for output in outputs] == [1.0, 2.0]
 
 
@@ -165,7 +162,7 @@ def give_up_a_step(stage: Stage, slow: Peer, failing: Peer) -> Compute:
 
     batches = [stage.batch(slow.hello.index, {3: [0]}), stage.batch(failing.hello.index, {3: [0]})]
     with pytest.raises(InternalError, match="for a test"):
-        stage.lane.exchange_all(batches, fail)
+        stage.exchange(batches, fail)
     return pending[0]
 
 
@@ -181,31 +178,43 @@ def test_what_answers_a_step_that_was_given_up_does_not_count(stage: Stage, peer
             slow.say(Trouble(seq=old.seq, code="internal", text="of the step before"))
         slow.say(Outputs(seq=slow.computation().seq, busy_ns=1), answer(5.0))
 
-    (output,) = stage.lane.exchange_all([stage.batch(0, {3: [0]})], late_then_right)
+    (output,) = stage.exchange([stage.batch(0, {3: [0]})], late_then_right)
     assert (output == 5.0).all()
 
 
-def test_pages_of_a_request_that_was_given_up_do_not_count(stage: Stage, peers: Joined) -> None:
+def test_reading_goes_on_through_a_step_that_was_given_up(stage: Stage, peers: Joined) -> None:
+    peer, failing = peers(0), peers(1)
+    page = stage.plan.expert_page(stage.file, LAYER, 1, 4)
+    seq = stage.lane.page_in(0, page, urgent=False)
+    message, _ = peer.hear()
+    assert message == PageIn(seq=seq, page=page, urgent=False)
+    give_up_a_step(stage, peer, failing)
+    peer.say(Paged(seq=10**6, nbytes=1, read_ns=1, busy_ns=1))  # nobody asked for that one
+    peer.say(Paged(seq=seq, nbytes=7, read_ns=8, busy_ns=9))
+    answer = stage.lane.collect((), (seq,), "a test")
+    assert answer == Loaded(seq=seq, nbytes=7, read_ns=8, busy_ns=9)
+
+
+def test_what_was_read_while_nobody_waited_is_not_lost(stage: Stage, peers: Joined) -> None:
     peer = peers(0)
-    pages = [stage.plan.expert_page(stage.file, LAYER, expert) for expert in (1, 2)]
-    for seq in (0, 10**6):  # neither is a request that waits
-        peer.say(Paged(seq=seq, slot=pages[0].slot, left=1))
-        peer.say(Paged(seq=seq, slot=pages[1].slot, left=0))
-    reported: list[int] = []
+    seqs = [
+        stage.lane.page_in(0, stage.plan.expert_page(stage.file, LAYER, e, e), urgent=False) for e in (1, 2)
+    ]
+    for seq in seqs:
+        peer.say(Paged(seq=seq, nbytes=1, read_ns=1, busy_ns=1))
+    time.sleep(0.2)
+    assert stage.lane.poll_hello() == []
+    assert [loaded.seq for loaded in stage.lane.poll_loaded()] == seqs
+    assert stage.lane.poll_loaded() == []
 
-    def right_ones() -> None:
-        message, _ = peer.hear()
-        assert isinstance(message, PageIn)
-        time.sleep(0.3)  # the late ones are taken first
-        reported.append(0)
-        for page, left in zip(message.experts, (1, 0), strict=True):
-            peer.say(Paged(seq=message.seq, slot=page.slot, left=left))
 
-    thread = threading.Thread(target=right_ones)
-    thread.start()
-    stage.lane.page_in({0: pages}, lambda done, total: reported.append(done))
-    thread.join(5.0)
-    assert reported == [0, 1, 2]
+def test_an_expert_that_cannot_be_read_is_an_answer_and_not_the_end(stage: Stage, peers: Joined) -> None:
+    peer = peers(0)
+    seq = stage.lane.page_in(0, stage.plan.expert_page(stage.file, LAYER, 1, 4), urgent=True)
+    peer.say(Trouble(seq=seq, code="model_read", text="for a test"))
+    answer = stage.lane.collect((), (seq,), "a test")
+    assert isinstance(answer, Loaded)
+    assert isinstance(answer.error, ModelReadError)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +227,14 @@ def test_an_answer_of_the_wrong_size_is_an_error(stage: Stage, peers: Joined, fr
         peer.say(Outputs(seq=peer.computation().seq, busy_ns=1), *frames)
 
     with pytest.raises(InternalError, match="worker 0"):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], wrong)
+        stage.exchange([stage.batch(0, {3: [0]})], wrong)
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xc1", b"hello", encode(Outputs(seq=1, busy_ns=1))[:-1]], ids=repr)
 def test_a_frame_that_is_no_message_is_an_error(stage: Stage, peers: Joined, raw: bytes) -> None:
     peer = peers(0)
     with pytest.raises(ProtocolError):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], lambda: peer.socket.send(raw))
+        stage.exchange([stage.batch(0, {3: [0]})], lambda: peer.socket.send(raw))
 
 
 def test_a_worker_that_joins_during_a_step_does_not_disturb_it(stage: Stage, peers: Joined) -> None:
@@ -237,7 +246,7 @@ def test_a_worker_that_joins_during_a_step_does_not_disturb_it(stage: Stage, pee
         time.sleep(0.1)  # so that the hello is there first
         peer.say(Outputs(seq=stage.lane._seq, busy_ns=1), answer(1.0))
 
-    stage.lane.exchange_all([stage.batch(0, {3: [0]})], joins)
+    stage.exchange([stage.batch(0, {3: [0]})], joins)
     assert stage.lane.poll_hello() == [1]
     assert isinstance(newcomer.hear()[0], Configure)
     newcomer.close()
@@ -247,7 +256,7 @@ def test_a_successor_that_joins_during_the_step_breaks_it_off(stage: Stage, peer
     peers(0)
     successor = Peer(stage, 0, identity=b"successor")
     with pytest.raises(WorkerLost, match="worker 0"):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], lambda: successor.say(successor.hello))
+        stage.exchange([stage.batch(0, {3: [0]})], lambda: successor.say(successor.hello))
     assert stage.lane.poll_hello() == [0]
     successor.close()
 
@@ -270,12 +279,12 @@ def test_a_worker_that_is_gone_right_after_its_hello_harms_nobody(stage: Stage, 
     assert stage.lane.poll_lost() in ([], [0])
     assert stage.lane.pidfds() == []
     with pytest.raises(WorkerLost, match="worker 0"):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], nothing)
+        stage.exchange([stage.batch(0, {3: [0]})])
 
 
 def test_a_worker_nobody_knows_is_lost_at_once(stage: Stage) -> None:
     with pytest.raises(WorkerLost, match="worker 7"):
-        stage.lane.exchange_all([stage.batch(7, {3: [0]})], nothing)
+        stage.exchange([stage.batch(7, {3: [0]})])
 
 
 def test_chatter_does_not_extend_the_time_limit(tmp_path: Path) -> None:
@@ -293,19 +302,13 @@ def test_chatter_does_not_extend_the_time_limit(tmp_path: Path) -> None:
     thread = threading.Thread(target=chatter)
     begin_s = time.monotonic()
     with pytest.raises(WorkerLost):
-        stage.lane.exchange_all([stage.batch(0, {3: [0]})], thread.start)
+        stage.exchange([stage.batch(0, {3: [0]})], thread.start)
     elapsed_s = time.monotonic() - begin_s
     quiet.set()
     thread.join(5.0)
     peer.close()
     stage.close()
     assert elapsed_s < 2.0
-
-
-def test_no_batches_are_no_exchange(stage: Stage) -> None:
-    calls: list[int] = []
-    assert stage.lane.exchange_all([], lambda: calls.append(1)) == []
-    assert calls == [1]
 
 
 def test_closing_gives_all_descriptors_back(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def test_dense_tensors_lie_apart_and_aligned(plan: ModelPlan) -> None:
 
 
 def test_expert_matrices_lie_apart_within_a_slot(plan: ModelPlan) -> None:
-    assert plan.slot_nbytes % 4096 == 0
+    (slot_nbytes,) = plan.slot_sizes()
+    assert slot_nbytes % 4096 == 0
     for layer, matrices in plan.experts.items():
         assert layer in plan.hyper.moe_layers
         assert [m.role for m in matrices] == ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"]
@@ -94,15 +95,16 @@ def test_expert_matrices_lie_apart_within_a_slot(plan: ModelPlan) -> None:
             assert matrix.at >= end
             assert matrix.shape.form is Format.TL1
             end = matrix.at + matrix.shape.nbytes
-        assert end <= plan.slot_nbytes
+        assert end <= slot_nbytes
 
 
-def test_every_expert_has_a_slot_of_its_own(file: GgufFile, plan: ModelPlan) -> None:
+def test_every_expert_has_a_key_and_can_have_a_slot(file: GgufFile, plan: ModelPlan) -> None:
     h = plan.hyper
-    slots = [plan.slot_of(layer, expert) for layer in h.moe_layers for expert in range(h.experts)]
-    assert sorted(slots) == list(range(plan.num_slots)) == list(range(80))
-    page = plan.expert_page(file, 3, 7)
-    assert (page.layer, page.expert, page.slot) == (3, 7, plan.slot_of(3, 7))
+    keys = [plan.key_of(layer, expert) for layer in h.moe_layers for expert in range(h.experts)]
+    assert keys == list(range(plan.num_experts)) == list(range(80))
+    assert plan.all_slots() == [(80, plan.slot_sizes()[0])]
+    page = plan.expert_page(file, 3, 7, 5)
+    assert (page.layer, page.expert, page.slot, page.precision) == (3, 7, 5, 0)
     gate = file.tensors["blk.3.ffn_gate_exps.weight"]
     assert (page.slabs[0].offset, page.slabs[0].nbytes) == (
         gate.offset + 7 * gate.nbytes // 16,
@@ -117,7 +119,7 @@ def test_workers_are_told_what_they_need(plan: ModelPlan) -> None:
     shapes = plan.layer_shapes()
     assert list(shapes) == [1, 2, 3, 4, 5]
     assert (shapes[1].d_model, shapes[1].d_ff) == (256, 256)
-    assert [m[:3] for m in shapes[1].matrices] == [(4, 256, 256)] * 3
+    assert [m[:3] for m in shapes[1].precisions[0]] == [(4, 256, 256)] * 3
     assert plan.expert_activation(1) is ActivationKind.Q8_256
 
 
@@ -311,8 +313,8 @@ def test_single_and_merged_expert_tensors_are_found(tmp_path: Path) -> None:
         for layer in (2, 3):
             for expert in (0, 7, 15):
                 pages = (
-                    plans[0].expert_page(other, layer, expert),
-                    plans[1].expert_page(first, layer, expert),
+                    plans[0].expert_page(other, layer, expert, 0),
+                    plans[1].expert_page(first, layer, expert, 0),
                 )
                 assert read(other, pages[0].slabs) == read(first, pages[1].slabs)
 

@@ -14,7 +14,7 @@ SLOT_NBYTES = 8192
 
 
 def table(num_slots: int = 5) -> SlotTable:
-    return SlotTable(np.zeros(arena_nbytes(num_slots, SLOT_NBYTES), np.uint8), num_slots, SLOT_NBYTES)
+    return SlotTable(np.zeros(arena_nbytes([(num_slots, SLOT_NBYTES)]), np.uint8), [(num_slots, SLOT_NBYTES)])
 
 
 @pytest.mark.parametrize("num_slots", [1, 5, 64, 65, 2944])
@@ -28,6 +28,26 @@ def test_slots_start_at_pages_behind_all_headers_and_fill_the_arena(num_slots: i
         )
         assert slots.at(0) == slots_at(num_slots)
         assert slots.at(num_slots - 1) + SLOT_NBYTES == len(slots.memory)
+
+
+def test_classes_of_slots_lie_behind_each_other() -> None:
+    classes = [(2, 4096), (0, 8192), (3, 12288)]
+    slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
+    assert slots.num_slots == 5
+    assert [slots.at(slot) - slots.at(0) for slot in range(5)] == [0, 4096, 8192, 20480, 32768]
+    assert [slots.nbytes(slot) for slot in range(5)] == [4096, 4096, 12288, 12288, 12288]
+    assert slots.at(4) + slots.nbytes(4) == len(slots.memory)
+
+
+def test_a_cleared_slot_holds_nothing_and_is_a_new_generation() -> None:
+    slots = table()
+    slots.begin(1)
+    slots.publish(1, layer=1, expert=1, form=0, nbytes=1, precision=0, checksum=0)
+    before = int(slots.headers[1]["generation"])
+    slots.clear(1)
+    assert not slots.holds(1, 1, 1)
+    assert slots.headers[1]["generation"] > before
+    assert slots.headers[1]["generation"] % 2 == 0
 
 
 def test_a_header_is_one_cache_line() -> None:
@@ -47,26 +67,27 @@ def test_a_slot_holds_what_was_published_and_nothing_else() -> None:
     slots.begin(2)
     assert slots.headers[2]["state"] == FILLING
     assert not slots.holds(2, 7, 3)
-    slots.publish(2, layer=7, expert=3, form=4, nbytes=100, crc32=0xDEADBEEF)
+    slots.publish(2, layer=7, expert=3, precision=2, form=4, nbytes=100, checksum=2**63 + 5)
     assert slots.holds(2, 7, 3)
     assert not slots.holds(2, 7, 4)
     assert not slots.holds(2, 6, 3)
     assert not slots.holds(1, 7, 3)
     assert slots.num_ready() == 1
     header = slots.headers[2]
-    assert (header["format"], header["nbytes"], header["crc32"]) == (4, 100, 0xDEADBEEF)
+    assert (header["format"], header["nbytes"], header["checksum"]) == (4, 100, 2**63 + 5)
+    assert header["precision"] == 2
     assert header["state"] == READY
 
 
 def test_a_slot_being_refilled_is_absent_to_everybody() -> None:
     slots = table()
-    reader = SlotTable(slots.memory, 5, SLOT_NBYTES)
+    reader = SlotTable(slots.memory, [(5, SLOT_NBYTES)])
     slots.begin(0)
-    slots.publish(0, layer=1, expert=1, form=0, nbytes=1, crc32=0)
+    slots.publish(0, layer=1, expert=1, form=0, nbytes=1, precision=0, checksum=0)
     slots.begin(0)
     assert not reader.holds(0, 1, 1)
     assert reader.num_ready() == 0
-    slots.publish(0, layer=1, expert=2, form=0, nbytes=1, crc32=0)
+    slots.publish(0, layer=1, expert=2, form=0, nbytes=1, precision=0, checksum=0)
     assert reader.holds(0, 1, 2)
     assert not reader.holds(0, 1, 1)
 
@@ -77,7 +98,7 @@ def test_the_generation_is_odd_while_filling_and_never_repeats() -> None:
     for _ in range(4):
         slots.begin(3)
         seen.append(int(slots.headers[3]["generation"]))
-        slots.publish(3, layer=0, expert=0, form=0, nbytes=0, crc32=0)
+        slots.publish(3, layer=0, expert=0, form=0, nbytes=0, precision=0, checksum=0)
         seen.append(int(slots.headers[3]["generation"]))
     assert [value % 2 for value in seen] == [0, 1] * 4 + [0]
     assert seen == sorted(set(seen))
@@ -88,7 +109,7 @@ def test_a_fill_that_was_broken_off_can_be_begun_again() -> None:
     slots.begin(4)
     slots.begin(4)
     assert slots.headers[4]["generation"] % 2 == 1
-    slots.publish(4, layer=2, expert=5, form=0, nbytes=0, crc32=0)
+    slots.publish(4, layer=2, expert=5, form=0, nbytes=0, precision=0, checksum=0)
     assert slots.headers[4]["generation"] % 2 == 0
     assert slots.holds(4, 2, 5)
 
@@ -98,18 +119,18 @@ def test_headers_and_slots_do_not_overlap() -> None:
     slots.memory[slots.at(0) :] = 255
     assert slots.num_ready() == 0
     slots.begin(4)
-    slots.publish(4, layer=-1, expert=-1, form=-1, nbytes=-1, crc32=2**32 - 1)
+    slots.publish(4, layer=-1, expert=-1, form=-1, nbytes=-1, precision=-1, checksum=2**64 - 1)
     assert (slots.memory[slots.at(0) :] == 255).all()
 
 
 def test_a_slot_published_in_one_mapping_is_seen_in_another() -> None:
-    arena = Arena.create("slots", arena_nbytes(3, SLOT_NBYTES))
+    arena = Arena.create("slots", arena_nbytes([(3, SLOT_NBYTES)]))
     other = Arena.attach("slots", os.dup(arena.fd))
-    writer = SlotTable(arena.bytes, 3, SLOT_NBYTES)
-    reader = SlotTable(other.bytes, 3, SLOT_NBYTES)
+    writer = SlotTable(arena.bytes, [(3, SLOT_NBYTES)])
+    reader = SlotTable(other.bytes, [(3, SLOT_NBYTES)])
     writer.begin(1)
     writer.memory[writer.at(1)] = 42
-    writer.publish(1, layer=3, expert=9, form=0, nbytes=1, crc32=0)
+    writer.publish(1, layer=3, expert=9, form=0, nbytes=1, precision=0, checksum=0)
     assert reader.holds(1, 3, 9)
     assert reader.memory[reader.at(1)] == 42
     arena.close()
