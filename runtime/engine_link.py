@@ -20,8 +20,8 @@ import zmq
 from ..scheduler import messages as wire
 from ..scheduler.spec import SchedulerSpec
 from ..shm.errors import EngineLost, StartFailed, SternaError, error_of
-from ..workers.kernels.cache import cache_root as user_cache
 from ..workers.spec import WorkerSpec
+from ..workers.user_cache import user_cache
 from .child import Child
 from .config import Config
 from .loaded_model import LoadedModel

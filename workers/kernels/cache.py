@@ -7,8 +7,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
-
+from ..user_cache import user_cache
 from .features import candidates
 
 
@@ -37,6 +36,6 @@ def cache_dir(target: str = "") -> Path:
 
 
 def cache_root() -> Path:
-    """Return what the user or systemd chose, or the user's cache folder."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("CACHE_DIRECTORY")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("sterna")
+    """Return what the user chose for kernels, or the user's cache folder."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(chosen) if chosen else user_cache()
