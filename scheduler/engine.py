@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -14,10 +15,11 @@ from .crew import Crew
 from .dense import DenseWeights
 from .expert_runner import ExpertRunner
 from .kv import StreamMemory
-from .messages import StreamStep, Submit
+from .messages import RoutingReport, StreamStep, Submit
 from .mixture import Mixture
 from .model.deepseek2 import Deepseek2, TokenBatch
 from .model.plan import ModelPlan
+from .residency.quality import QualityLedger
 from .sampling import choose, log_normaliser, score
 from .state import Segment
 
@@ -49,7 +51,8 @@ class Engine:
         self._plan = plan
         self._streams = streams
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
-        self._mixture = Mixture(plan, weights, runner, max_batch_tokens)
+        self._ledger = QualityLedger(streams.shape.streams)
+        self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens)
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
         # Our own copy: the daemon may give a record to the next request while a step still runs.
         self._tokens = np.zeros_like(streams.tokens)
@@ -58,6 +61,7 @@ class Engine:
         """Take the stream's tokens from the stream memory; call it before the stream's first step."""
         known = self._streams.tokens[request.stream, : request.committed]
         self._tokens[request.stream, : request.committed] = known
+        self._ledger.admit(request)
 
     def step(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[StreamStep]:
         """Compute `segments` as one batch; request i belongs to segment i.
@@ -66,6 +70,7 @@ class Engine:
         repeated.
         """
         batch = self._batch(segments)
+        self._mixture.begin(self._ledger.begin(segments, requests))
         self._model.forward(batch, self._mixture)
         if (row := first_bad_row(self._model.x, len(batch.ids), self._plan.hyper.d_model)) >= 0:
             raise InternalError(f"position {batch.positions[row]}: the hidden state is not finite")
@@ -82,9 +87,10 @@ class Engine:
                     prompt[w.segment].append(float(row_logits[w.token]) - log_normaliser(row_logits))
                 else:
                     results[w.segment] = self._sample(segments[w.segment], requests[w.segment], row_logits)
+        self._ledger.commit()
         return [
-            _with_prompt(result or _computed(segment), segment, request, scores)
-            for result, segment, request, scores in zip(results, segments, requests, prompt, strict=True)
+            _whole(result or _computed(segment), segment, scores, self._ledger.report(segment.stream))
+            for result, segment, scores in zip(results, segments, prompt, strict=True)
         ]
 
     def _batch(self, segments: Sequence[Segment]) -> TokenBatch:
@@ -129,15 +135,12 @@ def _computed(segment: Segment) -> StreamStep:
     return StreamStep(stream=segment.stream, serial=segment.serial, computed=segment.start + segment.count)
 
 
-def _with_prompt(step: StreamStep, segment: Segment, request: Submit, scores: list[float]) -> StreamStep:
-    if not request.prompt_logprobs or not scores:
-        return step
-    return StreamStep(
-        stream=step.stream,
-        serial=step.serial,
-        computed=step.computed,
-        token=step.token,
-        score=step.score,
-        prompt_from=segment.start + 1,
-        prompt_logprobs=scores,
+def _whole(
+    step: StreamStep, segment: Segment, scores: list[float], routing: RoutingReport | None
+) -> StreamStep:
+    """Return `step` with the prompt's scores, if any were asked for, and the routing report."""
+    if not scores:
+        return step if routing is None else msgspec.structs.replace(step, routing=routing)
+    return msgspec.structs.replace(
+        step, prompt_from=segment.start + 1, prompt_logprobs=scores, routing=routing
     )

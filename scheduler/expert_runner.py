@@ -79,7 +79,7 @@ class ExpertRunner:
     """Runs groups of (token, rank) pairs through the lane; see the module."""
 
     def __init__(self, plan: ModelPlan, file: GgufFile, lane: Lane, memory: ExpertMemory) -> None:
-        self._plan = plan
+        self.plan = plan
         self._file = file
         self._lane = lane
         self.memory = memory
@@ -120,7 +120,7 @@ class ExpertRunner:
             self.memory.end()
 
     def _key(self, event: _Event, place: int) -> int:
-        return self._plan.key_of(event.layer, self.divisions[event.layer].experts[place])
+        return self.plan.key_of(event.layer, self.divisions[event.layer].experts[place])
 
     def _start(self, event: _Event, places: list[int], keys: list[int]) -> None:
         here: list[int] = []
@@ -202,8 +202,8 @@ class ExpertRunner:
 
     def read(self, key: int, slot: int, *, urgent: bool) -> int:
         """Have an expert read into a slot claimed for it; return the request. Raises WorkerLost."""
-        layer, expert = divmod(key, self._plan.hyper.experts)
-        page = self._plan.expert_page(self._file, layer + self._plan.hyper.dense_layers, expert, slot)
+        layer, expert = divmod(key, self.plan.hyper.experts)
+        page = self.plan.expert_page(self._file, layer + self.plan.hyper.dense_layers, expert, slot)
         try:
             request = self._lane.page_in(self.memory.owner(key), page, urgent=urgent)
         except BaseException:
@@ -224,7 +224,7 @@ class ExpertRunner:
             picked = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in places])
             tokens, ranks = groups.tokens[picked], groups.ranks[picked]
         division = self.divisions[event.layer]
-        kind = self._plan.expert_activation(event.layer)
+        kind = self.plan.expert_activation(event.layer)
         needed, index = _needed(tokens, event.count)
         batch = WorkerBatch(
             worker=division.worker[places[0]],

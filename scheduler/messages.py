@@ -23,12 +23,28 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int
 
 
+class RoutingReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a quality budget did in some steps of one stream; an event is one token in one layer.
+
+    credit: lost mass that may still be spent; events; changed: those with another selection than the exact
+    one; swaps: experts traded in them; lost: gate mass lost, as shares of the exact selections', summed.
+    """
+
+    credit: float
+    events: int
+    changed: int
+    swaps: int
+    lost: float
+
+
 class Submit(EngineMessage, frozen=True, kw_only=True):
     """Run the stream in record `stream`; its prompt already lies in the stream memory.
 
     committed: tokens known so far, prompt included (more than prompt_length after a restart);
     computed: how many of them have their KV, in the blocks of the stream's table; max_length: prompt
-    and answer together; logprobs: how many alternatives to report, None for none.
+    and answer together; logprobs: how many alternatives to report, None for none; stepped_from: position from
+    which one token is computed per step, as an answer is; epsilon: mean share of the gate mass that routing
+    may lose for what is in memory, from position lossy_from on; credit: what was saved up of it.
     """
 
     stream: int
@@ -41,6 +57,10 @@ class Submit(EngineMessage, frozen=True, kw_only=True):
     stop_ids: list[int]
     logprobs: int | None
     prompt_logprobs: bool
+    stepped_from: int | None = None
+    epsilon: float = 0.0
+    lossy_from: int = 0
+    credit: float = 0.0
 
 
 class Cancel(EngineMessage, frozen=True, kw_only=True):
@@ -105,6 +125,7 @@ class StreamStep(msgspec.Struct, frozen=True, kw_only=True):
     finish: str | None = None  # "stop" or "length"
     prompt_from: int = 0
     prompt_logprobs: list[float] | None = None
+    routing: RoutingReport | None = None
 
 
 class Step(EngineMessage, frozen=True, kw_only=True):

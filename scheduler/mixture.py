@@ -14,7 +14,11 @@ from .batch import MoeBatchScheduler
 from .dense import DenseWeights, Linear, Rows
 from .expert_runner import ExpertRunner
 from .model.plan import ModelPlan
+from .residency.quality import QualityLedger
 from .router import Router, RouterConfig
+
+# Reuse in the first layers is low and harm is high (spec expert-memory 5.1).
+EXACT_LAYERS = 1
 
 
 class Mixture:
@@ -25,10 +29,17 @@ class Mixture:
         plan: ModelPlan,
         dense: DenseWeights,
         runner: ExpertRunner,
+        ledger: QualityLedger,
         capacity: int,
+        exact_layers: int = EXACT_LAYERS,
+        window: int | None = None,
     ) -> None:
+        """`window`: see RouterConfig; by default twice top_k where there is a slot for some experts only."""
         h = plan.hyper
         self._runner = runner
+        self._ledger = ledger
+        if window is None:
+            window = 0 if runner.memory.holds_all else 2 * h.experts_used
         self._gates: dict[int, Linear] = {
             layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
         }
@@ -44,13 +55,33 @@ class Mixture:
                 gating=h.gating,
                 normalise=h.weights_norm,
                 scale=h.weights_scale,
+                window=window,
             ),
             capacity,
         )
+        self._num_experts = h.experts
+        self._exact_layers = h.moe_layers[:exact_layers]
+        self._streams: npt.NDArray[np.int32] | None = None
         self._scheduler = MoeBatchScheduler(h.experts, h.experts_used, capacity)
         self._logits = np.zeros((capacity, -(-h.experts // 16) * 16), np.float32)
         self._y = np.zeros((capacity, h.experts_used, h.d_model), np.float32)
         self._index = np.arange(capacity, dtype=np.int32).reshape(1, capacity)
+
+    def begin(self, streams: npt.NDArray[np.int32] | None) -> None:
+        """Start a step: `streams` are the accounts of its rows, None when all are exact."""
+        self._streams = None if self._runner.memory.holds_all else streams
+
+    def _route(self, layer: int, count: int) -> None:
+        if self._streams is None or layer in self._exact_layers:
+            self._router.route(self._logits, self._biases[layer], count, layer)
+            return
+        first = self._runner.plan.key_of(layer, 0)
+        # The snapshot: nothing is read in or gives way before the whole layer is routed.
+        resident = self._runner.memory.resident[first : first + self._num_experts]
+        self._router.route_within(
+            self._logits, self._biases[layer], count, layer, self._streams, self._ledger.epsilon, resident,
+            self._ledger.accounts,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -68,7 +99,7 @@ class Mixture:
         self._gates[layer].apply(rows, self._index, count, self._logits)
         if first_bad_row(self._logits, count, self._logits.shape[1]) >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")
-        self._router.route(self._logits, self._biases[layer], count, layer)
+        self._route(layer, count)
         place = self._runner.divisions[layer].place
         groups = self._scheduler.schedule(place[self._router.selected[:count]], count)
         result: list[npt.NDArray[np.float32]] = []

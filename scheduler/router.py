@@ -1,4 +1,4 @@
-"""Routing: which experts a token goes to, with which weights. Plain top-k, deterministic."""
+"""Routing: which experts a token goes to, with which weights. Exact top-k, or within a quality budget."""
 
 from __future__ import annotations
 
@@ -8,33 +8,51 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError
-from ..workers.kernels.routing import route_top_k
+from ..workers.kernels.routing import route_resident, route_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How scores become experts and weights (spec section 4.1, F2 and F3)."""
+    """How scores become experts and weights (spec section 4.1, F2 and F3), and what a budget may trade.
+
+    window: how many experts are ranked, 0 for top_k: those that may be traded for; keep: ranks that are never
+    traded; bonus: what a trade may cost at most, as a share of the spread of the
+    token's scores; share: and as a share of the credit; limit: credit saved up at most, in tokens' shares.
+    """
 
     num_experts: int
     top_k: int
     gating: int
     normalise: bool
     scale: float
+    window: int = 0
+    keep: int = 1
+    bonus: float = 1.0
+    share: float = 0.25
+    limit: float = 64.0
 
 
 class Router:
-    """Selects experts for a batch into buffers of its own; ties go to the lower expert id."""
+    """Selects experts for a batch into buffers of its own; ties go to the lower expert id.
+
+    selected: int32 (tokens, top_k) best first; weights: float32 of that shape; ranked: int32 (tokens,
+    window), the best ones before any trade.
+    """
 
     def __init__(self, config: RouterConfig, max_tokens: int) -> None:
         self._config = config
         self._p = np.zeros(config.num_experts, np.float32)
+        self._present = np.zeros(config.num_experts, np.uint8)
         self.selected = np.zeros((max_tokens, config.top_k), np.int32)
         self.weights = np.zeros((max_tokens, config.top_k), np.float32)
+        self.ranked = np.zeros(
+            (max_tokens, min(max(config.window, config.top_k), config.num_experts)), np.int32
+        )
 
     def route(
         self, logits: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], count: int, layer: int
     ) -> None:
-        """Fill `selected` (best first) and `weights` for `count` rows of `logits` (tokens, >= experts).
+        """Fill `selected` and `weights` for `count` rows of `logits` (tokens, >= experts).
 
         `bias` (experts,) counts for the selection only. Raises InternalError naming the layer when a
         token has fewer finite scores than experts to select: the weights hold a NaN or infinity.
@@ -42,7 +60,28 @@ class Router:
         c = self._config
         bad = route_top_k(
             logits, bias, count, c.num_experts, c.gating, c.normalise, np.float32(c.scale), self._p,
-            self.selected, self.weights,
+            self.ranked, self.selected, self.weights,
+        )  # fmt: skip
+        if bad >= 0:
+            raise InternalError(f"layer {layer}: the router's scores are not finite")
+
+    def route_within(
+        self,
+        logits: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32],
+        count: int,
+        layer: int,
+        streams: npt.NDArray[np.int32],
+        epsilon: npt.NDArray[np.float64],
+        resident: npt.NDArray[np.uint8],
+        accounts: npt.NDArray[np.float64],
+    ) -> None:
+        """As `route`, trading experts for resident ones; see `kernels.routing.route_resident`."""
+        c = self._config
+        bad = route_resident(
+            logits, bias, count, c.num_experts, c.gating, c.normalise, np.float32(c.scale), self._p,
+            self.ranked, self.selected, self.weights, streams, epsilon, c.limit, c.keep, c.bonus, c.share,
+            resident, self._present, accounts,
         )  # fmt: skip
         if bad >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")

@@ -132,6 +132,14 @@ class _Stream:
     computed: int
 
     @property
+    def stride(self) -> int:
+        """Tokens that the next step may compute at most."""
+        stepped = self.request.stepped_from
+        if stepped is None:
+            return self.known
+        return 1 if self.computed >= stepped else stepped - self.computed
+
+    @property
     def decoding(self) -> bool:
         return self.known - self.computed == 1 and self.known > 1
 
@@ -285,7 +293,7 @@ class SchedulerState:
         grants: list[Instruction] = []
         # Decoding streams first: a long prompt must not stall a running answer.
         for stream, state in sorted(self._streams.items(), key=lambda item: not item[1].decoding):
-            count = min(state.known - state.computed, budget)
+            count = min(state.known - state.computed, budget, state.stride)
             if count == 0:
                 continue
             budget -= count

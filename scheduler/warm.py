@@ -125,7 +125,13 @@ def _routing() -> None:
     selected, weights = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
     ends, pairs = np.zeros(3, np.int32), np.zeros(1, np.int32)
     y = np.zeros((1, 1, 256), np.float32)
-    routing.route_top_k(logits, bias, 1, 2, 2, True, np.float32(1.0), p, selected, weights)
+    one = np.float32(1.0)
+    routing.route_top_k(logits, bias, 1, 2, 2, True, one, p, selected.copy(), selected, weights)
+    present, accounts = np.zeros(2, np.uint8), np.zeros((1, 5), np.float64)
+    routing.route_resident(
+        logits, bias, 1, 2, 2, True, one, p, selected.copy(), selected, weights, _INDEX, accounts[0], 1.0, 1,
+        1.0, 0.5, present, present.copy(), accounts,
+    )  # fmt: skip
     routing.group_by_expert(selected, 1, ends, pairs, pairs.copy())
     rows = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)
     routing.scatter_pairs(rows, pairs, pairs, 0, 1, y)

@@ -16,7 +16,7 @@ from sterna.scheduler.engine import Engine
 from sterna.scheduler.expert_runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
-from sterna.scheduler.messages import Sampling, Submit
+from sterna.scheduler.messages import RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, Policy
@@ -85,6 +85,7 @@ class Generated:
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     reason: str | None = None
+    routing: list[RoutingReport] = field(default_factory=list)
 
 
 class LocalEngine:
@@ -145,6 +146,8 @@ class LocalEngine:
         *,
         sampling: Sequence[Sampling] | None = None,
         stop_ids: Sequence[int] = (),
+        stepped_from: int | None = None,
+        epsilon: float = 0.0,
     ) -> list[Generated]:
         """Generate for all prompts at once; greedy unless told otherwise."""
         todo: list[st.Instruction] = []
@@ -162,6 +165,9 @@ class LocalEngine:
                 stop_ids=list(stop_ids),
                 logprobs=0,
                 prompt_logprobs=True,
+                stepped_from=stepped_from,
+                epsilon=epsilon,
+                lossy_from=len(prompt) if stepped_from is None else stepped_from,
             )
             self.engine.admit(request)
             todo += self.state.handle(st.Submitted(request=request))
@@ -181,6 +187,8 @@ class LocalEngine:
                 requests = [self.state.request(segment.stream) for segment in segments]
                 for part in self.engine.step(segments, requests):
                     result = results[part.stream]
+                    if part.routing is not None:
+                        result.routing.append(part.routing)
                     result.prompt_logprobs += part.prompt_logprobs or []
                     if part.token is not None and part.score is not None:
                         sampled[part.stream] = part.token

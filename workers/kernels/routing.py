@@ -13,6 +13,10 @@ SOFTMAX, SIGMOID = 1, 2  # GGUF's expert_gating_func
 # llama.cpp's floor under the sum of the selected weights: the smallest normal float16.
 SMALLEST_SUM = np.float32(6.103515625e-5)
 
+# Columns of an account: what it may still lose; what it had to route, how many of these (token, layer) were
+# changed, in how many experts, and the gate mass that was lost, summed.
+CREDIT, EVENTS, CHANGED, SWAPS, LOST = range(5)
+
 
 @kernel
 def _probabilities(logits, t, gating, p):
@@ -33,39 +37,131 @@ def _probabilities(logits, t, gating, p):
 
 
 @kernel
-def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, selected, weights):
+def _rank(logits, bias, t, experts, p, ranked):
+    """Write the best experts of token t to ranked[t], best first, -1 where no finite score is left."""
+    for rank in range(ranked.shape[1]):
+        best = -1
+        best_score = np.float32(-np.inf)
+        for e in range(experts):
+            score = p[e] + bias[e]
+            if not (math.isfinite(score) and math.isfinite(logits[t, e])) or score <= best_score:
+                continue
+            taken = False
+            for r in range(rank):
+                taken = taken or ranked[t, r] == e
+            if not taken:
+                best, best_score = e, score
+        ranked[t, rank] = best
+
+
+@kernel
+def _weigh(p, selected, t, normalise, scale, weights):
+    k = selected.shape[1]
+    total = np.float32(0.0)
+    for rank in range(k):
+        weights[t, rank] = p[selected[t, rank]]
+        total += weights[t, rank]
+    divisor = max(total, SMALLEST_SUM) if normalise else np.float32(1.0)
+    for rank in range(k):
+        weights[t, rank] = weights[t, rank] / divisor * scale
+
+
+@kernel
+def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights):
     """Select the best experts of `count` tokens; return the first token without enough, or -1.
 
-    logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; p:
-    float32 scratch; selected: int32 (tokens, k) best first, ties to the lower id; weights: float32
-    (tokens, k) from the unbiased p, divided by their sum if `normalise`, times `scale`. An
-    expert with a non-finite logit or score is never selected.
+    logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; p: float32
+    scratch; ranked: int32 (tokens, m >= k), the best m, best first, ties to the lower id, -1 where none is
+    left; selected: int32 (tokens, k), the first of them; weights: float32 (tokens, k) from the unbiased p,
+    divided by their sum if `normalise`, times `scale`. An expert with a non-finite logit or score is never
+    selected.
     """
     k = selected.shape[1]
     for t in range(count):
         _probabilities(logits[:, :experts], t, gating, p)
+        _rank(logits, bias, t, experts, p, ranked)
+        if ranked[t, k - 1] < 0:
+            return t
         for rank in range(k):
-            best = -1
-            best_score = np.float32(-np.inf)
-            for e in range(experts):
-                score = p[e] + bias[e]
-                if not (math.isfinite(score) and math.isfinite(logits[t, e])) or score <= best_score:
-                    continue
-                taken = False
-                for r in range(rank):
-                    taken = taken or selected[t, r] == e
-                if not taken:
-                    best, best_score = e, score
-            if best < 0:
-                return t
-            selected[t, rank] = best
-            weights[t, rank] = p[best]
-        total = np.float32(0.0)
-        for rank in range(k):
-            total += weights[t, rank]
-        divisor = max(total, SMALLEST_SUM) if normalise else np.float32(1.0)
-        for rank in range(k):
-            weights[t, rank] = weights[t, rank] / divisor * scale
+            selected[t, rank] = ranked[t, rank]
+        _weigh(p, selected, t, normalise, scale, weights)
+    return -1
+
+
+@kernel
+def _swap(p, bias, t, ranked, keep, bonus, present, share, account, selected):
+    """Trade experts of token t that are not present for ones that are, as far as its account allows."""
+    k = selected.shape[1]
+    mass = np.float64(0.0)
+    lowest, highest = np.inf, -np.inf
+    for e in range(p.shape[0]):
+        score = p[e] + bias[e]
+        lowest, highest = min(lowest, score), max(highest, score)
+    for rank in range(k):
+        mass += p[selected[t, rank]]
+    swapped = False
+    candidate = k
+    for rank in range(k - 1, keep - 1, -1):
+        out = selected[t, rank]
+        if present[out]:
+            continue
+        while candidate < ranked.shape[1] and (ranked[t, candidate] < 0 or not present[ranked[t, candidate]]):
+            candidate += 1
+        if candidate == ranked.shape[1]:
+            break
+        new = ranked[t, candidate]
+        behind = np.float64(p[out] + bias[out]) - np.float64(p[new] + bias[new])
+        # Where the bias decides, the lost mass may be nothing or less: the trade is not free for that.
+        cost = max(behind, np.float64(p[out]) - np.float64(p[new])) / mass
+        if behind > bonus * (highest - lowest) or cost > account[CREDIT] * share or account[CREDIT] <= 0.0:
+            break
+        selected[t, rank] = new
+        account[CREDIT] -= cost
+        account[LOST] += cost
+        account[SWAPS] += 1.0
+        swapped = True
+        candidate += 1
+    if swapped:
+        account[CHANGED] += 1.0
+
+
+@kernel
+def route_resident(
+    logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights,
+    streams, epsilon, limit, keep, bonus, share, resident, present, accounts,
+):  # fmt: skip
+    """As route_top_k, but tokens with an account prefer experts that are resident.
+
+    streams: int32 (tokens,), the account of each token, -1 for exact ones; epsilon: float64 (accounts,), the
+    share of its gate mass that a token may lose in this layer on average; limit: what an account may save up,
+    in such shares; keep: ranks that are never traded; bonus: a swap may cost at most this share of the spread
+    of the token's scores; share: and at most this share of its credit; resident: uint8 (experts,); present:
+    uint8 scratch; accounts: float64 (accounts, 5), see CREDIT and those after it.
+
+    An account gets epsilon for each token and layer, and a swap is paid with the gate mass it loses, as a
+    share of what the true selection had: the mean lost mass can never exceed epsilon.
+    """
+    bad = route_top_k(logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights)
+    if bad >= 0:
+        return bad
+    for e in range(experts):
+        present[e] = resident[e]
+    for t in range(count):  # what must be read for one token is there for all
+        if streams[t] < 0:
+            for rank in range(selected.shape[1]):
+                present[selected[t, rank]] = 1
+    for t in range(count):
+        if streams[t] < 0:
+            continue
+        account = accounts[streams[t]]
+        refill = epsilon[streams[t]]
+        account[CREDIT] = min(account[CREDIT] + refill, refill * limit)
+        account[EVENTS] += 1.0
+        _probabilities(logits[:, :experts], t, gating, p)
+        _swap(p[:experts], bias, t, ranked, keep, bonus, present, share, account, selected)
+        _weigh(p, selected, t, normalise, scale, weights)
+        for rank in range(selected.shape[1]):
+            present[selected[t, rank]] = 1
     return -1
 
 
