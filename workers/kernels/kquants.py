@@ -14,29 +14,12 @@ from __future__ import annotations
 import numpy as np
 from numba import literally
 
-from .kernel import kernel
-from .panels import TILE, copy_panels
+from .areas import AREAS_AT, aligned, clear, fill_area, totals_at, write
+from .kernel import inner, kernel, merged
 from .planes import BLOCK, CHUNK_NBYTES, CHUNK_SCALES_NBYTES, OFFSETS, QUADS, SCALE_NBYTES, SUBS
-from .simd.codes import store_dword, store_scalar, tile_add_scaled
-from .simd.dot import dot_unsigned
-from .simd.ops import (
-    add_i32,
-    broadcast_dword,
-    broadcast_f32,
-    fma_f32,
-    load_bytes,
-    load_f16,
-    load_f32,
-    load_i32,
-    mul_f32,
-    shift_left_i32,
-    splat_f32,
-    store_f32,
-    store_i32,
-    to_f32,
-    zero_f32,
-    zero_i32,
-)
+from .simd.codes import store_dword
+from .simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales
+from .simd.ops import splat_f32, store_f32, zero_f32, zero_i32
 from .simd.planes import (
     D_AT,
     DMIN_AT,
@@ -50,33 +33,38 @@ from .simd.planes import (
     spread_chunk,
     spread_minima,
 )
-from .simd.tile import broadcast_tile, tile_dot_unsigned
+from .simd.subs import PAIRS, load_tile, tile_add_scaled, tile_dot_scales, tile_dot_sub
+from .simd.tile import start_tile, store_tile, tile_dot, tile_finish, tile_shift, zero_tile
 
-_TILE = TILE
-_first_tile = broadcast_tile(_TILE)
-_tile_dot = tile_dot_unsigned(_TILE)
-_add_scaled = tile_add_scaled(_TILE)
-_times64 = shift_left_i32(6)
+_zeros = zero_tile(TOKENS)
+_times4, _times32, _times64 = tile_shift(2), tile_shift(5), tile_shift(6)
+_store = store_tile(TOKENS * GROUPS)
+# How many quartets of columns `tile_dot_sub` may add up: those with one scale, and with PAIRS no more than
+# fit int16, 2 * 127 times the largest code each.
+_QUADS_OF_SUM = (4, 4, 8, 4, 2) if PAIRS else (4, 4, 8, 8, 4)
 
 # What the kernels need of the activations besides themselves, dwords per token and block ("side"): 16
 # of -offset * sum of 16 columns each; then, for formats with minima, the negated sums of the subs as
-# 64 * high + low, which fits two signed bytes: dwords of four highs (two or four), then of lows.
+# 64 * high + low, which fits two signed bytes: dwords of four highs (two or four), then of lows; or with
+# PAIRS for those with an offset, the negated sums of 16 columns, two int16 in a dword.
 _SIDE = 24
 _LOWEST = 16
 
-# Scratch: two groups' block of codes, one byte each; their scales as int32; their minima; a tile's sums;
-# from _PANELS_AT on, for tiled tokens, panels of activations; then the sides of all tokens; then for
-# tiled tokens their scales and the float sums of both groups.
-_SCALES_AT = 2 * 64 * 64
-_MINIMA_AT = _SCALES_AT + 2 * 16 * 64
-_SUMS_AT = _MINIMA_AT + 2 * 4 * 64
-_PANELS_AT = _SUMS_AT + 2 * _TILE * 64
+# Scratch, from `aligned`: a block's codes of GROUPS groups, one byte each, SPREAD apart; their scales as
+# int32 and their minima; a tile's sums, [token][group][16 rows]; the area of the tiled tokens (see
+# `areas`); then the sides of all tokens.
+_SCALES_AT = AREAS_AT
+_SCALES = 16 * 64
+_MINIMA_AT = _SCALES_AT + GROUPS * _SCALES
+_MINIMA = 4 * 64
+_SUMS_AT = _MINIMA_AT + GROUPS * _MINIMA
+_AREA_AT = _SUMS_AT + TOKENS * GROUPS * 64
 
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
     blocks = -(-columns // BLOCK)
-    return _PANELS_AT + tokens * (BLOCK * blocks + 4 * _SIDE * blocks + 4 * blocks + 128)
+    return 64 + _AREA_AT + 64 + tokens * (blocks * (BLOCK + 8 + 4 * _SIDE) + 64 * GROUPS)
 
 
 @kernel
@@ -92,6 +80,10 @@ def _sides(form, q, row, columns, scratch, at, step):
             for i in range(16):
                 total += q[row, b * BLOCK + s * 16 + i]
             store_dword(scratch, place + s * step, np.uint32(-offset * total))
+            if PAIRS and offset:
+                to = place + (_LOWEST + s // 2) * step + s % 2 * 2
+                scratch[to] = np.uint8(-total & 255)
+                scratch[to + 1] = np.uint8((-total >> 8) & 255)
             rest -= total
             if quads and (subs == 16 or s % 2 == 1):
                 sub = s * subs // 16
@@ -130,127 +122,128 @@ def _one_token(
         store_f32(out, 4 * (place + 16), second)
 
 
-@kernel
-def _pack_panels(form, q, x_scales, columns, rows, count, scratch, sides_at, hs_at):
-    """Copy tokens in eights to panels, and their sides and scales likewise."""
-    blocks = columns // BLOCK
-    copy_panels(q, columns, rows, count, scratch, _PANELS_AT)
-    for t in range(count):
-        tile, i = t // _TILE * _TILE, t % _TILE
-        _sides(form, q, rows[t], columns, scratch, sides_at + tile * blocks * 4 * _SIDE + 4 * i, 4 * _TILE)
-        for b in range(blocks):
-            store_scalar(scratch, hs_at + 4 * (tile * blocks + b * _TILE + i), x_scales[rows[t], b])
-
-
-@kernel
-def _spread(form, w, codes_at, scales_at, scratch, place):
+@inner
+def _spread(form, w, codes_at, scales_at, scratch, base, group):
     """Write a block (16 rows) to scratch: codes one byte each, scales as int32, minima one byte each."""
     literally(form)
     for c in range(8):
         at = codes_at + c * CHUNK_NBYTES[form - Q2_K]
         scale = scales_at + c * CHUNK_SCALES_NBYTES[form - Q2_K]
-        spread_chunk(form, w, at, scale, scratch, place * 4096 + c * 512, _SCALES_AT + place * 1024 + c * 128)
+        to = base + _SCALES_AT + group * _SCALES + c * 128
+        spread_chunk(form, w, at, scale, scratch, base + group * SPREAD + c * 512, to)
     if QUADS[form - Q2_K]:
-        spread_minima(form, w, scales_at, scratch, _MINIMA_AT + place * 256)
+        spread_minima(form, w, scales_at, scratch, base + _MINIMA_AT + group * _MINIMA)
 
 
-@kernel
-def _tile(subs, scratch, panel, side):
-    """Leave the scaled sums of one block of two groups and eight tokens at _SUMS_AT."""
-    for i in range(2 * _TILE):
-        store_i32(scratch, _SUMS_AT + i * 64, zero_i32())
-    for s in range(subs):
-        tile = _first_tile(scratch, side + s * 4 * _TILE)
-        at = s * (4096 // subs)
-        for _ in range(16 // subs):
-            for k in range(4):
-                u = load_bytes(scratch, at + k * 64)
-                v = load_bytes(scratch, at + 4096 + k * 64)
-                tile = _tile_dot(tile, u, v, scratch, panel + k * 4 * _TILE)
-            at += 256
-            panel += 16 * _TILE
-        scale = _SCALES_AT + s * (1024 // subs)
-        _add_scaled(scratch, _SUMS_AT, tile, load_i32(scratch, scale), load_i32(scratch, scale + 1024))
+@merged
+def _first_sums(form, scratch, base, side):
+    """Return what the sums of a block begin with: with PAIRS, what the codes' offset takes off."""
+    tile = _zeros()
+    if PAIRS and OFFSETS[form - Q2_K]:
+        for j in range(8):
+            at = base + _SCALES_AT + j * 128
+            tile = tile_dot_scales(tile, scratch, at, scratch, side + (_LOWEST + j) * 4 * TOKENS)
+        return _times4(tile) if form == Q3_K else _times32(tile)
+    return tile
 
 
-@kernel
-def _finish(quads, w, block, pair_scales, scratch, hs, lowest, acc_at):
-    """Add the scaled sums of a block and tile to the float sums at acc_at, as simd.planes.add_block does.
+@merged
+def _scaled_sums(form, scratch, base, panel, side):
+    """Return the scaled sums of one block of GROUPS groups for TOKENS tokens."""
+    literally(form)
+    subs, quads = SUBS[form - Q2_K], _QUADS_OF_SUM[form - Q2_K]
+    sums = base + _SUMS_AT
+    _store(scratch, sums, _first_sums(form, scratch, base, side))
+    for part in range(64 // quads):
+        sub = part * quads * subs // 64
+        tile = _zeros() if PAIRS else start_tile(_zeros(), scratch, side + sub * 4 * TOKENS)
+        for k in range(part * quads, part * quads + quads):
+            codes = load_codes(scratch, base + k * 64, SPREAD)
+            tile = tile_dot_sub(tile, codes, scratch, panel + k * 4 * TOKENS)
+        tile_add_scaled(scratch, sums, tile, base + _SCALES_AT + sub * (_SCALES // subs), _SCALES)
+    return load_tile(_zeros(), scratch, sums)
 
-    No piece: inlined, its branch would cost a count of references for every array.
+
+@merged
+def _minima_sums(quads, scratch, base, lowest):
+    """Return the sums of minimum * negated sum of activations, as _sides leaves these at `lowest`."""
+    minima = base + _MINIMA_AT
+    tile = _zeros()
+    for n in range(quads):
+        m = load_codes(scratch, minima + n * 64, _MINIMA)
+        tile = tile_dot(tile, m, scratch, lowest + n * 4 * TOKENS)
+    tile = _times64(tile)
+    for n in range(quads):
+        m = load_codes(scratch, minima + n * 64, _MINIMA)
+        tile = tile_dot(tile, m, scratch, lowest + (quads + n) * 4 * TOKENS)
+    return tile
+
+
+@inner
+def _tiles(form, w, codes_at, scales_at, pair, pair_scales, here, columns, count, scratch, base, sides_at,
+           out, place, out_step):  # fmt: skip
+    """Compute `here` of GROUPS groups for `count` tokens, a multiple of TOKENS, whose area is filled.
+
+    The float sums take the two fma of simd.planes.add_block.
     """
-    for i in range(2 * _TILE):
-        token, group = i % _TILE, i // _TILE
-        at = block + group * pair_scales
-        h = broadcast_f32(scratch, hs + 4 * token)
-        to = acc_at + token * 128 + group * 64
-        acc = load_f32(scratch, to)
-        total = to_f32(load_i32(scratch, _SUMS_AT + i * 64))
-        acc = fma_f32(total, mul_f32(load_f16(w, at + D_AT), h), acc)
-        if quads:
-            high, low = zero_i32(), zero_i32()
-            side = lowest + 4 * token
-            for n in range(quads):
-                m = load_bytes(scratch, _MINIMA_AT + group * 256 + n * 64)
-                high = dot_unsigned(high, m, broadcast_dword(scratch, side + n * 4 * _TILE))
-                low = dot_unsigned(low, m, broadcast_dword(scratch, side + (quads + n) * 4 * _TILE))
-            whole = to_f32(add_i32(_times64(high), low))
-            acc = fma_f32(whole, mul_f32(load_f16(w, at + DMIN_AT), h), acc)
-        store_f32(scratch, to, acc)
-
-
-@kernel
-def _tiles(form, w, codes_at, scales_at, pair, pair_scales, columns, count, scratch, sides_at, hs_at, out,
-           place, out_step):  # fmt: skip
-    """Compute two groups for `count` tokens, a multiple of eight, whose panels lie in scratch."""
     literally(form)
     blocks = columns // BLOCK
-    subs, quads = SUBS[form - Q2_K], QUADS[form - Q2_K]
-    acc_at = hs_at + 4 * count * blocks
-    for t in range(count):
-        store_f32(scratch, acc_at + t * 128, zero_f32())
-        store_f32(scratch, acc_at + t * 128 + 64, zero_f32())
+    quads = QUADS[form - Q2_K]
+    area = base + _AREA_AT
+    totals = totals_at(area, count, columns, BLOCK)
+    clear(scratch, totals, count)
     for b in range(blocks):
         block = scales_at + b * SCALE_NBYTES[form - Q2_K]
         codes = codes_at + b * 8 * CHUNK_NBYTES[form - Q2_K]
-        _spread(form, w, codes, block, scratch, 0)
-        _spread(form, w, codes + pair, block + pair_scales, scratch, 1)
-        for t in range(0, count, _TILE):
-            side = sides_at + 4 * _SIDE * (t * blocks + b * _TILE)
-            _tile(subs, scratch, _PANELS_AT + t * columns + b * BLOCK * _TILE, side)
-            hs = hs_at + 4 * (t * blocks + b * _TILE)
-            lowest = side + _LOWEST * 4 * _TILE
-            _finish(quads, w, block, pair_scales, scratch, hs, lowest, acc_at + t * 128)
-    for t in range(count):
-        store_f32(out, 4 * (place + t * out_step), load_f32(scratch, acc_at + t * 128))
-        if pair:
-            store_f32(out, 4 * (place + t * out_step + 16), load_f32(scratch, acc_at + t * 128 + 64))
+        for g in range(GROUPS):
+            _spread(form, w, codes + g * pair, block + g * pair_scales, scratch, base, g)
+        for t in range(0, count, TOKENS):
+            side = sides_at + 4 * _SIDE * (t * blocks + b * TOKENS)
+            total = totals + t * 64 * GROUPS
+            h = area + count * (columns + 4 * blocks) + 4 * (b * count + t)
+            tile = _scaled_sums(form, scratch, base, area + b * BLOCK * count + t * BLOCK, side)
+            tile_finish(tile, load_scales(w, block + D_AT, pair_scales), scratch, h, scratch, total)
+            if quads:
+                tile = _minima_sums(quads, scratch, base, side + _LOWEST * 4 * TOKENS)
+                tile_finish(tile, load_scales(w, block + DMIN_AT, pair_scales), scratch, h, scratch, total)
+    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
 
 
 @kernel
 def _gemm(
-    form, w, codes_at, scales_at, groups, columns, q, x_scales, rows, count, scratch, out, out_at, out_step
-):
+    form, w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, scratch, out, out_at,
+    out_step,
+):  # fmt: skip
     literally(form)
     blocks = columns // BLOCK
-    pair = blocks * 8 * CHUNK_NBYTES[form - Q2_K]
-    pair_scales = blocks * SCALE_NBYTES[form - Q2_K]
-    tiled = count // _TILE * _TILE
-    sides_at = _PANELS_AT + tiled * columns
-    hs_at = sides_at + count * blocks * 4 * _SIDE
+    size = blocks * 8 * CHUNK_NBYTES[form - Q2_K]
+    size_scales = blocks * SCALE_NBYTES[form - Q2_K]
+    tiled = count // TOKENS * TOKENS
+    base = aligned(scratch)
+    sides_at = base + _AREA_AT
     if tiled:
-        _pack_panels(form, q, x_scales, columns, rows, tiled, scratch, sides_at, hs_at)
-    for t in range(tiled, count):
-        _sides(form, q, rows[t], columns, scratch, sides_at + t * blocks * 4 * _SIDE, 4)
+        sides_at = fill_area(
+            _zeros(), q, x_scales, x_sums, columns, BLOCK, rows, 0, tiled, 0, scratch, sides_at
+        )
+    for t in range(count):
+        at, step = sides_at + t * blocks * 4 * _SIDE, 4
+        if t < tiled:
+            at, step = sides_at + t // TOKENS * TOKENS * blocks * 4 * _SIDE + t % TOKENS * 4, 4 * TOKENS
+        _sides(form, q, rows[t], columns, scratch, at, step)
     for group in range(0, groups, 2):
-        c, s = codes_at + group * pair, scales_at + group * pair_scales
-        p, r = (pair, pair_scales) if group + 1 < groups else (0, 0)
-        to = out_at + group * 16
-        if tiled:
-            _tiles(form, w, c, s, p, r, columns, tiled, scratch, sides_at, hs_at, out, to, out_step)
+        here = min(2, groups - group)
+        pair, pair_scales = (size, size_scales) if here == 2 else (0, 0)
+        for g in range(group, group + here if tiled else group, GROUPS):
+            _tiles(
+                form, w, codes_at + g * size, scales_at + g * size_scales, pair, pair_scales,
+                min(GROUPS, here), columns, tiled, scratch, base, sides_at, out, out_at + g * 16, out_step,
+            )  # fmt: skip
+        c, s = codes_at + group * size, scales_at + group * size_scales
         for t in range(tiled, count):
-            side, place = sides_at + t * blocks * 4 * _SIDE, to + t * out_step
-            _one_token(form, w, c, s, columns, p, r, q, x_scales, rows[t], scratch, side, out, place)
+            side, to = sides_at + t * blocks * 4 * _SIDE, out_at + group * 16 + t * out_step
+            _one_token(
+                form, w, c, s, columns, pair, pair_scales, q, x_scales, rows[t], scratch, side, out, to
+            )
 
 
 def _gemm_of(number):
@@ -263,8 +256,8 @@ def _gemm_of(number):
     ):  # fmt: skip
         """out[t, :] = W @ x[rows[t]] for t < count; arguments as ternary.gemm."""
         _gemm(
-            number, w, codes_at, scales_at, groups, columns, q, x_scales, rows, count, scratch, out, out_at,
-            out_step,
+            number, w, codes_at, scales_at, groups, columns, q, x_scales, x_sums, rows, count, scratch, out,
+            out_at, out_step,
         )  # fmt: skip
 
     return gemm

@@ -2,7 +2,7 @@
 
 Codes: [group][column / 32], 4 times [16 rows][4 bytes]; byte j of the n-th holds column 4 n + j in the
 low nibble and 16 + 4 n + j in the high one, as the file does. What a code stands for is looked up in a
-table of sixteen bytes, weight + 128 (MXFP4's are doubled), so that the three share all else. Scales,
+table of sixteen bytes (MXFP4's weights are doubled), so that the three share all else. Scales,
 after all codes: [group][block][16 rows], float16, or for MXFP4 the file's byte e, 2^(e - 128). Both
 areas are of the file's size. Sums are exact integers; scales are applied in block order by fma.
 """
@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel, piece
-from .panels import TILE, copy_panels
-from .q8 import OFFSET
-from .simd.codes import load_dword, load_e8m0_half, load_table, lookup, store_dword, store_scalar
-from .simd.dot import dot_offset
+from .areas import AREAS_AT, aligned, clear, totals_at, write
+from .kernel import inner, kernel, merged, piece
+from .panels import fill, scratch_nbytes, tile_weights
+from .simd.codes import (
+    load_dword,
+    load_e8m0_half,
+    load_half_powers,
+    load_table,
+    lookup,
+    store_dword,
+)
+from .simd.dot import WEIGHT_OFFSET, dot_weights
+from .simd.groups import GROUPS, SPREAD, TOKENS, load_scales
 from .simd.ops import (
     and_bytes,
     broadcast_dword,
-    broadcast_f32,
     fma_f32,
     load_bytes,
     load_f16,
-    load_f32,
-    load_i32,
     mul_f32,
     shift_right_bytes,
     splat_f32,
@@ -34,12 +39,13 @@ from .simd.ops import (
     to_f32,
     zero_f32,
 )
-from .simd.tile import broadcast_tile, store_tile, tile_dot_offset
+
+__all__ = ["BLOCK", "IQ4_NL", "MXFP4", "Q4_0", "gemm", "pack", "scratch_nbytes"]
 
 Q4_0, IQ4_NL, MXFP4 = 24, 25, 26
 BLOCK = 32
 
-# The weights of the sixteen codes of Q4_0, IQ4_NL and (times two) MXFP4, plus 128.
+# The weights of the sixteen codes of Q4_0, IQ4_NL and (times two) MXFP4, as dot_weights takes them.
 _TABLES = (
     np.array(
         [
@@ -48,7 +54,7 @@ _TABLES = (
             [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12],
         ]
     )
-    + 128
+    + WEIGHT_OFFSET
 ).astype(np.uint8)
 _SCALE_NBYTES = (32, 32, 16)  # of 16 rows, by format
 
@@ -88,8 +94,8 @@ def _scales(form, w, at):
 @piece
 def _pair(acc, table, v, low, high):
     """Return acc + the dot products of a vector's low codes with `low` and of its high ones with `high`."""
-    acc = dot_offset(acc, lookup(table, _low(v)), low)
-    return dot_offset(acc, lookup(table, _low(_right4(v))), high)
+    acc = dot_weights(acc, lookup(table, _low(v)), low)
+    return dot_weights(acc, lookup(table, _low(_right4(v))), high)
 
 
 @kernel
@@ -99,7 +105,7 @@ def _one_token(form, w, codes, scales, columns, pair, pair_scales, q, x_scales, 
     a = zero_f32()
     d = zero_f32()
     for b in range(columns // BLOCK):
-        first = splat_i32(OFFSET * x_sums[row, b])
+        first = splat_i32(-WEIGHT_OFFSET * x_sums[row, b])
         second = first
         x = row * columns + b * BLOCK
         for n in range(4):
@@ -117,36 +123,7 @@ def _one_token(form, w, codes, scales, columns, pair, pair_scales, q, x_scales, 
         store_f32(out, 4 * (place + 16), d)
 
 
-_TILE = TILE
-_first_tile = broadcast_tile(_TILE)
-_tile_dot = tile_dot_offset(_TILE)
-_store_tile = store_tile(2 * _TILE)
-# Scratch: two groups' block of weights, one byte each; a tile's sums; then for tiled tokens panels of
-# activations, then [block][token] starts, then [block][token] scales, then float sums of both groups.
-_SUMS_AT = 2 * 8 * 64
-_PANELS_AT = _SUMS_AT + 2 * _TILE * 64
-
-
-def scratch_nbytes(columns: int, tokens: int) -> int:
-    """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
-    return _PANELS_AT + tokens * (columns + 8 * (columns // BLOCK) + 128)
-
-
-@kernel
-def _pack_panels(q, x_scales, x_sums, columns, rows, count, scratch):
-    """Copy tokens in eights, with their starts and scales behind."""
-    blocks = columns // BLOCK
-    copy_panels(q, columns, rows, count, scratch, _PANELS_AT)
-    starts_at = _PANELS_AT + count * columns
-    scales_at = starts_at + 4 * count * blocks
-    for t in range(count):
-        for b in range(blocks):
-            place = 4 * (t // _TILE * _TILE * blocks + b * _TILE + t % _TILE)
-            store_dword(scratch, starts_at + place, np.uint32(OFFSET * x_sums[rows[t], b]))
-            store_scalar(scratch, scales_at + place, x_scales[rows[t], b])
-
-
-@piece
+@merged
 def _spread(table, w, at, scratch, place):
     for n in range(4):
         v = load_bytes(w, at + 64 * n)
@@ -154,43 +131,33 @@ def _spread(table, w, at, scratch, place):
         store_bytes(scratch, place + 256 + 64 * n, lookup(table, _low(_right4(v))))
 
 
-@kernel
-def _tiles(form, w, codes, scales, pair, pair_scales, columns, count, scratch, out, place, out_step):
-    """Compute two groups for `count` tokens, a multiple of eight, whose panels lie in scratch."""
+@merged
+def _tile_scales(form, w, at, step):
+    if form == MXFP4:
+        return load_half_powers(w, at, step)
+    return load_scales(w, at, step)
+
+
+@inner
+def _tiles(form, w, codes, scales, pair, pair_scales, here, columns, count, scratch, base, out, place,
+           out_step):  # fmt: skip
+    """Compute `here` of GROUPS groups for `count` tokens, a multiple of TOKENS, whose area is filled."""
     table = load_table(_TABLES, 16 * (form - Q4_0))
+    width = 16 if form == MXFP4 else 32
     blocks = columns // BLOCK
-    starts_at = _PANELS_AT + count * columns
-    scales_at = starts_at + 4 * count * blocks
-    acc_at = scales_at + 4 * count * blocks
-    for t in range(count):
-        store_f32(scratch, acc_at + t * 128, zero_f32())
-        store_f32(scratch, acc_at + t * 128 + 64, zero_f32())
+    area = base + AREAS_AT
+    totals = totals_at(area, count, columns, BLOCK)
+    clear(scratch, totals, count)
     for b in range(blocks):
-        _spread(table, w, codes + b * 256, scratch, 0)
-        _spread(table, w, codes + b * 256 + pair, scratch, 512)
-        at = scales + b * _SCALE_NBYTES[form - Q4_0]
-        first = _scales(form, w, at)
-        second = _scales(form, w, at + pair_scales)
-        for t in range(0, count, _TILE):
-            side = 4 * (t * blocks + b * _TILE)
-            panel = _PANELS_AT + t * columns + b * BLOCK * _TILE
-            tile = _first_tile(scratch, starts_at + side)
-            for k in range(8):
-                u, v = load_bytes(scratch, k * 64), load_bytes(scratch, 512 + k * 64)
-                tile = _tile_dot(tile, u, v, scratch, panel + k * 4 * _TILE)
-            _store_tile(scratch, _SUMS_AT, tile)
-            for i in range(_TILE):
-                h = broadcast_f32(scratch, scales_at + side + 4 * i)
-                acc = acc_at + (t + i) * 128
-                a = to_f32(load_i32(scratch, _SUMS_AT + i * 64))
-                d = to_f32(load_i32(scratch, _SUMS_AT + (_TILE + i) * 64))
-                store_f32(scratch, acc, fma_f32(a, mul_f32(first, h), load_f32(scratch, acc)))
-                acc += 64
-                store_f32(scratch, acc, fma_f32(d, mul_f32(second, h), load_f32(scratch, acc)))
-    for t in range(count):
-        store_f32(out, 4 * (place + t * out_step), load_f32(scratch, acc_at + t * 128))
-        if pair:
-            store_f32(out, 4 * (place + t * out_step + 16), load_f32(scratch, acc_at + t * 128 + 64))
+        for g in range(GROUPS):
+            _spread(table, w, codes + b * 256 + g * pair, scratch, base + g * SPREAD)
+        weights = _tile_scales(form, w, scales + b * width, pair_scales)
+        for t in range(0, count, TOKENS):
+            panel = area + b * BLOCK * count + t * BLOCK
+            start = area + count * columns + 4 * (b * count + t)
+            scale, total = start + 4 * blocks * count, totals + t * 64 * GROUPS
+            tile_weights(weights, scratch, base, SPREAD, scratch, panel, start, scale, total)
+    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
 
 
 @kernel
@@ -199,16 +166,20 @@ def gemm(
     out_step,
 ):  # fmt: skip
     """out[t, :] = W @ x[rows[t]] for t < count; arguments as q8.gemm, `form` one of this module's."""
-    pair = columns * 8
-    pair_scales = columns // BLOCK * _SCALE_NBYTES[form - Q4_0]
-    tiled = count // _TILE * _TILE
+    size, size_scales = columns * 8, columns // BLOCK * _SCALE_NBYTES[form - Q4_0]
+    tiled = count // TOKENS * TOKENS
+    base = aligned(scratch)
     if tiled:
-        _pack_panels(q, x_scales, x_sums, columns, rows, tiled, scratch)
+        fill(q, x_scales, x_sums, columns, rows, tiled, scratch, base + AREAS_AT)
     for group in range(0, groups, 2):
-        c, s = codes_at + group * pair, scales_at + group * pair_scales
-        p, r = (pair, pair_scales) if group + 1 < groups else (0, 0)
-        to = out_at + group * 16
-        if tiled:
-            _tiles(form, w, c, s, p, r, columns, tiled, scratch, out, to, out_step)
+        here = min(2, groups - group)
+        pair, pair_scales = (size, size_scales) if here == 2 else (0, 0)
+        for g in range(group, group + here if tiled else group, GROUPS):
+            _tiles(
+                form, w, codes_at + g * size, scales_at + g * size_scales, pair, pair_scales,
+                min(GROUPS, here), columns, tiled, scratch, base, out, out_at + g * 16, out_step,
+            )  # fmt: skip
+        c, s = codes_at + group * size, scales_at + group * size_scales
         for t in range(tiled, count):
-            _one_token(form, w, c, s, columns, p, r, q, x_scales, x_sums, rows[t], out, to + t * out_step)
+            to = out_at + group * 16 + t * out_step
+            _one_token(form, w, c, s, columns, pair, pair_scales, q, x_scales, x_sums, rows[t], out, to)

@@ -1,24 +1,49 @@
-"""Activations of several tokens side by side, as the tile kernels of `nibbles` and `kquants` read them.
+"""Tiles of formats in blocks of 32 columns: their scratch, and the products of spread weights in it.
 
-    panel of eight tokens = for each 4 columns: [token 0: 4 int8] ... [token 7: 4 int8]
-
-Eight panels' worth of tokens follow one another; `columns` * 8 bytes each.
+Scratch is that of `areas` with a span of 32 columns: one block of GROUPS groups, one byte a weight plus
+`dot.WEIGHT_OFFSET`, then one area.
 """
 
 from __future__ import annotations
 
-from .kernel import kernel
-from .simd.codes import load_dword, store_dword
+import numpy as np
 
-TILE = 8
+from .areas import AREAS_AT
+from .kernel import inner, merged
+from .simd.dot import WEIGHT_OFFSET
+from .simd.groups import GROUPS, TOKENS, load_codes
+from .simd.tile import copy_column, copy_half_panel, start_tile, tile_dot_weights, tile_finish, zero_tile
+
+SPAN = 32
+_START = np.int32(-WEIGHT_OFFSET)
+_zeros = zero_tile(TOKENS)
 
 
-@kernel
-def copy_panels(q, columns, rows, count, scratch, at):
-    """Copy rows[:count] of `q` (int8), `count` a multiple of eight, to panels from byte `at`."""
-    for t in range(0, count, TILE):
-        for i in range(TILE):
-            source = rows[t + i] * columns
-            place = at + t * columns + 4 * i
-            for k in range(columns // 4):
-                store_dword(scratch, place + k * 4 * TILE, load_dword(q, source + 4 * k))
+def scratch_nbytes(columns: int, tokens: int) -> int:
+    """Return the size of the scratch for up to `tokens` tokens, in bytes."""
+    return 64 + AREAS_AT + 64 + tokens * (columns + 8 * (columns // SPAN) + 64 * GROUPS)
+
+
+@inner
+def fill(q, x_scales, x_sums, columns, rows, count, scratch, area):
+    """Fill an area with the tokens rows[:count], a multiple of TOKENS."""
+    blocks = columns // SPAN
+    starts, scales = area + count * columns, area + count * (columns + 4 * blocks)
+    for t in range(0, count, TOKENS):
+        for b in range(blocks):
+            panel, side = area + b * SPAN * count + t * SPAN, 4 * (b * count + t)
+            copy_half_panel(_zeros(), q, columns, rows, t, b * SPAN, scratch, panel)
+            copy_column(_zeros(), x_sums, blocks, rows, t, b, _START, scratch, starts + side)
+            copy_column(_zeros(), x_scales, blocks, rows, t, b, np.float32(1.0), scratch, scales + side)
+
+
+@merged
+def tile_weights(weights, source, at, step, scratch, panel, start, scale, totals):
+    """Add one block of GROUPS groups, from byte `at` of `source` and `step` apart, to TOKENS totals.
+
+    weights: the groups' scales of this block; the other arguments are places in scratch.
+    """
+    c = start_tile(_zeros(), scratch, start)
+    for k in range(SPAN // 4):
+        c = tile_dot_weights(c, load_codes(source, at + k * 64, step), scratch, panel + k * 4 * TOKENS)
+    tile_finish(c, weights, scratch, scale, scratch, totals)

@@ -50,7 +50,7 @@ def assemblies() -> dict[str, str]:
         "2-bit, one token": assembly(ternary._one, (*where, 256, False, scratch, area, out, 0, 16)),
         "2-bit, by fields": assembly(ternary._fields, (*where, 256, False, tokens, scratch, area, out, 0, 0)),
         "2-bit, a tile": assembly(ternary._tiles, (*where, False, tokens, scratch, 0, area, out, 0, 0)),
-        "8-bit, a tile": assembly(q8._tiles, (w, 0, 4096, 0, 256, 8, scratch, out, 0, 16)),
+        "8-bit, a tile": assembly(q8._tiles, (w, 0, 4096, 0, 1, 256, 8, scratch, 0, out, 0, 16)),
     }
 
 

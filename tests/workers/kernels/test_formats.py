@@ -92,6 +92,10 @@ def test_worst_codes_and_activations(name: str) -> None:
             fixed[:, column] = raw[:, column]
         matrix = Matrix.pack(name, fixed.reshape(16, -1), 16, 4096)
         tokens = quantized(Format[name], 9, 4096, seed=6)
+        for part in (tokens.q, tokens.sums, tokens.values):  # row 4 is 127 throughout
+            part[1] = -part[4]
+        tokens.scales[1] = tokens.scales[4]
+        assert (tokens.q[1] == -127).all()
         found = matrix.multiply(tokens, range(9))
         error = np.abs(found - oracles.dequantized_gemm(matrix.values, tokens.values))
         assert (error <= bound(matrix, tokens.values)).all(), filling
@@ -124,6 +128,18 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(
     together = matrix.multiply(tokens, rows)
     for place, row in enumerate(rows):
         assert (together[place].view(np.uint32) == matrix.multiply(tokens, [row])[0].view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("count", [4, 8, 12, 21])
+@pytest.mark.parametrize("rows", [16, 48])
+def test_tiles_give_the_bits_of_single_tokens(name: str, count: int, rows: int) -> None:
+    """One tile and several, with tokens beside them; an odd number of groups."""
+    matrix = Matrix.random(name, rows, 768, seed=count)
+    tokens = quantized(Format[name], count, 768, seed=count)
+    together = matrix.multiply(tokens, range(count))
+    for t in range(count):
+        assert (together[t].view(np.uint32) == matrix.multiply(tokens, [t])[0].view(np.uint32)).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)

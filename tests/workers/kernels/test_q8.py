@@ -13,7 +13,7 @@ from ... import oracles
 from .packed import F32, I8, Tokens, multiply, pack_q8, padding_of, same_bits
 
 BLOCK = q8.BLOCK
-COUNTS = [*range(1, 10), 16, 17]  # single tokens, tiles of eight, and both
+COUNTS = [*range(1, 10), 12, 16, 17]  # single tokens, tiles of four or eight, and both
 
 
 def random_bytes(rng: np.random.Generator, rows: int, columns: int) -> I8:
@@ -76,7 +76,7 @@ def test_a_weight_is_stored_as_unsigned_with_128_added() -> None:
     assert stored[0, 0, 0].tolist() == [1, 1, 255, 128]
 
 
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", [1, 8, 16])
 def test_each_weight_meets_its_own_activation(count: int) -> None:
     columns = 160
     weights = np.zeros((columns, columns), np.int8)
@@ -129,7 +129,7 @@ def test_every_number_of_tokens_is_computed(count: int, groups: int, columns: in
     assert (found == q.astype(np.int64) @ weights.astype(np.int64).T).all()
 
 
-@pytest.mark.parametrize("count", [8, 16, 17])
+@pytest.mark.parametrize("count", [4, 8, 12, 16, 17])
 @pytest.mark.parametrize("rows", [16, 32, 48])
 def test_a_tile_gives_the_bits_of_single_tokens(count: int, rows: int) -> None:
     rng = np.random.default_rng(count)

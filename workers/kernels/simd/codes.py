@@ -1,4 +1,4 @@
-"""Vocabulary of the file formats' kernels: small integers, shifts of bytes, table look-up, tile scaling.
+"""Vocabulary of the file formats' kernels: small integers, shifts of bytes, table look-up.
 
 Loads widen sixteen bytes, one per row, to sixteen lanes. A table holds sixteen bytes and is looked up
 by the low four bits of each byte: one shuffle on x86 and NEON, selections elsewhere.
@@ -11,8 +11,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..target import TARGET
+from .groups import _SCALES, GROUPS, codes_type, scales_type
+from .groups import _load as _load_scales
 from .ops import _lanewise, _load
-from .tile import Tile
 from .vector import (
     F32,
     I8,
@@ -44,9 +45,30 @@ def _half_power(builder, exponents):
 
 
 load_e8m0_half = _load(v16f32, llvm_type(I8), _half_power, "2^(e - 128) for sixteen bytes e.")
+load_half_powers = _load_scales(
+    scales_type,
+    _SCALES,
+    llvm_type(I8),
+    _half_power,
+    "2^(e - 128) for sixteen bytes e of each group, the groups `step` bytes apart.",
+)
 
 mul_i32 = _lanewise(v16i32, (v16i32, v16i32), lambda b, x, y: b.mul(x, y))
 or_bytes = _lanewise(v64u8, (v64u8, v64u8), lambda b, x, y: b.or_(x, y))
+
+
+@intrinsic
+def signed_codes(typing, codes):
+    """Turn the bytes int8 + 128 of Codes to int8."""
+
+    def emit(context, builder, signature, args):
+        value = args[0]
+        for group in range(GROUPS):
+            flipped = builder.xor(builder.extract_value(value, group), constant(I8, -128, 4 * LANES))
+            value = builder.insert_value(value, flipped, group)
+        return value
+
+    return codes_type(codes_type), emit
 
 
 def and_i32(mask: int):
@@ -118,29 +140,6 @@ def _four_times(builder, sixteen):
 load_table = _load(v64u8, llvm_type(I8, 16), _four_times, "Sixteen bytes, four times over.")
 
 
-def tile_add_scaled(tokens: int):
-    """Return the intrinsic (array, byte_offset, part, first, second) that adds to sums kept in `array`.
-
-    The i-th vector there grows by part[i] * first, from i = `tokens` on by part[i] * second.
-    """
-
-    def add(typing, array, byte_offset, part, first, second):
-        def emit(context, builder, signature, args):
-            array, offset, tile, first, second = args
-            for i in range(2 * tokens):
-                at = builder.add(offset, ir.Constant(offset.type, 64 * i))
-                place = pointer(context, builder, signature.args[0], array, at, llvm_type(I32))
-                scaled = builder.mul(builder.extract_value(tile, i), first if i < tokens else second)
-                old = builder.load(place)
-                old.align = 1
-                builder.store(builder.add(old, scaled), place).align = 1
-            return context.get_dummy_value()
-
-        return types.void(array, types.intp, Tile(2 * tokens), v16i32, v16i32), emit
-
-    return intrinsic(add)
-
-
 @intrinsic
 def load_dword(typing, array, byte_offset):
     """The 32 bits at any byte of `array`, as uint32."""
@@ -163,15 +162,3 @@ def store_dword(typing, array, byte_offset, value):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.uint32), emit
-
-
-@intrinsic
-def store_scalar(typing, array, byte_offset, value):
-    """Store one float32 at any byte of `array`."""
-
-    def emit(context, builder, signature, args):
-        place = pointer(context, builder, signature.args[0], args[0], args[1], F32)
-        builder.store(args[2], place).align = 1
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.float32), emit

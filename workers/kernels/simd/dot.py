@@ -93,11 +93,13 @@ def dot_unsigned(typing, acc, w, a):
 def _signed_avx2(builder, acc, w, a):
     # |w| as unsigned times a carrying w's sign; int8 weights are never -128 in Q8_0 as we pack it.
     zero = constant(I8, 0, 4 * LANES)
+    magnitude = builder.select(builder.icmp_signed("<", w, zero), builder.sub(zero, w), w)
     a_bytes = builder.bitcast(a, llvm_type(I8, 4 * LANES))
-    negative = builder.icmp_signed("<", w, zero)
-    magnitude = builder.select(negative, builder.sub(zero, w), w)
-    turned = builder.select(negative, builder.sub(zero, a_bytes), a_bytes)
-    return _dot_avx2(builder, acc, magnitude, builder.bitcast(turned, llvm_type(I32)))
+    turned = []
+    for start in (0, 32):
+        operands = [part(builder, a_bytes, start, 32), part(builder, w, start, 32)]
+        turned.append(call(builder, "llvm.x86.avx2.psign.b", llvm_type(I8, 32), operands))
+    return _dot_avx2(builder, acc, magnitude, builder.bitcast(join(builder, turned), llvm_type(I32)))
 
 
 def _signed_generic(builder, acc, w, a):
@@ -119,13 +121,33 @@ _OFFSET = {
 }
 # Whether dot_offset turns w back to signed itself; if not, the caller subtracts 128 * sum(a).
 OFFSET_IN_DOT = TARGET not in ("avx512vnni", "avxvnni")
+# What dot_weights wants added to the weights: it takes them as the target's instruction does.
+WEIGHT_OFFSET = 0 if OFFSET_IN_DOT else 128
+
+
+def emit_dot_weights(builder, acc, w, a):
+    """Emit acc + dot of w (int8 + WEIGHT_OFFSET) with a, without the offset."""
+    return _OFFSET[TARGET](builder, acc, w, a)
+
+
+@intrinsic
+def dot_weights(typing, acc, w, a):
+    """acc (v16i32) + dot of w (v64u8: int8 + WEIGHT_OFFSET, of -127..127) with a (v16i32 of 4 int8 each).
+
+    The result is too large by WEIGHT_OFFSET * (sum of a).
+    """
+
+    def emit(context, builder, signature, args):
+        return emit_dot_weights(builder, *args)
+
+    return v16i32(v16i32, v64u8, v16i32), emit
 
 
 def emit_dot_offset(builder, acc, w, a):
     """Emit acc + dot of w (int8 + 128) with a, without the offset where OFFSET_IN_DOT says so."""
     if OFFSET_IN_DOT:
         w = builder.xor(w, constant(I8, -128, 4 * LANES))
-    return _OFFSET[TARGET](builder, acc, w, a)
+    return emit_dot_weights(builder, acc, w, a)
 
 
 @intrinsic

@@ -5,8 +5,7 @@ matrix product over B tokens is written once for each B. Activations come as a p
 
     panel = for each 4 columns: [token 0: 4 int8][token 1: 4 int8] ... [token B-1: 4 int8]
 
-so that one address and constant offsets reach all tokens. The operations that name no number of tokens
-work on any tile of [token][group], see `groups`; the others are for two groups, [group][token].
+so that one address and constant offsets reach all tokens. A tile is [token][group], see `groups`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from .dot import emit_dot_offset, emit_dot_unsigned
+from .dot import emit_dot_unsigned, emit_dot_weights
 from .dwords import load_dwords, load_scalar, quad_of, quads_type
 from .groups import GROUPS, codes_type, scales_type
-from .vector import F32, I32, LANES, call, constant, llvm_type, pointer, splat, v64u8
+from .vector import F32, I32, LANES, call, constant, llvm_type, pointer, splat
 
 
 class Tile(types.Type):
@@ -35,59 +34,6 @@ class _TileModel(models.PrimitiveModel):
 
 
 register_model(Tile)(_TileModel)
-
-
-def broadcast_tile(tokens: int):
-    """Return the intrinsic (array, byte_offset): tile[i] and tile[tokens + i] hold dword i in all lanes."""
-
-    def load(typing, array, byte_offset):
-        def emit(context, builder, signature, args):
-            value = ir.Constant(ir.ArrayType(llvm_type(I32), 2 * tokens), ir.Undefined)
-            for i in range(tokens):
-                at = builder.add(args[1], ir.Constant(args[1].type, 4 * i))
-                dword = builder.load(pointer(context, builder, signature.args[0], args[0], at, I32))
-                dword.align = 4
-                for row in (i, tokens + i):
-                    value = builder.insert_value(value, splat(builder, dword), row)
-            return value
-
-        return Tile(2 * tokens)(array, types.intp), emit
-
-    return intrinsic(load)
-
-
-def _tile_dot(tokens: int, emit_dot):
-    def dot(typing, tile, w, v, panel, byte_offset):
-        def emit(context, builder, signature, args):
-            tile, w, v, array, offset = args
-            for i in range(tokens):
-                at = builder.add(offset, ir.Constant(offset.type, 4 * i))
-                place = pointer(context, builder, signature.args[3], array, at, I32)
-                dword = builder.load(place)
-                dword.align = 4
-                x = splat(builder, dword)
-                for row, codes in ((i, w), (tokens + i, v)):
-                    acc = emit_dot(builder, builder.extract_value(tile, row), codes, x)
-                    tile = builder.insert_value(tile, acc, row)
-            return tile
-
-        pair = Tile(2 * tokens)
-        return pair(pair, v64u8, v64u8, panel, types.intp), emit
-
-    return intrinsic(dot)
-
-
-def tile_dot_unsigned(tokens: int):
-    """Return the intrinsic (tile, w, v, panel, byte_offset) for two groups of 16 rows.
-
-    tile[i] += dot of w with token i's dword at byte_offset + 4 i, and tile[tokens + i] that of v.
-    """
-    return _tile_dot(tokens, emit_dot_unsigned)
-
-
-def tile_dot_offset(tokens: int):
-    """Return the same for weights stored as int8 + 128, see `dot.dot_offset`."""
-    return _tile_dot(tokens, emit_dot_offset)
 
 
 def store_tile(count: int):
@@ -149,12 +95,12 @@ def start_tile(typing, like, array, byte_offset):
     return like(like, array, types.intp), emit
 
 
-def _add_dots(builder, value, codes, token: int, x):
+def _add_dots(builder, value, codes, token: int, x, emit_dot=emit_dot_unsigned):
     """Add the dots of all groups' codes with `x` to the sums of the token."""
     for group in range(GROUPS):
         row = token * GROUPS + group
         packet = builder.extract_value(codes, group)
-        acc = emit_dot_unsigned(builder, builder.extract_value(value, row), packet, x)
+        acc = emit_dot(builder, builder.extract_value(value, row), packet, x)
         value = builder.insert_value(value, acc, row)
     return value
 
@@ -188,6 +134,20 @@ def tile_dot_quad(quad: int):
         return tile(tile, codes_type, panel, quads_type), emit
 
     return intrinsic(dot)
+
+
+@intrinsic
+def tile_dot_weights(typing, tile, codes, panel, byte_offset):
+    """As `tile_dot`, for weights as `dot.dot_weights` takes them."""
+
+    def emit(context, builder, signature, args):
+        value, codes, array, at = args
+        xs = load_dwords(context, builder, signature.args[2], array, at, tile.count // GROUPS)
+        for token, x in enumerate(xs):
+            value = _add_dots(builder, value, codes, token, x, emit_dot_weights)
+        return value
+
+    return tile(tile, codes_type, panel, types.intp), emit
 
 
 def _each(body):
@@ -270,12 +230,12 @@ def _interleave(builder, vectors):
     if len(vectors) == 1:
         return vectors
     even, odd = _interleave(builder, vectors[0::2]), _interleave(builder, vectors[1::2])
-    half = LANES // 2
+    count = vectors[0].type.count
     result = []
     for a, b in zip(even, odd, strict=True):
-        for start in (0, half):
-            lanes = [start + i // 2 + LANES * (i % 2) for i in range(LANES)]
-            result.append(builder.shuffle_vector(a, b, ir.Constant(llvm_type(I32), lanes)))
+        for start in (0, count // 2):
+            lanes = [start + i // 2 + count * (i % 2) for i in range(count)]
+            result.append(builder.shuffle_vector(a, b, ir.Constant(llvm_type(I32, count), lanes)))
     return result
 
 
@@ -296,32 +256,37 @@ def tokens_of(typing, tile):
     return types.intp(tile), emit
 
 
-@intrinsic
-def copy_panel(typing, like, q, width, rows, first, column, panel, byte_offset):
-    """Copy 64 columns from `column` of the rows rows[first], rows[first + 1], ... into a panel.
+def _copy_panel(dwords: int):
+    def copy(typing, like, q, width, rows, first, column, panel, byte_offset):
+        tokens, columns = like.count // GROUPS, llvm_type(I32, dwords)
+
+        def emit(context, builder, signature, args):
+            _, q, width, rows, first, column, panel, at = args
+            vectors = []
+            for token in range(tokens):
+                index = builder.add(first, ir.Constant(first.type, token))
+                row = _row_of(context, builder, signature.args[3], rows, index)
+                start = builder.add(builder.mul(row, width), column)
+                vector = builder.load(pointer(context, builder, signature.args[1], q, start, columns))
+                vector.align = 1
+                vectors.append(vector)
+            for i, vector in enumerate(_interleave(builder, vectors)):
+                here = builder.add(at, ir.Constant(at.type, 4 * dwords * i))
+                place = pointer(context, builder, signature.args[6], panel, here, columns)
+                builder.store(vector, place).align = 1
+            return context.get_dummy_value()
+
+        number = types.intp
+        return types.void(like, q, number, rows, number, number, panel, number), emit
+
+    copy.__doc__ = f"""Copy {4 * dwords} columns from `column` of rows[first], ... into a panel.
 
     There are as many rows as `like` has tokens (a power of two). q: int8, rows of `width`; rows: int32.
     """
-    tokens = like.count // GROUPS
+    return intrinsic(copy)
 
-    def emit(context, builder, signature, args):
-        _, q, width, rows, first, column, panel, at = args
-        vectors = []
-        for token in range(tokens):
-            index = builder.add(first, ir.Constant(first.type, token))
-            row = _row_of(context, builder, signature.args[3], rows, index)
-            start = builder.add(builder.mul(row, width), column)
-            vector = builder.load(pointer(context, builder, signature.args[1], q, start, llvm_type(I32)))
-            vector.align = 1
-            vectors.append(vector)
-        for i, vector in enumerate(_interleave(builder, vectors)):
-            here = builder.add(at, ir.Constant(at.type, 4 * LANES * i))
-            place = pointer(context, builder, signature.args[6], panel, here, llvm_type(I32))
-            builder.store(vector, place).align = 1
-        return context.get_dummy_value()
 
-    number = types.intp
-    return types.void(like, q, number, rows, number, number, panel, number), emit
+copy_panel, copy_half_panel = _copy_panel(LANES), _copy_panel(LANES // 2)
 
 
 @intrinsic
