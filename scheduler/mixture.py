@@ -17,8 +17,8 @@ from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
 from .router import Router, RouterConfig
 
-# Reuse in the first layers is low and harm is high (spec expert-memory 5.1).
-EXACT_LAYERS = 1
+# The first of so many layers is always exact: there reuse is low and harm is high in deep models.
+EXACT_LAYERS = 16
 
 
 class Mixture:
@@ -31,15 +31,14 @@ class Mixture:
         runner: ExpertRunner,
         ledger: QualityLedger,
         capacity: int,
-        exact_layers: int = EXACT_LAYERS,
         window: int | None = None,
     ) -> None:
-        """`window`: see RouterConfig; by default twice top_k where there is a slot for some experts only."""
+        """`window`: see RouterConfig; by default 0 where there is a slot for every expert."""
         h = plan.hyper
         self._runner = runner
         self._ledger = ledger
         if window is None:
-            window = 0 if runner.memory.holds_all else 2 * h.experts_used
+            window = 0 if runner.memory.holds_all else max(2 * h.experts_used, 8)
         self._gates: dict[int, Linear] = {
             layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
         }
@@ -56,11 +55,12 @@ class Mixture:
                 normalise=h.weights_norm,
                 scale=h.weights_scale,
                 window=window,
+                keep=1 if h.experts_used <= 2 else 2,
             ),
             capacity,
         )
         self._num_experts = h.experts
-        self._exact_layers = h.moe_layers[:exact_layers]
+        self._exact_layers = h.moe_layers[: len(h.moe_layers) // EXACT_LAYERS]
         self._streams: npt.NDArray[np.int32] | None = None
         self._scheduler = MoeBatchScheduler(h.experts, h.experts_used, capacity)
         self._logits = np.zeros((capacity, -(-h.experts // 16) * 16), np.float32)

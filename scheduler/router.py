@@ -17,7 +17,8 @@ class RouterConfig:
 
     window: how many experts are ranked, 0 for top_k: those that may be traded for; keep: ranks that are never
     traded; bonus: what a trade may cost at most, as a share of the spread of the
-    token's scores; share: and as a share of the credit; limit: credit saved up at most, in tokens' shares.
+    token's scores; share: what the lost mass times the expert's weight may be of the credit; limit: credit
+    saved up at most, in tokens' shares.
     """
 
     num_experts: int
@@ -28,8 +29,8 @@ class RouterConfig:
     window: int = 0
     keep: int = 1
     bonus: float = 1.0
-    share: float = 0.25
-    limit: float = 64.0
+    share: float = 1 / 32
+    limit: float = 256.0
 
 
 class Router:
