@@ -21,6 +21,7 @@ from .. import __version__
 from ..shm.errors import DaemonUnreachable, SternaError, UsageError
 from .cli_inspect import inspect
 from .cli_kernels import bench, warm
+from .cli_simulate import simulate
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, statistics, table
 
@@ -63,6 +64,7 @@ def cli() -> None:
 
 cli.add_command(bench)
 cli.add_command(inspect)
+cli.add_command(simulate)
 cli.add_command(warm)
 
 

@@ -107,7 +107,8 @@ class ExpertRunner:
         event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
         places: list[int] = groups.experts.tolist()
         keys = [self._key(event, place) for place in places]
-        self.memory.begin(np.array(keys, np.int32))
+        tokens = np.diff(groups.ends)[places].astype(np.float32)
+        self.memory.begin(np.array(keys, np.int32), tokens)
         try:
             self._start(event, places, keys)
             meanwhile()

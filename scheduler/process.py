@@ -34,11 +34,13 @@ from .lane_zmq import ZmqLane
 from .model.plan import ModelPlan
 from .residency.expert_memory import ExpertMemory
 from .residency.policies import DEFAULT_POLICY, Policy
+from .residency.saved_counts import SavedCounts, reading_order
 from .spec import SchedulerSpec, model_id
 
 IDLE_MS = 1000
 PROGRESS_S = 0.1
 PROBE_S = 0.2
+SAVE_S = 60.0
 FILLING = 16  # experts that each worker is asked for at a time
 
 
@@ -72,6 +74,8 @@ class _Scheduler:
         self._next: tuple[st.Segment, ...] = ()
         self._steps = 0
         self._reported = 0.0
+        self._saved_s = 0.0
+        self._saved_events = 0
 
     def send(self, message: wire.ToDaemon) -> None:
         """Send to the daemon; a daemon that takes nothing for a whole step time-out ends this process."""
@@ -103,8 +107,14 @@ class _Scheduler:
         )
         self._streams = StreamMemory(shape, Arena.attach("streams", self._fds["streams"]).bytes)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
-        policy = None if slots.num_slots == plan.num_experts else Policy(DEFAULT_POLICY, plan.num_experts)
-        self._memory = ExpertMemory(plan, slots, spec.slots, owned, policy)
+        layers = len(plan.hyper.moe_layers)
+        self._policy: Policy | None = None
+        self._counts = SavedCounts(spec.cache_dir, spec.model_id)
+        if slots.num_slots < plan.num_experts:
+            self._policy = Policy(DEFAULT_POLICY, plan.num_experts, layers=layers)
+            self._counts.load(self._policy)
+        self._memory = ExpertMemory(plan, slots, spec.slots, owned, self._policy)
+        self._order = reading_order(self._policy, layers, plan.hyper.experts).tolist()
         configure = Configure(layers=plan.layer_shapes())
         self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
         threads = spec.threads or usable_cores()
@@ -137,7 +147,7 @@ class _Scheduler:
 
     def _fill(self) -> None:
         """Read experts into the slots that are free; raises WorkerLost, or what reading met."""
-        left = self._memory.missing(range(self._plan.num_experts))
+        left = self._memory.missing(self._order)
         total, reading = len(left), set[int]()
         while left or reading:
             while left and len(reading) < FILLING * self._spec.workers:
@@ -170,6 +180,7 @@ class _Scheduler:
             watched = self._lane.pidfds() if not self._next else []
             for pidfd in watched:
                 poller.register(pidfd, zmq.POLLIN)
+            self._save_counts()
             poller.poll(0 if self._next else IDLE_MS)
             for pidfd in watched:
                 poller.unregister(pidfd)
@@ -177,6 +188,16 @@ class _Scheduler:
             self._take_workers()
             if self._next:
                 self._run_step()
+
+    def _save_counts(self) -> None:
+        """Keep what was used, when there is nothing else to do or a minute after the last time."""
+        used = self._runner.counts.events
+        if self._policy is None or used == self._saved_events:
+            return
+        now = time.monotonic()
+        if now - self._saved_s > (SAVE_S if self._next else 1.0):
+            self._saved_s, self._saved_events = now, used
+            self._counts.save(self._policy)
 
     def _take_control(self) -> None:
         while self._control.poll(0, zmq.POLLIN):

@@ -20,6 +20,7 @@ from ..workers.kernels import crew as crew_kernels
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.crew import job_address
 from .crew import Crew
+from .residency.policies import DEFAULT_POLICY, Policy
 
 _ARENA = np.zeros(1 << 20, np.uint8)
 _SCRATCH = np.zeros(1 << 14, np.uint8)
@@ -54,6 +55,7 @@ def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Calla
         ("norms", _norms),
         ("attention", _attention),
         ("routing", _routing),
+        ("residency", _residency),
     ]
 
 
@@ -118,6 +120,13 @@ def _attention() -> None:
         _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
+
+
+def _residency() -> None:
+    policy = Policy(DEFAULT_POLICY, 4, layers=2)
+    policy.touch(np.zeros(1, np.int32), np.ones(1, np.float32))
+    policy.admitted(0)
+    policy.evicted(policy.victim(np.ones(4, np.uint8)))
 
 
 def _routing() -> None:

@@ -76,6 +76,8 @@ class ExpertMemory:
                 else:
                     self._place(key, slot)
                     self._ready[key] = 1
+                    if self._policy is not None:
+                        self._policy.admitted(key)
         self._find_free()
 
     def _find_free(self) -> None:
@@ -145,10 +147,10 @@ class ExpertMemory:
 
     # ---- one event: a layer of a step ----
 
-    def begin(self, keys: npt.NDArray[np.int32]) -> None:
-        """Note that these experts are used together, and keep those of them that are here until `end`."""
+    def begin(self, keys: npt.NDArray[np.int32], tokens: npt.NDArray[np.float32]) -> None:
+        """Note that these experts are used together, each by so many tokens, and keep them until `end`."""
         if self._policy is not None:
-            self._policy.touch(keys)
+            self._policy.touch(keys, tokens)
         self._pinned.update(keys.tolist())
 
     def release(self, keys: Iterable[int]) -> None:

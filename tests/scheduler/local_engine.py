@@ -114,7 +114,7 @@ class LocalEngine:
             worker.configure(Configure(layers=plan.layer_shapes()))
         self.lane = LocalLane(pool)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
-        policy = Policy(DEFAULT_POLICY, plan.num_experts) if resident else None
+        policy = Policy(DEFAULT_POLICY, plan.num_experts, layers=5) if resident else None
         self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)
         self.runner = ExpertRunner(plan, self.file, self.lane, self.memory)
         for key in self.memory.missing(range(plan.num_experts)):
