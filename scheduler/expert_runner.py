@@ -178,9 +178,9 @@ class ExpertRunner:
         if answer.error is not None:
             self.memory.failed(answer.seq)
             return
-        self.counts.fetched += 1
-        self.counts.fetched_bytes += answer.nbytes
-        self.memory.loaded(answer.seq)
+        if self.memory.loaded(answer.seq) is not None:
+            self.counts.fetched += 1
+            self.counts.fetched_bytes += answer.nbytes
 
     def _read_more(self, event: _Event) -> None:
         """Ask for experts of the queue as long as there are slots for them."""

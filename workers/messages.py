@@ -1,6 +1,6 @@
 """What scheduler and workers say to each other. Bulk arrays travel after the message, in one frame.
 
-    scheduler -> worker   configure, compute (+ activations, routing), page_in
+    scheduler -> worker   configure, compute (+ activations, routing), page_in, cancel
     worker -> scheduler   hello, outputs (+ rows), paged, trouble
 
 Both ends are processes of one daemon; the structures are still validated on arrival.
@@ -97,12 +97,25 @@ class PageIn(LaneMessage, frozen=True, kw_only=True):
 
 
 class Paged(LaneMessage, frozen=True, kw_only=True):
-    """The expert is complete: `nbytes` were read in `read_ns`; request to answer took `busy_ns`."""
+    """The expert is complete: `nbytes` were read in `read_ns`; request to answer took `busy_ns`.
+
+    nbytes, read_ns: 0 when the slot held the expert already, or an earlier request had it read.
+    """
 
     seq: int
     nbytes: int
     read_ns: int
     busy_ns: int
+
+
+class Cancel(LaneMessage, frozen=True, kw_only=True):
+    """The `page_in` of number `seq`, not urgent, is no longer wanted.
+
+    Answered in its place by `trouble` with the code "cancelled", unless it is already being read: then
+    by `paged`, as if nothing had been said.
+    """
+
+    seq: int
 
 
 class Trouble(LaneMessage, frozen=True, kw_only=True):
@@ -113,7 +126,7 @@ class Trouble(LaneMessage, frozen=True, kw_only=True):
     text: str
 
 
-ToWorker = Configure | Compute | PageIn
+ToWorker = Configure | Compute | PageIn | Cancel
 ToScheduler = Hello | Outputs | Paged | Trouble
 
 encode = msgspec.msgpack.Encoder().encode

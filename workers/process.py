@@ -1,4 +1,6 @@
-"""The worker process: one DEALER socket to the scheduler, one `ExpertWorker` behind it.
+"""The worker process: one DEALER socket to the scheduler, an `ExpertWorker` and a `Pager` behind it.
+
+The main thread takes messages, computes and answers; the pager's threads read experts meanwhile.
 
 It ends by SIGTERM's default action: nothing it holds is lost with it.
 """
@@ -7,15 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 import zmq
 
 from ..shm.arena import Arena
-from ..shm.errors import InternalError, SternaError
+from ..shm.errors import SternaError
 from ..shm.slots import SlotTable
+from .checksums import Checksums
 from .framing import split
-from .messages import Compute, Configure, Hello, PageIn, ToScheduler, Trouble, decode_for_worker, encode
+from .messages import Cancel, Compute, Configure, Hello, PageIn, Trouble, decode_for_worker, encode
+from .paging import Pager
+from .paging_calibration import calibrated_threads
 from .serve import ExpertWorker
 from .spec import WorkerSpec
 
@@ -30,34 +36,41 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     worker = msgspec.convert(dict(spec), WorkerSpec)
     arena = Arena.attach("weights", fds["weights"])
     slots = SlotTable(arena.bytes, worker.slots)
-    serve = ExpertWorker(slots, fds["model"])
+    checksums = Checksums(worker.cache_dir, worker.model_id, worker.model_path)
+    serve = ExpertWorker(slots, fds["model"], checksums)
+    calibrate = partial(calibrated_threads, serve.loader.file, worker.cache_dir)
+    pager = Pager(serve.loader, worker.io_threads, calibrate)
     with zmq.Context() as context, context.socket(zmq.DEALER) as lane:
         lane.setsockopt(zmq.LINGER, 0)
         lane.setsockopt(zmq.ROUTING_ID, f"w{worker.index}.{worker.generation}".encode())
         lane.connect(worker.lane_url)
         lane.send(encode(Hello(index=worker.index, generation=worker.generation, pid=os.getpid())))
+        both = zmq.Poller()
+        both.register(lane, zmq.POLLIN)
+        both.register(pager.fd, zmq.POLLIN)
         while True:
-            if lane.poll(SLICE_MS):
-                _answer(lane, serve, lane.recv_multipart())
+            # Looking at the socket alone costs half as much, and is what happens when all is in memory.
+            if pager.outstanding:
+                both.poll(SLICE_MS)
+                for answer in pager.finished():
+                    lane.send(encode(answer))
+            if lane.poll(0 if pager.outstanding else SLICE_MS):
+                _answer(lane, serve, pager, lane.recv_multipart())
 
 
-def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, frames: list[bytes]) -> None:
+def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, pager: Pager, frames: list[bytes]) -> None:
     """Carry out one message; a SternaError becomes `trouble`, anything else ends the process."""
     message = decode_for_worker(frames[0])
-    try:
-        match message:
-            case Configure():
-                serve.configure(message)
-            case Compute():
+    match message:
+        case Configure():
+            serve.configure(message)
+        case PageIn():
+            pager.submit(message)
+        case Cancel():
+            pager.cancel(message.seq)
+        case Compute():
+            try:
                 outputs, rows = serve.compute(message, split(bytearray(frames[1])))
                 lane.send_multipart([encode(outputs), rows.data])
-            case PageIn():
-                lane.send(encode(serve.page_in(message)))
-    except SternaError as error:
-        lane.send(encode(_trouble(message, error)))
-
-
-def _trouble(message: Configure | Compute | PageIn, error: SternaError) -> ToScheduler:
-    if isinstance(message, Configure):
-        raise InternalError("a worker cannot take its configuration") from error
-    return Trouble(seq=message.seq, code=error.code, text=str(error))
+            except SternaError as error:
+                lane.send(encode(Trouble(seq=message.seq, code=error.code, text=str(error))))

@@ -1,44 +1,33 @@
-"""What a worker does with a message: compute experts from slots, or read experts into slots.
+"""What a worker does with a message: compute experts from slots.
 
-No sockets here: `process` feeds messages and sends what comes back.
+No sockets here: `process` feeds messages and sends what comes back. Reading experts in beside that is
+`paging`.
 """
 
 from __future__ import annotations
 
-import os
 import time
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError, ModelReadError
+from ..shm.errors import InternalError
 from ..shm.slots import SlotTable
-from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from .checkpoint.packing import matrix_entry, pack_matrix
-from .checkpoint.types import TENSOR_TYPES
+from .checkpoint.formats import ActivationKind, activation_kind
+from .checkpoint.packing import matrix_entry
+from .checksums import Checksums
 from .kernels.ffn import expert_batch
 from .kernels.products import scratch_nbytes
 from .kernels.routing import all_below
-from .messages import Compute, Configure, ExpertPage, FileSlab, Outputs, Paged, PageIn
-
-MAX_PREAD = 16 * 2**20
+from .messages import Compute, Configure, Outputs, Paged, PageIn
+from .paging_loader import ExpertLoader, ExpertShape, shapes_of
+from .reading import ModelFile, Staging
 
 _NO_X = np.zeros((1, 1), np.float32)
 _NO_Q = np.zeros((1, 1), np.int8)
 _NO_SUMS = np.zeros((1, 1), np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class _Expert:
-    """One layer's experts: for each precision gate, up, down with their byte offsets within a slot."""
-
-    d_model: int
-    d_ff: int
-    precisions: tuple[tuple[tuple[MatrixShape, int], ...], ...]
 
 
 class _Scratch:
@@ -64,24 +53,17 @@ class _Scratch:
 class ExpertWorker:
     """One worker's work, over the arena that all workers share."""
 
-    def __init__(self, slots: SlotTable, model_fd: int) -> None:
+    def __init__(self, slots: SlotTable, model_fd: int, checksums: Checksums | None = None) -> None:
+        """Serve from `slots`; experts come from `model_fd` and are compared with `checksums`."""
+        self.loader = ExpertLoader(slots, ModelFile(model_fd), checksums or Checksums())
         self._slots = slots
-        self._model_fd = model_fd
+        self._staging = Staging()
         self._scratch = _Scratch()
-        self._layers: dict[int, _Expert] = {}
         self._places: dict[tuple[int, int, int], list[tuple[int, int, int, int, int]]] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
-        for layer, shape in message.layers.items():
-            precisions = tuple(
-                tuple(
-                    (MatrixShape(form=Format(form), rows=rows, columns=columns), at)
-                    for form, rows, columns, at in matrices
-                )
-                for matrices in shape.precisions
-            )
-            self._layers[layer] = _Expert(shape.d_model, shape.d_ff, precisions)
+        self.loader.layers = shapes_of(message)
 
     def compute(
         self, message: Compute, frames: Sequence[memoryview]
@@ -111,21 +93,21 @@ class ExpertWorker:
         return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]
 
     def page_in(self, message: PageIn) -> Paged:
-        """Read an expert into its slot; raises ModelFileError or ModelReadError."""
+        """Read an expert into its slot before returning: for who has nothing to compute meanwhile.
+
+        Raises as `ExpertLoader.load`.
+        """
         begin_ns = time.perf_counter_ns()
-        page = message.page
-        if not self._slots.holds(page.slot, page.layer, page.expert):
-            self._fill(page)
+        nbytes, read_ns = self.loader.load(message.page, self._staging)
         busy_ns = time.perf_counter_ns() - begin_ns
-        nbytes = sum(slab.nbytes for slab in page.slabs)
-        return Paged(seq=message.seq, nbytes=nbytes, read_ns=busy_ns, busy_ns=busy_ns)
+        return Paged(seq=message.seq, nbytes=nbytes, read_ns=read_ns, busy_ns=busy_ns)
 
-    def _layer(self, layer: int) -> _Expert:
-        if layer not in self._layers:
+    def _layer(self, layer: int) -> ExpertShape:
+        if layer not in self.loader.layers:
             raise InternalError(f"layer {layer} was never configured")
-        return self._layers[layer]
+        return self.loader.layers[layer]
 
-    def _matrices(self, message: Compute, shape: _Expert) -> npt.NDArray[np.int64]:
+    def _matrices(self, message: Compute, shape: ExpertShape) -> npt.NDArray[np.int64]:
         table = np.empty((len(message.experts), 3, 5), np.int64)
         for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
             in_range = 0 <= slot < self._slots.num_slots
@@ -134,7 +116,9 @@ class ExpertWorker:
             table[i] = self._places_in(message, slot, shape)
         return table
 
-    def _places_in(self, message: Compute, slot: int, shape: _Expert) -> list[tuple[int, int, int, int, int]]:
+    def _places_in(
+        self, message: Compute, slot: int, shape: ExpertShape
+    ) -> list[tuple[int, int, int, int, int]]:
         """Return the entries of gate, up, down in a slot; remembered."""
         key = (message.layer, message.precision, slot)
         if key not in self._places:
@@ -142,27 +126,8 @@ class ExpertWorker:
             self._places[key] = [matrix_entry(matrix, base + at) for matrix, at in matrices]
         return self._places[key]
 
-    def _fill(self, page: ExpertPage) -> None:
-        shape = self._layer(page.layer)
-        base = self._slots.at(page.slot)
-        self._slots.begin(page.slot)
-        crc = 0
-        for slab, (matrix, at) in zip(page.slabs, shape.precisions[page.precision], strict=True):
-            raw = _read(self._model_fd, slab)
-            crc = zlib.crc32(raw.data, crc)
-            pack_matrix(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.memory, base + at)
-        self._slots.publish(
-            page.slot,
-            layer=page.layer,
-            expert=page.expert,
-            precision=page.precision,
-            form=shape.precisions[page.precision][0][0].form,
-            nbytes=sum(matrix.nbytes for matrix, _ in shape.precisions[page.precision]),
-            checksum=crc,
-        )
 
-
-def _check(message: Compute, frames: Sequence[memoryview], shape: _Expert) -> int:
+def _check(message: Compute, frames: Sequence[memoryview], shape: ExpertShape) -> int:
     """Return the number of pairs; raises InternalError unless counts, kind and sizes fit together."""
     starts, kind, tokens = message.starts, message.kind, message.tokens
     where = f"layer {message.layer}"
@@ -199,19 +164,3 @@ def _activations(
     scales = np.frombuffer(frames[1], np.float32).reshape(tokens, blocks)
     sums = np.frombuffer(frames[2], np.int32).reshape(tokens, blocks)
     return _NO_X, q, scales, sums
-
-
-def _read(fd: int, slab: FileSlab) -> npt.NDArray[np.uint8]:
-    """Read a slab whole; raises ModelReadError on a short file or an I/O error."""
-    parts: list[bytes] = []
-    at, end = slab.offset, slab.offset + slab.nbytes
-    while at < end:
-        try:
-            part = os.pread(fd, min(MAX_PREAD, end - at), at)
-        except OSError as error:
-            raise ModelReadError(f"{slab.tensor}: reading at byte {at} failed: {error.strerror}") from error
-        if not part:
-            raise ModelReadError(f"{slab.tensor}: the model file ends at byte {at}, expected {end}")
-        parts.append(part)
-        at += len(part)
-    return np.frombuffer(b"".join(parts), np.uint8)

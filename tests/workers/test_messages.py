@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sterna.workers.framing import ALIGNMENT, join, split
 from sterna.workers.messages import (
+    Cancel,
     Compute,
     Configure,
     ExpertPage,
@@ -19,6 +20,8 @@ from sterna.workers.messages import (
     Outputs,
     Paged,
     PageIn,
+    ToScheduler,
+    ToWorker,
     Trouble,
     decode_for_scheduler,
     decode_for_worker,
@@ -26,26 +29,36 @@ from sterna.workers.messages import (
 )
 
 SHAPE = LayerShape(
-    d_model=256, d_ff=512, matrices=[(4, 512, 256, 0), (4, 512, 256, 4096), (3, 256, 512, 8192)]
+    d_model=256,
+    d_ff=512,
+    precisions=[[(4, 512, 256, 0), (4, 512, 256, 4096), (3, 256, 512, 8192)], [(5, 512, 256, 0)]],
 )
-COMPUTE = Compute(seq=2**40, layer=3, kind=256, tokens=5, experts=[1, 7], slots=[0, 80], starts=[0, 2, 9])
-PAGE = ExpertPage(1, 2, 3, [FileSlab(2**40, 16896, 35, "blk.1.ffn_gate_exps.weight")])
-TO_WORKER = (Configure(layers={1: SHAPE, 46: SHAPE}), COMPUTE, PageIn(seq=1, experts=[PAGE, PAGE]))
+COMPUTE = Compute(
+    seq=2**40, layer=3, precision=1, kind=256, tokens=5, experts=[1, 7], slots=[0, 80], starts=[0, 2, 9]
+)
+PAGE = ExpertPage(1, 2, 3, 1, [FileSlab(2**40, 16896, 35, "blk.1.ffn_gate_exps.weight")])
+TO_WORKER = (
+    Configure(layers={1: SHAPE, 46: SHAPE}),
+    COMPUTE,
+    PageIn(seq=1, page=PAGE),
+    PageIn(seq=1, page=PAGE, urgent=False),
+    Cancel(seq=1),
+)
 TO_SCHEDULER = (
     Hello(index=1, generation=2, pid=3),
     Outputs(seq=4, busy_ns=2**50),
-    Paged(seq=5, slot=6, left=0),
+    Paged(seq=5, nbytes=2**33, read_ns=2**50, busy_ns=0),
     Trouble(seq=7, code="model_read", text="the model file ends at byte 5, expected 9"),
 )
 
 
 @pytest.mark.parametrize("message", TO_WORKER, ids=lambda message: type(message).__name__)
-def test_messages_to_workers_survive(message: Configure | Compute | PageIn) -> None:
+def test_messages_to_workers_survive(message: ToWorker) -> None:
     assert decode_for_worker(encode(message)) == message
 
 
 @pytest.mark.parametrize("message", TO_SCHEDULER, ids=lambda message: type(message).__name__)
-def test_messages_to_the_scheduler_survive(message: Hello | Outputs | Paged | Trouble) -> None:
+def test_messages_to_the_scheduler_survive(message: ToScheduler) -> None:
     assert decode_for_scheduler(encode(message)) == message
 
 

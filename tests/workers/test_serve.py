@@ -6,57 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import xxhash
 
 from sterna.runtime.config import embedded_model
-from sterna.scheduler.model.plan import ModelPlan
 from sterna.shm.errors import InternalError, ModelReadError
-from sterna.shm.slots import FILLING, SlotTable, arena_nbytes
-from sterna.workers.checkpoint.gguf import GgufFile
-from sterna.workers.checkpoint.types import dequantize
-from sterna.workers.messages import Compute, Configure, ExpertPage, PageIn
+from sterna.shm.slots import FILLING
+from sterna.workers.checkpoint.formats import Format, MatrixShape
+from sterna.workers.checksums import combined
+from sterna.workers.messages import Compute, PageIn
 from sterna.workers.serve import ExpertWorker
 
 from .. import oracles
+from .expert_bench import Bench
 from .kernels.packed import Tokens, same_bits
 
 D_MODEL, LAYER = 256, 2
 EXPERTS = (3, 7, 11)
-
-
-class Bench:
-    """The embedded model's plan, an arena of its own, and a worker over them."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = GgufFile.open(path)
-        self.plan = ModelPlan.from_file(self.file)
-        plan = self.plan
-        memory = np.zeros(arena_nbytes(plan.num_slots, plan.slot_nbytes), np.uint8)
-        self.slots = SlotTable(memory, plan.num_slots, plan.slot_nbytes)
-        self.worker = ExpertWorker(self.slots, self.file.fd)
-        self.worker.configure(Configure(layers=plan.layer_shapes()))
-
-    def page(self, layer: int, expert: int) -> ExpertPage:
-        return self.plan.expert_page(self.file, layer, expert)
-
-    def page_in(self, *pages: ExpertPage) -> list[tuple[int, int]]:
-        message = PageIn(seq=5, experts=list(pages))
-        return [(paged.slot, paged.left) for paged in self.worker.page_in(message)]
-
-    def weights(self, layer: int, expert: int) -> list[oracles.F64]:
-        """Return gate, up and down as numbers."""
-        found = []
-        for name in ("gate", "up", "down"):
-            info = self.file.tensors[f"blk.{layer}.ffn_{name}_exps.weight"]
-            values = dequantize(info.type, self.file.data(info), info.shape)
-            found.append(values[expert].astype(np.float64))
-        return found
 
 
 @pytest.fixture
@@ -65,7 +37,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     shutil.copyfile(embedded_model(), path)
     made = Bench(path)
     yield made
-    made.file.close()
+    made.close()
 
 
 @pytest.fixture
@@ -80,8 +52,8 @@ def request(
     """Return the message for `pairs` (expert: rows) and its routing rows."""
     starts = np.concatenate(([0], np.cumsum([len(rows) for rows in pairs.values()]))).tolist()
     fields = {
-        "seq": 9, "layer": LAYER, "kind": 256, "tokens": count, "experts": list(pairs),
-        "slots": [bench.plan.slot_of(LAYER, expert) for expert in pairs], "starts": starts,
+        "seq": 9, "layer": LAYER, "precision": 0, "kind": 256, "tokens": count, "experts": list(pairs),
+        "slots": [bench.plan.key_of(LAYER, expert) for expert in pairs], "starts": starts,
     }  # fmt: skip
     rows = np.array([row for some in pairs.values() for row in some], np.int32)
     return Compute(**{**fields, **changes}), rows  # type: ignore[arg-type]
@@ -130,7 +102,7 @@ def test_a_pair_has_the_same_bits_alone(loaded: Bench) -> None:
 
 def test_any_worker_computes_what_another_has_read_in(loaded: Bench) -> None:
     other = ExpertWorker(loaded.slots, -1)  # has no model file
-    other.configure(Configure(layers=loaded.plan.layer_shapes()))
+    other.configure(loaded.shapes)
     tokens = activations(2)
     message, rows = request(loaded, 2, {3: [0, 1]})
     mine = loaded.worker.compute(message, frames(tokens, rows))[1]
@@ -167,9 +139,9 @@ def test_an_expert_that_is_not_there_is_an_error_and_not_a_guess(loaded: Bench) 
     message, rows = request(loaded, 1, {3: [0], 4: [0]})
     text = refused(loaded, message, frames(activations(1), rows))
     assert "expert 4 of layer 2 is not in slot" in text
-    message, rows = request(loaded, 1, {3: [0]}, slots=[loaded.plan.slot_of(LAYER, 7)])
+    message, rows = request(loaded, 1, {3: [0]}, slots=[loaded.plan.key_of(LAYER, 7)])
     assert "expert 3" in refused(loaded, message, frames(activations(1), rows))
-    loaded.slots.begin(loaded.plan.slot_of(LAYER, 3))
+    loaded.slots.begin(loaded.plan.key_of(LAYER, 3))
     message, rows = request(loaded, 1, {3: [0]})
     assert "expert 3" in refused(loaded, message, frames(activations(1), rows))
 
@@ -202,7 +174,7 @@ def test_too_few_frames_are_an_error(loaded: Bench) -> None:
 MISSHAPEN: list[dict[str, object]] = [
     {"slots": [10**6]}, {"slots": [-1]}, {"slots": []}, {"kind": 0}, {"kind": 32}, {"kind": 7},
     {"tokens": -1}, {"starts": []}, {"starts": [1, 2]}, {"starts": [-2, 2]}, {"starts": [0, 1, 2]},
-    {"starts": [0, 5, 2]},
+    {"starts": [0, 5, 2]}, {"precision": 1}, {"precision": -1},
 ]  # fmt: skip
 
 
@@ -244,35 +216,61 @@ def test_numbers_that_point_outside_are_an_error(number: int) -> None:
 # ---- reading experts in ----
 
 
-def test_experts_are_read_in_one_after_the_other_and_published(bench: Bench) -> None:
+def test_an_expert_is_read_packed_and_published(bench: Bench) -> None:
     pages = [bench.page(LAYER, expert) for expert in EXPERTS]
-    assert bench.page_in(*pages) == [(page.slot, left) for page, left in zip(pages, (2, 1, 0), strict=True)]
+    nbytes = sum(slab.nbytes for slab in pages[0].slabs)
+    answers = bench.page_in(*pages)
+    assert [(paged.seq, paged.nbytes) for paged in answers] == [(i, nbytes) for i in range(3)]
+    assert all(0 < paged.read_ns < paged.busy_ns for paged in answers)
     assert bench.slots.num_ready() == 3
     for page in pages:
         assert bench.slots.holds(page.slot, LAYER, page.expert)
-        raw = b"".join(os.pread(bench.file.fd, slab.nbytes, slab.offset) for slab in page.slabs)
-        assert bench.slots.headers[page.slot]["crc32"] == zlib.crc32(raw)
+        header = bench.slots.headers[page.slot]
+        raw = [os.pread(bench.file.fd, slab.nbytes, slab.offset) for slab in page.slabs]
+        assert header["checksum"] == combined(xxhash.xxh3_64_intdigest(slab) for slab in raw)
+        assert (header["precision"], header["format"]) == (0, Format.TL1)
+        assert (bench.contents(page.slot) == bench.packed(page)).all()
 
 
 def test_what_is_there_is_not_read_again(loaded: Bench) -> None:
     page = loaded.page(LAYER, 3)
     generation = int(loaded.slots.headers[page.slot]["generation"])
     blind = ExpertWorker(loaded.slots, -1)
-    blind.configure(Configure(layers=loaded.plan.layer_shapes()))
-    assert [paged.left for paged in blind.page_in(PageIn(seq=1, experts=[page]))] == [0]
+    blind.configure(loaded.shapes)
+    paged = blind.page_in(PageIn(seq=1, page=page))
+    assert (paged.nbytes, paged.read_ns) == (0, 0)
     assert loaded.slots.headers[page.slot]["generation"] == generation
+
+
+def test_another_precision_of_what_is_there_is_read(bench: Bench) -> None:
+    """The format of what lies in a slot is in its header, and what is asked for replaces it."""
+    shape = bench.shapes.layers[LAYER]
+    rows = [(int(Format.B3), *matrix[1:]) for matrix in shape.precisions[0]]
+    both = msgspec.structs.replace(shape, precisions=[shape.precisions[0], rows])
+    bench.shapes.layers[LAYER] = both
+    bench.worker.configure(bench.shapes)
+    page = bench.page(LAYER, 3)
+    for precision, form in ((0, Format.TL1), (1, Format.B3), (0, Format.TL1)):
+        asked = msgspec.structs.replace(page, precision=precision)
+        assert bench.page_in(asked)[0].nbytes > 0
+        header = bench.slots.headers[page.slot]
+        assert (header["precision"], header["format"]) == (precision, form)
+        for form_number, height, width, at in both.precisions[precision]:
+            matrix = MatrixShape(form=Format(form_number), rows=height, columns=width)
+            part = slice(at, at + matrix.nbytes)
+            assert (bench.contents(page.slot)[part] == bench.packed(asked)[part]).all()
 
 
 def test_a_slot_left_half_full_is_filled_again(bench: Bench) -> None:
     """Its worker was killed in the middle; the successor must not trust what lies there."""
     page = bench.page(LAYER, 3)
     bench.page_in(page)
-    clean = bench.slots.memory[bench.slots.at(page.slot) :][: bench.plan.slot_nbytes].copy()
+    clean = bench.contents(page.slot)
     bench.slots.begin(page.slot)
     bench.slots.memory[bench.slots.at(page.slot) :][:1000] = 0xEE
     bench.page_in(page)
     assert bench.slots.holds(page.slot, LAYER, 3)
-    assert (bench.slots.memory[bench.slots.at(page.slot) :][: bench.plan.slot_nbytes] == clean).all()
+    assert (bench.contents(page.slot) == clean).all()
 
 
 def test_an_expert_fills_its_own_slot_only(bench: Bench) -> None:
@@ -281,9 +279,7 @@ def test_an_expert_fills_its_own_slot_only(bench: Bench) -> None:
     bench.page_in(page)
     changed = np.flatnonzero(bench.slots.memory != before)
     header = bench.slots.headers.itemsize
-    inside = (changed >= bench.slots.at(page.slot)) & (
-        changed < bench.slots.at(page.slot) + bench.plan.slot_nbytes
-    )
+    inside = (changed >= bench.slots.at(page.slot)) & (changed < bench.slots.at(page.slot + 1))
     inside |= (changed >= page.slot * header) & (changed < (page.slot + 1) * header)
     assert inside.all()
 
@@ -305,7 +301,7 @@ def test_a_file_that_was_cut_short_is_named_and_nothing_is_published(bench: Benc
 def test_a_descriptor_that_cannot_be_read_is_an_error(bench: Bench, tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)  # a folder: EISDIR
     worker = ExpertWorker(bench.slots, fd)
-    worker.configure(Configure(layers=bench.plan.layer_shapes()))
+    worker.configure(bench.shapes)
     with pytest.raises(ModelReadError, match=r"blk\.2\.ffn_"):
-        list(worker.page_in(PageIn(seq=1, experts=[bench.page(LAYER, 3)])))
+        worker.page_in(PageIn(seq=1, page=bench.page(LAYER, 3)))
     os.close(fd)
