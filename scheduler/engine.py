@@ -46,13 +46,14 @@ class Engine:
         runner: ExpertRunner,
         max_batch_tokens: int,
         crew: Crew,
+        prefetch: str = "auto",
     ) -> None:
         weights = DenseWeights(plan, dense, crew)
         self._plan = plan
         self._streams = streams
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
         self._ledger = QualityLedger(streams.shape.streams)
-        self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens)
+        self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens, prefetch=prefetch)
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
         # Our own copy: the daemon may give a record to the next request while a step still runs.
         self._tokens = np.zeros_like(streams.tokens)

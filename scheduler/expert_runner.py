@@ -17,6 +17,7 @@ from ..shm.errors import InternalError
 from ..workers.checkpoint.formats import ActivationKind
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.kernels.routing import scatter_pairs
+from ..workers.messages import ExpertPage
 from .batch import ExpertGroups
 from .dense import Rows
 from .lane import Computed, Lane, Loaded, WorkerBatch
@@ -42,6 +43,7 @@ class Counts:
     fetched: int = 0
     fetched_bytes: int = 0
     late: int = 0  # foreseen, but not there yet when they were needed
+    foreseen: int = 0  # asked for before they were needed
 
 
 @dataclass(slots=True)
@@ -130,6 +132,7 @@ class ExpertRunner:
                 here.append(place)
             elif (request := self.memory.request_of(key)) is not None:
                 event.loading[request] = place
+                self._hurry(key)
             else:
                 event.queue.append(place)
         counts = self.counts
@@ -201,17 +204,41 @@ class ExpertRunner:
                 event.fetched.add(key)
         event.queue = left
 
+    @property
+    def waited_ns(self) -> int:
+        """Time spent waiting for experts and nothing else."""
+        return self._lane.waited_ns
+
+    def prefetch(self, keys: Sequence[int]) -> list[int]:
+        """Ask for experts that may soon be wanted; return those there was room for. Raises WorkerLost."""
+        asked = []
+        for key in keys:
+            slot = self.memory.claim(key, foreseen=True)
+            if slot is not None:
+                self.read(key, slot, urgent=False)
+                self.counts.foreseen += 1
+                asked.append(key)
+        return asked
+
     def read(self, key: int, slot: int, *, urgent: bool) -> int:
         """Have an expert read into a slot claimed for it; return the request. Raises WorkerLost."""
-        layer, expert = divmod(key, self.plan.hyper.experts)
-        page = self.plan.expert_page(self._file, layer + self.plan.hyper.dense_layers, expert, slot)
         try:
-            request = self._lane.page_in(self.memory.owner(key), page, urgent=urgent)
+            request = self._lane.page_in(self.memory.owner(key), self._page(key, slot), urgent=urgent)
         except BaseException:
             self.memory.unclaim(key, slot)
             raise
         self.memory.loading(request, key, slot, awaited=urgent)
         return request
+
+    def _hurry(self, key: int) -> None:
+        """Ask again, urgently now, for an expert that is on its way; the first request has the answer."""
+        self._lane.page_in(
+            self.memory.owner(key), self._page(key, int(self.memory.slot_of[key])), urgent=True
+        )
+
+    def _page(self, key: int, slot: int) -> ExpertPage:
+        layer, expert = divmod(key, self.plan.hyper.experts)
+        return self.plan.expert_page(self._file, layer + self.plan.hyper.dense_layers, expert, slot)
 
     def _compute(self, event: _Event, places: list[int]) -> None:
         """Send the experts at `places`, all of one worker, as one batch."""

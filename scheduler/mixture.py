@@ -13,6 +13,7 @@ from ..workers.kernels.routing import combine
 from .batch import MoeBatchScheduler
 from .dense import DenseWeights, Linear, Rows
 from .expert_runner import ExpertRunner
+from .foresight import Foresight
 from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
 from .router import Router, RouterConfig
@@ -32,6 +33,7 @@ class Mixture:
         ledger: QualityLedger,
         capacity: int,
         window: int | None = None,
+        prefetch: str = "auto",
     ) -> None:
         """`window`: see RouterConfig; by default 0 where there is a slot for every expert."""
         h = plan.hyper
@@ -60,6 +62,8 @@ class Mixture:
             capacity,
         )
         self._num_experts = h.experts
+        self.foresight = Foresight(plan, dense, self._gates, self._biases, runner, prefetch)
+        self._previous: npt.NDArray[np.int32] | None = None
         self._exact_layers = h.moe_layers[: len(h.moe_layers) // EXACT_LAYERS]
         self._streams: npt.NDArray[np.int32] | None = None
         self._scheduler = MoeBatchScheduler(h.experts, h.experts_used, capacity)
@@ -69,6 +73,8 @@ class Mixture:
 
     def begin(self, streams: npt.NDArray[np.int32] | None) -> None:
         """Start a step: `streams` are the accounts of its rows, None when all are exact."""
+        self._runner.memory.step()
+        self._previous = None
         self._streams = None if self._runner.memory.holds_all else streams
 
     def _route(self, layer: int, count: int) -> None:
@@ -101,7 +107,15 @@ class Mixture:
             raise InternalError(f"layer {layer}: the router's scores are not finite")
         self._route(layer, count)
         place = self._runner.divisions[layer].place
-        groups = self._scheduler.schedule(place[self._router.selected[:count]], count)
+        selected = self._router.selected[:count]
+        self.foresight.routed(layer, selected, self._previous)
+        groups = self._scheduler.schedule(place[selected], count)
         result: list[npt.NDArray[np.float32]] = []
-        self._runner.run(layer, rows, count, groups, self._y, lambda: result.append(shared()))
+
+        def meanwhile() -> None:
+            result.append(shared())
+            self.foresight.look_ahead(layer, x, count, selected, self._streams is None)
+
+        self._runner.run(layer, rows, count, groups, self._y, meanwhile)
+        self._previous = selected.copy()
         combine(x, self._y, self._router.weights, result[0], count)

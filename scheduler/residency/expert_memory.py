@@ -61,6 +61,8 @@ class ExpertMemory:
         self._key_of = np.full(slots.num_slots, -1, np.int32)
         self._ready = np.zeros(self.num_experts, np.uint8)  # resident and read whole
         self._pinned: set[int] = set()
+        self._used = np.full(self.num_experts, -1, np.int64)  # the last step that used it
+        self._step = 0
         self._loads: dict[int, Load] = {}
         self._on_way: dict[int, int] = {}  # key: request
         self._adopt()
@@ -152,6 +154,11 @@ class ExpertMemory:
         if self._policy is not None:
             self._policy.touch(keys, tokens)
         self._pinned.update(keys.tolist())
+        self._used[keys] = self._step
+
+    def step(self) -> None:
+        """Start a step: what the one before used is not to give way to what is only foreseen."""
+        self._step += 1
 
     def release(self, keys: Iterable[int]) -> None:
         """Say that the current event no longer needs these experts."""
@@ -161,12 +168,11 @@ class ExpertMemory:
         """End the event: everything may give way again."""
         self._pinned.clear()
 
-    def claim(
-        self, key: int, prefer: Collection[int] = (), protected: npt.NDArray[np.uint8] | None = None
-    ) -> int | None:
+    def claim(self, key: int, prefer: Collection[int] = (), *, foreseen: bool = False) -> int | None:
         """Return a slot for `key`: a free one, that of one of `prefer`, or the policy's victim, or None.
 
-        Who gives way is not in the arena afterwards. protected: uint8 (keys,), 1 for what must stay too.
+        Who gives way is not in the arena afterwards. For a foreseen expert nobody does who was used in this
+        step or the one before.
         """
         kind = int(self._class_of[key])
         if self._free[kind]:
@@ -177,8 +183,8 @@ class ExpertMemory:
         if self._policy is None:
             return None
         candidates = self._ready & (self._class_of == kind)
-        if protected is not None:
-            candidates &= protected ^ 1
+        if foreseen:
+            candidates &= self._used < self._step - 1
         if self._pinned:
             candidates[list(self._pinned)] = 0
         victim = self._policy.victim(candidates)

@@ -47,6 +47,7 @@ class ExpertPredictor:
         self._cap = row_cap
         self._scratch = np.zeros((2, num_experts), np.float64)
         self._nobody = np.zeros(num_experts, np.bool_)
+        self._none = np.empty(0, np.int32)
 
     @classmethod
     def from_history(cls, history: Sequence[Iterable[int]], num_experts: int = 64) -> Self:
@@ -77,6 +78,18 @@ class ExpertPredictor:
             self._scratch, ids,
         )  # fmt: skip
         return ids[:found]
+
+    def scores(self, layer: int, current: Ids) -> npt.NDArray[np.float64]:
+        """Return for each expert of `layer` how likely `current` makes it, -inf for one never seen there.
+
+        A mean of log-probabilities plus the weighted recency; valid until the next call.
+        """
+        predict_next(
+            self._table, self._rows, self._recency, layer, _rows(current), self._weight, self._nobody,
+            self._scratch, self._none,
+        )  # fmt: skip
+        scores: npt.NDArray[np.float64] = self._scratch[0]
+        return scores
 
     def predict_next(self, current: Sequence[int], k: int, layer: int = 0) -> list[int]:
         """Return `k` ids by the reference's rule: the sum of `probability` over `current`, none of those."""

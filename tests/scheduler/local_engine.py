@@ -102,6 +102,7 @@ class LocalEngine:
         crew: Crew | None = None,
         storage: Storage = DEFAULT_STORAGE,
         resident: int = 0,
+        prefetch: str = "off",
     ) -> None:
         """`resident`: how many experts have a slot, 0 for all."""
         self.file = GgufFile.open(path or embedded_model())
@@ -128,7 +129,9 @@ class LocalEngine:
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
         )
         self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
-        self.engine = Engine(plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1))
+        self.engine = Engine(
+            plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1), prefetch
+        )
         self.state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,

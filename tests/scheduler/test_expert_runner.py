@@ -146,3 +146,15 @@ def test_a_successor_finds_the_experts_in_the_arena() -> None:
     )
     assert (again.slot_of == memory.slot_of).all()
     assert again.num_resident == 20
+
+
+def test_prefetching_changes_no_bit(expected: object) -> None:
+    engine = LocalEngine(streams=3, resident=30, prefetch="on")
+    assert engine.run(PROMPTS, 24) == expected
+    assert engine.runner.counts.foreseen > 0
+    meter = engine.engine._mixture.foresight.meter
+    print(f"{meter.issued} foreseen, {meter.useful} of them used")
+    assert 0 < meter.useful <= meter.issued <= engine.runner.counts.foreseen
+    while engine.memory.num_loading:
+        engine.runner.take_loaded(engine.lane.collect((), (), ""))  # type: ignore[arg-type]
+    assert_consistent(engine.memory)

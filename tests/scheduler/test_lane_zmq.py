@@ -91,7 +91,7 @@ def test_trouble_keeps_its_kind_and_text(stage: Stage) -> None:
     with pytest.raises(InternalError, match="expert 3 of layer 2 is not in slot"):
         stage.exchange([stage.batch(0, {3: [0]})])
     os.truncate(stage.file.path, stage.file.data_offset)
-    with pytest.raises(ModelReadError, match=r"blk\.2\.ffn_gate_exps\.weight: the model file ends at byte"):
+    with pytest.raises(ModelReadError, match=r"blk\.2\.ffn_\w+_exps\.weight: the model file ends at byte"):
         stage.page_in(0, 3)
 
 

@@ -1,0 +1,129 @@
+"""Foresight: which experts the next layer will want, asked for before it is known that it does.
+
+Two predictions are added: the next layer's own gate on the present state, and what usually follows this
+layer's selection (`residency.predictor`). At most two experts per layer are asked for, at the lowest
+priority, and only as long as the meter says that they are used and the trial that less is waited for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workers.kernels.norms import rms_rows
+from ..workers.kernels.routing import SIGMOID
+from .dense import DenseWeights, Linear, Rows
+from .expert_runner import ExpertRunner
+from .model.plan import ModelPlan
+from .residency.predictor import ExpertPredictor
+from .residency.prefetch_meter import PrefetchMeter
+from .residency.stall_trial import StallTrial
+
+MOST = 2
+MAX_TOKENS = 8
+HABIT_WEIGHT = 0.1
+
+
+class Foresight:
+    """Prefetches for one engine. `mode` is "auto", "on" (no meter) or "off"."""
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        dense: DenseWeights,
+        gates: dict[int, Linear],
+        biases: dict[int, npt.NDArray[np.float32]],
+        runner: ExpertRunner,
+        mode: str,
+    ) -> None:
+        h = plan.hyper
+        self._h = h
+        self._plan = plan
+        self._runner = runner
+        self._gates, self._biases = gates, biases
+        self._norms = {layer: dense.vector(f"{layer}.ffn_norm") for layer in h.moe_layers}
+        self._mode = "off" if runner.memory.holds_all else mode
+        self._predictor = ExpertPredictor(num_layers=len(h.moe_layers), num_experts=h.experts)
+        self.meter = PrefetchMeter()
+        self._trial = StallTrial()
+        self._rows = Rows(MAX_TOKENS, h.d_model)
+        width = -(-h.experts // 16) * 16
+        self._logits = np.zeros((MAX_TOKENS, width), np.float32)
+        self._index = np.arange(MAX_TOKENS, dtype=np.int32).reshape(1, -1)
+        self._first: npt.NDArray[np.int32] | None = None  # the first layer's selection of the step before
+        self._issued: dict[int, list[int]] = {}  # layer: keys
+
+    def forget(self) -> None:
+        """What was asked for in a step that failed says nothing."""
+        self._issued.clear()
+
+    def routed(
+        self, layer: int, selected: npt.NDArray[np.int32], previous: npt.NDArray[np.int32] | None
+    ) -> None:
+        """Learn what a layer selected (int32 (tokens, k)), after `previous` in the layer before."""
+        if self._mode == "off":
+            return
+        issued = self._issued.pop(layer, [])
+        keys = {self._plan.key_of(layer, int(expert)) for expert in np.unique(selected)}
+        useful = [key for key in issued if key in keys]
+        late = [key for key in useful if not self._runner.memory.ready(key)]
+        self.meter.record(len(issued), len(useful), len(late))
+        self._trial.event(self._runner.waited_ns)
+        if len(selected) > MAX_TOKENS:
+            self._first = None
+            return
+        if layer == self._h.moe_layers[0]:
+            previous, self._first = self._first, selected.copy()
+            if previous is None or len(previous) != len(selected):
+                return
+        if previous is not None:
+            self._predictor.observe(layer - self._h.dense_layers, previous, selected)
+
+    def look_ahead(
+        self, layer: int, x: npt.NDArray[np.float32], count: int, selected: npt.NDArray[np.int32], exact: bool
+    ) -> None:
+        """Ask for experts of the layer after `layer`, from the state `x` (tokens, d_model) before its sum.
+
+        Called while the experts of `layer` are read and computed. exact: nobody may lose quality in this
+        step; otherwise times must not decide what is resident. Raises WorkerLost.
+        """
+        if self._mode == "off" or count > MAX_TOKENS or not self._allowed(exact):
+            return
+        following = layer + 1
+        if following in self._gates:
+            scores = self._gate_scores(following, x, count)
+        elif self._first is not None and len(self._first) == count:
+            following, selected = self._h.moe_layers[0], self._first
+            scores = np.zeros(self._h.experts)
+        else:
+            return
+        first = self._plan.key_of(following, 0)
+        resident = self._runner.memory.resident[first : first + self._h.experts] > 0
+        scores += HABIT_WEIGHT * self._predictor.scores(following - self._h.dense_layers, selected)
+        scores[resident] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:MOST]
+        wanted = [first + int(expert) for expert in best if np.isfinite(scores[expert])]
+        self._issued[following] = self._runner.prefetch(wanted)
+
+    def _allowed(self, exact: bool) -> bool:
+        if self._mode == "on":
+            return True
+        return self.meter.allowed and (self._trial.allowed or not exact)
+
+    def _gate_scores(self, layer: int, x: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float64]:
+        """Return the logarithm of each expert's best share of a token's mass; -inf outside its top k."""
+        h = self._h
+        rms_rows(x, h.d_model, self._norms[layer], np.float32(h.eps), count, h.d_model, self._rows.x)
+        self._rows.changed()
+        self._gates[layer].apply(self._rows, self._index, count, self._logits)
+        logits = self._logits[:count, : h.experts].astype(np.float64)
+        if h.gating == SIGMOID:
+            p = 1.0 / (1.0 + np.exp(-logits))
+        else:
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        ranked = p + self._biases[layer]
+        kept = np.sort(ranked, axis=1)[:, -h.experts_used, None]
+        mass = np.where(ranked >= kept, p, 0.0)
+        with np.errstate(divide="ignore"):
+            best: npt.NDArray[np.float64] = np.log((mass / mass.sum(axis=1, keepdims=True)).max(axis=0))
+        return best
