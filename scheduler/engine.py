@@ -20,6 +20,7 @@ from .mixture import Mixture
 from .model.deepseek2 import Deepseek2, TokenBatch
 from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
+from .routing_log import RoutingLog
 from .sampling import choose, log_normaliser, score
 from .state import Segment
 
@@ -47,13 +48,15 @@ class Engine:
         max_batch_tokens: int,
         crew: Crew,
         prefetch: str = "auto",
+        log: RoutingLog | None = None,
     ) -> None:
         weights = DenseWeights(plan, dense, crew)
         self._plan = plan
         self._streams = streams
         self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
+        self._log = log
         self._ledger = QualityLedger(streams.shape.streams)
-        self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens, prefetch=prefetch)
+        self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens, prefetch, log)
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
         # Our own copy: the daemon may give a record to the next request while a step still runs.
         self._tokens = np.zeros_like(streams.tokens)
@@ -72,6 +75,10 @@ class Engine:
         """
         batch = self._batch(segments)
         self._mixture.begin(self._ledger.begin(segments, requests))
+        if self._log is not None:
+            turns = [request.serial for request in requests]
+            prefill = any(s.count > 1 for s in segments)
+            self._log.begin(np.repeat(turns, [s.count for s in segments]), prefill)
         self._model.forward(batch, self._mixture)
         if (row := first_bad_row(self._model.x, len(batch.ids), self._plan.hyper.d_model)) >= 0:
             raise InternalError(f"position {batch.positions[row]}: the hidden state is not finite")

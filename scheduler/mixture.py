@@ -17,6 +17,7 @@ from .foresight import Foresight
 from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
 from .router import Router, RouterConfig
+from .routing_log import RoutingLog
 
 # The first of so many layers is always exact: there reuse is low and harm is high in deep models.
 EXACT_LAYERS = 16
@@ -32,15 +33,13 @@ class Mixture:
         runner: ExpertRunner,
         ledger: QualityLedger,
         capacity: int,
-        window: int | None = None,
         prefetch: str = "auto",
+        log: RoutingLog | None = None,
     ) -> None:
-        """`window`: see RouterConfig; by default 0 where there is a slot for every expert."""
         h = plan.hyper
         self._runner = runner
         self._ledger = ledger
-        if window is None:
-            window = 0 if runner.memory.holds_all else max(2 * h.experts_used, 8)
+        self._log = log
         self._gates: dict[int, Linear] = {
             layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
         }
@@ -56,7 +55,7 @@ class Mixture:
                 gating=h.gating,
                 normalise=h.weights_norm,
                 scale=h.weights_scale,
-                window=window,
+                window=max(2 * h.experts_used, 8),
                 keep=1 if h.experts_used <= 2 else 2,
             ),
             capacity,
@@ -78,16 +77,21 @@ class Mixture:
         self._streams = None if self._runner.memory.holds_all else streams
 
     def _route(self, layer: int, count: int) -> None:
-        if self._streams is None or layer in self._exact_layers:
-            self._router.route(self._logits, self._biases[layer], count, layer)
-            return
+        r, bias = self._router, self._biases[layer]
         first = self._runner.plan.key_of(layer, 0)
         # The snapshot: nothing is read in or gives way before the whole layer is routed.
         resident = self._runner.memory.resident[first : first + self._num_experts]
-        self._router.route_within(
-            self._logits, self._biases[layer], count, layer, self._streams, self._ledger.epsilon, resident,
-            self._ledger.accounts,
-        )  # fmt: skip
+        if self._streams is None or layer in self._exact_layers:
+            r.route(self._logits, bias, count, layer, runner_ups=self._log is not None)
+        else:
+            r.route_within(
+                self._logits, bias, count, layer, self._streams, self._ledger.epsilon, resident,
+                self._ledger.accounts,
+            )  # fmt: skip
+        if self._log is not None:
+            logits = self._logits[:count, : self._num_experts]
+            chosen = (r.ranked[:count], r.selected[:count], r.weights[:count])
+            self._log.add(layer, logits, bias, *chosen, resident)
 
     def __call__(
         self,

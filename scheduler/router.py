@@ -15,8 +15,8 @@ from ..workers.kernels.routing import route_resident, route_top_k
 class RouterConfig:
     """How scores become experts and weights (spec section 4.1, F2 and F3), and what a budget may trade.
 
-    window: how many experts are ranked, 0 for top_k: those that may be traded for; keep: ranks that are never
-    traded; bonus: what a trade may cost at most, as a share of the spread of the
+    window: how many experts are ranked where it matters, at least top_k: those that may be traded for;
+    keep: ranks that are never traded; bonus: what a trade may cost at most, as a share of the spread of the
     token's scores; share: what the lost mass times the expert's weight may be of the credit; limit: credit
     saved up at most, in tokens' shares.
     """
@@ -46,14 +46,22 @@ class Router:
         self._present = np.zeros(config.num_experts, np.uint8)
         self.selected = np.zeros((max_tokens, config.top_k), np.int32)
         self.weights = np.zeros((max_tokens, config.top_k), np.float32)
-        self.ranked = np.zeros(
-            (max_tokens, min(max(config.window, config.top_k), config.num_experts)), np.int32
-        )
+        window = min(max(config.window, config.top_k), config.num_experts)
+        self.ranked = np.zeros((max_tokens, window), np.int32)
+        self._best = np.zeros((max_tokens, config.top_k), np.int32)
 
     def route(
-        self, logits: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], count: int, layer: int
+        self,
+        logits: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32],
+        count: int,
+        layer: int,
+        *,
+        runner_ups: bool = False,
     ) -> None:
         """Fill `selected` and `weights` for `count` rows of `logits` (tokens, >= experts).
+
+        With runner_ups `ranked` is filled, too.
 
         `bias` (experts,) counts for the selection only. Raises InternalError naming the layer when a
         token has fewer finite scores than experts to select: the weights hold a NaN or infinity.
@@ -61,7 +69,7 @@ class Router:
         c = self._config
         bad = route_top_k(
             logits, bias, count, c.num_experts, c.gating, c.normalise, np.float32(c.scale), self._p,
-            self.ranked, self.selected, self.weights,
+            self.ranked if runner_ups else self._best, self.selected, self.weights,
         )  # fmt: skip
         if bad >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")

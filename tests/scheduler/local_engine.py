@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from sterna.scheduler.messages import RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, Policy
+from sterna.scheduler.routing_log import RoutingLog
 from sterna.shm.errors import SternaError
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
@@ -103,6 +104,7 @@ class LocalEngine:
         storage: Storage = DEFAULT_STORAGE,
         resident: int = 0,
         prefetch: str = "off",
+        log: Callable[[ModelPlan], RoutingLog] | None = None,
     ) -> None:
         """`resident`: how many experts have a slot, 0 for all."""
         self.file = GgufFile.open(path or embedded_model())
@@ -129,8 +131,9 @@ class LocalEngine:
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
         )
         self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
+        self.log = None if log is None else log(plan)
         self.engine = Engine(
-            plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1), prefetch
+            plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1), prefetch, self.log
         )
         self.state = st.SchedulerState(
             num_blocks=shape.num_blocks,
