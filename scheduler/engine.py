@@ -14,6 +14,7 @@ from ..workers.kernels.norms import first_bad_row
 from .crew import Crew
 from .dense import DenseWeights
 from .expert_runner import ExpertRunner
+from .foresight import Foresight
 from .kv import StreamMemory
 from .messages import RoutingReport, StreamStep, Submit
 from .mixture import Mixture
@@ -60,6 +61,11 @@ class Engine:
         self._logits = np.zeros((LOGIT_ROWS, self._model.padded_vocabulary), np.float32)
         # Our own copy: the daemon may give a record to the next request while a step still runs.
         self._tokens = np.zeros_like(streams.tokens)
+
+    @property
+    def foresight(self) -> Foresight:
+        """What asks for experts before they are needed."""
+        return self._mixture.foresight
 
     def admit(self, request: Submit) -> None:
         """Take the stream's tokens from the stream memory; call it before the stream's first step."""

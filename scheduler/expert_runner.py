@@ -23,6 +23,7 @@ from .dense import Rows
 from .lane import Computed, Lane, Loaded, WorkerBatch
 from .model.plan import ModelPlan
 from .residency.expert_memory import ExpertMemory
+from .residency.latency import LatencyHistogram
 
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4
@@ -34,7 +35,12 @@ Indices = npt.NDArray[np.int32]
 
 @dataclass(slots=True)
 class Counts:
-    """What happened since the start; an event is one layer of one step."""
+    """What happened since the start; an event is one layer of one step.
+
+    by_layer: int64 (MoE layers, 2), the distinct experts and the hits of each.
+    """
+
+    by_layer: npt.NDArray[np.int64]
 
     events: int = 0
     logical: int = 0  # (token, expert) pairs asked for
@@ -85,8 +91,9 @@ class ExpertRunner:
         self._file = file
         self._lane = lane
         self.memory = memory
-        self.counts = Counts()
         h = plan.hyper
+        self.counts = Counts(np.zeros((len(h.moe_layers), 2), np.int64))
+        self.latency = LatencyHistogram()
         self.divisions = {
             layer: Division([memory.owner(plan.key_of(layer, expert)) for expert in range(h.experts)])
             for layer in h.moe_layers
@@ -140,7 +147,9 @@ class ExpertRunner:
         counts.logical += event.ends[-1]
         counts.distinct += len(places)
         counts.late += len(event.loading)
-        counts.hits += len(here) + len(event.loading)
+        hits = len(here) + len(event.loading)
+        counts.hits += hits
+        counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(places), hits)
         self._read_more(event)
         worker = self.divisions[event.layer].worker
         first = 0
@@ -184,6 +193,7 @@ class ExpertRunner:
         if self.memory.loaded(answer.seq) is not None:
             self.counts.fetched += 1
             self.counts.fetched_bytes += answer.nbytes
+            self.latency.record(answer.busy_ns)
 
     def _read_more(self, event: _Event) -> None:
         """Ask for experts of the queue as long as there are slots for them."""

@@ -144,6 +144,39 @@ class StreamsFailed(EngineMessage, frozen=True, kw_only=True):
     text: str
 
 
+class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Expert memory since the scheduler's start; an event is one MoE layer of one step.
+
+    slots in use; resident experts, also by the worker that owns them; loading: on their way; logical: (token,
+    expert) pairs; distinct: different experts of each event, summed, of which hits were in memory and misses
+    not; fetched: experts read, also those foreseen; waited_ns: time spent waiting for experts alone;
+    page_in_*: from request to answer; needed_per_slot: mean of an event's experts per slot of a layer;
+    cycle_guard: slots for each expert that one token needs, below 1 nothing is ever found again;
+    layer_hit_rates; foreseen experts asked for, used, and used but late.
+    """
+
+    slots: int
+    resident: int
+    loading: int
+    resident_of_workers: list[int]
+    events: int
+    logical: int
+    distinct: int
+    hits: int
+    misses: int
+    fetched: int
+    fetched_bytes: int
+    waited_ns: int
+    page_in_p50_ns: int
+    page_in_p99_ns: int
+    needed_per_slot: float
+    cycle_guard: float
+    layer_hit_rates: list[float]
+    foreseen: int
+    foreseen_used: int
+    foreseen_late: int
+
+
 class Stats(EngineMessage, frozen=True, kw_only=True):
     """Answer to `query`."""
 
@@ -153,6 +186,7 @@ class Stats(EngineMessage, frozen=True, kw_only=True):
     free_blocks: int
     workers: list[int]
     resident_experts: int
+    experts: ExpertStats
 
 
 class Trouble(EngineMessage, frozen=True, kw_only=True):

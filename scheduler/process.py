@@ -27,6 +27,7 @@ from . import state as st
 from .crew import Crew, usable_cores
 from .dense import fill_dense
 from .engine import Engine
+from .expert_metrics import expert_stats
 from .expert_runner import ExpertRunner
 from .kv import StreamMemory, StreamShape
 from .lane import Loaded
@@ -284,6 +285,7 @@ class _Scheduler:
             free_blocks=self._state.blocks.num_free,
             workers=self._state.workers,
             resident_experts=self._memory.num_resident,
+            experts=expert_stats(self._runner, self._engine.foresight, self._spec.workers),
         )
 
 
