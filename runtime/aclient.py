@@ -35,6 +35,7 @@ from .messages import (
     Ping,
     Pong,
     Report,
+    Resize,
     Status,
     Tokenize,
     Tokenized,
@@ -133,6 +134,11 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         """Return the daemon's report on itself."""
         request = Status(id=core.new_id())
+        return (await self._call(request, request.id, Report)).body
+
+    async def resize(self, memory: str) -> dict[str, Any]:
+        """Have the daemon use `memory` ("2GiB", "auto") in all; return its slots and bytes then."""
+        request = Resize(id=core.new_id(), memory=memory)
         return (await self._call(request, request.id, Report)).body
 
     async def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:

@@ -1,4 +1,4 @@
-"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; others in `cli_inspect`, `cli_kernels`.
+"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; others in the files `cli_*`.
 
 In here: arguments, exit codes and what goes to which stream: answers to stdout, all else to stderr. Every
 error is one line. Modules that cost time are imported by the command that needs them, by --version none.
@@ -21,6 +21,7 @@ from .. import __version__
 from ..shm.errors import DaemonUnreachable, SternaError, UsageError
 from .cli_inspect import inspect
 from .cli_kernels import bench, warm
+from .cli_plan import memory, plan
 from .cli_simulate import simulate
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, statistics, table
@@ -38,7 +39,10 @@ MAX_STDIN_BYTES = 16 * 2**20
 
 SOCKET_OPTION = click.option("--socket", metavar="URL", help="ipc:// URL of the daemon.")
 Command = Callable[..., int]
-_METAVARS = {"integer": "N", "seconds": "SECONDS", "url": "URL"}
+_METAVARS = {
+    "integer": "N", "seconds": "SECONDS", "url": "URL", "size": "SIZE", "share": "N|PERCENT",
+    "percent": "PERCENT",
+}  # fmt: skip
 
 
 class _ClosedPipeError(Exception):
@@ -64,6 +68,8 @@ def cli() -> None:
 
 cli.add_command(bench)
 cli.add_command(inspect)
+cli.add_command(memory)
+cli.add_command(plan)
 cli.add_command(simulate)
 cli.add_command(warm)
 

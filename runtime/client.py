@@ -34,6 +34,7 @@ from .messages import (
     Ping,
     Pong,
     Report,
+    Resize,
     Status,
     Tokenize,
     Tokenized,
@@ -124,6 +125,11 @@ class Client:
     def status(self) -> dict[str, Any]:
         """Return the daemon's report on itself."""
         request = Status(id=core.new_id())
+        return self._call(request, request.id, Report).body
+
+    def resize(self, memory: str) -> dict[str, Any]:
+        """Have the daemon use `memory` ("2GiB", "auto") in all; return its slots and bytes then."""
+        request = Resize(id=core.new_id(), memory=memory)
         return self._call(request, request.id, Report).body
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:

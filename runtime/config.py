@@ -1,7 +1,7 @@
 """What the daemon can be told, from where, and whether it makes sense.
 
 In here: `Config` with the range of each field and `load_config`, which merges flags, environment and TOML
-files in that order of precedence. Not in here: presets, and what a setting does. Nothing creates a file.
+files in that order of precedence. Not in here: what a setting does. Nothing creates a file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..shm.errors import ConfigError, ModelNotFound
+from . import sizes
 from .sockets import check_url, default_socket_url
 
 Lane = Literal["auto", "zmq"]
 Ternary = Literal["auto", "2", "1.6"]
 Activations = Literal["auto", "block", "token"]
+Preset = Literal["auto", "raspberry-pi-5", "mobile", "desktop", "wasm-browser", "custom"]
+Routing = Literal["exact", "budget"]
+Switch = Literal["auto", "off"]
+Prefetch = Literal["auto", "off", "on"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SYSTEM_CONFIG_DIR = Path("/etc/sterna")
@@ -29,7 +34,7 @@ class Setting:
     """What one field may hold and how it is explained; `flag` is its name on the command line."""
 
     help: str
-    kind: Literal["path", "url", "integer", "seconds", "choice"]
+    kind: Literal["path", "url", "integer", "seconds", "choice", "size", "share", "percent"]
     low: float = 0
     high: float = 0
     choices: tuple[str, ...] = ()
@@ -48,30 +53,67 @@ class Setting:
                 return "the path of a file"
             case "url":
                 return "ipc:// and the absolute path of a socket"
+            case "size":
+                return '"auto" or a size such as "3GiB"'
+            case "share":
+                return '"auto", a share such as "50%" or a number of experts such as "128"'
+            case "percent":
+                return f'a share from {self.low:g} to {self.high:g} percent, such as "0.5%"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings of a daemon; `load_config` returns a checked one. Ranges and meanings are in SETTINGS.
 
-    `model` None is the embedded model, `workers` 0 one per core, `ctx_size` 0 the model's but at most 4096.
+    `model` None is the embedded model, `workers` 0 one per core, `ctx_size` 0 the model's but at most 4096,
+    `max_num_seqs` 0 is 16, `max_batch_tokens` 0 is 512; of these less where memory is short.
     """
 
     model: Path | None = None
     socket: str = field(default_factory=default_socket_url)
     workers: int = 0
     ctx_size: int = 0
-    max_num_seqs: int = 16
+    max_num_seqs: int = 0
     max_queue: int = 256
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 0
     threads: int = 0
     ternary: Ternary = "auto"
     activations: Activations = "auto"
+    memory: str = "auto"
+    resident_experts: str = "auto"
+    preset: Preset = "auto"
+    memory_pressure: Switch = "auto"
+    routing: Routing = "exact"
+    quality_budget: str = "0.5%"
+    prefetch: Prefetch = "auto"
     lane: Lane = "auto"
     log_level: LogLevel = "info"
     shutdown_timeout_s: float = 30.0
     step_timeout_s: float = 60.0
     start_timeout_s: float = 120.0
+
+    @property
+    def memory_nbytes(self) -> int | None:
+        """Bytes that all of Sterna may use, None to find out."""
+        return None if self.memory == "auto" else read_size(self.memory, "memory")
+
+    @property
+    def quality_fraction(self) -> float:
+        """The quality budget as a fraction: 0.005 for 0.5%."""
+        return percent(self.quality_budget)
+
+
+def percent(text: str) -> float:
+    """Return the fraction that a checked text such as "0.5%" stands for."""
+    return float(text.removesuffix("%")) / 100
+
+
+def resident_count(text: str, total: int) -> int | None:
+    """Return how many of `total` routed experts `resident_experts` means, None for "auto"."""
+    if text == "auto":
+        return None
+    wanted = int(percent(text) * total + 0.5) if text.endswith("%") else int(text)
+    return min(total, wanted)
 
 
 _DAY_S = 86_400
@@ -80,9 +122,9 @@ SETTINGS: dict[str, Setting] = {
     "socket": Setting("ipc:// URL to listen on", "url"),
     "workers": Setting("Expert workers [0: one per core]", "integer", 0, 256),
     "ctx_size": Setting("Context in tokens [0: the model's, at most 4096]", "integer", 0, 2**20, short="-c"),
-    "max_num_seqs": Setting("Answers computed at a time [16]", "integer", 1, 1024),
+    "max_num_seqs": Setting("Answers computed at a time [0: 16]", "integer", 0, 1024),
     "max_queue": Setting("Requests that may wait [256]", "integer", 1, 65_536),
-    "max_batch_tokens": Setting("Prompt tokens computed per step [512]", "integer", 1, 16_384),
+    "max_batch_tokens": Setting("Prompt tokens computed per step [0: 512]", "integer", 0, 16_384),
     "threads": Setting("Threads of the scheduler for dense layers; 0: one per core [0]", "integer", 0, 64),
     "ternary": Setting(
         "Bits of a ternary weight in memory; auto: 2, or 1.6 where only that fits [auto]",
@@ -94,6 +136,30 @@ SETTINGS: dict[str, Setting] = {
         "choice",
         choices=("auto", "block", "token"),
     ),
+    "memory": Setting(
+        "All memory that Sterna may use, such as 3GiB; experts beyond it are read from the file [auto]",
+        "size",
+    ),
+    "resident_experts": Setting(
+        "Routed experts kept in memory, 50% or a number, for experiments [auto]", "share"
+    ),
+    "preset": Setting(
+        "Memory as for a kind of machine, at most what is free [auto]",
+        "choice",
+        choices=("auto", "raspberry-pi-5", "mobile", "desktop", "wasm-browser", "custom"),
+    ),
+    "memory_pressure": Setting(
+        "Give memory back while the system is short of it [auto]", "choice", choices=("auto", "off")
+    ),
+    "routing": Setting(
+        "exact, or budget: prefer experts in memory within the quality budget [exact]",
+        "choice",
+        choices=("exact", "budget"),
+    ),
+    "quality_budget": Setting("Perplexity that routing by budget may cost [0.5%]", "percent", 0, 10),
+    "prefetch": Setting(
+        "Read experts before they are needed [auto]", "choice", choices=("auto", "off", "on")
+    ),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
     "log_level": Setting(
         "Least severe event logged [info]", "choice", choices=("debug", "info", "warning", "error")
@@ -102,6 +168,14 @@ SETTINGS: dict[str, Setting] = {
     "step_timeout_s": Setting("Time after which a step counts as hung [60]", "seconds", 0.1, _DAY_S),
     "start_timeout_s": Setting("Time for all processes to be ready [120]", "seconds", 0.1, _DAY_S),
 }
+
+
+def read_size(text: str, where: str) -> int:
+    """Return the bytes that a text such as 3GiB stands for; raises ConfigError that begins with `where`."""
+    try:
+        return sizes.parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def flag_of(name: str) -> str:
@@ -218,6 +292,15 @@ def _from_text(setting: Setting, text: str) -> object:
     return text
 
 
+_PERCENT = re.compile(r"\d+(\.\d+)?%")
+
+
+def _is_share(value: str) -> bool:
+    if _PERCENT.fullmatch(value):
+        return 0 < float(value[:-1]) <= 100
+    return value == "auto" or (value.isascii() and value.isdigit() and 0 < int(value) < 2**31)
+
+
 def _checked(setting: Setting, value: object, where: str) -> object:
     """Return the value in the field's type; raises ConfigError that begins with `where`."""
     match setting.kind:
@@ -231,4 +314,11 @@ def _checked(setting: Setting, value: object, where: str) -> object:
             return Path(value).expanduser()
         case "url" if isinstance(value, str):
             return check_url(value, where)
+        case "size" if value == "auto" or (isinstance(value, str) and read_size(value, where) > 0):
+            return value
+        case "share" if isinstance(value, str) and _is_share(value):
+            return value
+        case "percent" if isinstance(value, str) and _PERCENT.fullmatch(value):
+            if setting.low <= float(value[:-1]) <= setting.high:
+                return value
     raise ConfigError(f"{where}: expected {setting.expected()}, found {ascii(value)[:80]}")

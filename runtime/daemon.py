@@ -22,7 +22,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import uvloop
 import zmq
 
@@ -35,6 +34,7 @@ from .config import Config
 from .endpoint import Endpoint
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
+from .memory_control import MemoryControl
 from .messages import Limits, Welcome
 from .notify import notify
 from .nursery_wire import Warm
@@ -64,11 +64,6 @@ def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = 
     return uvloop.run(Daemon(config, on_progress or _log_progress).run())
 
 
-def default_workers() -> int:
-    """Return the number of workers for this machine: physical cores minus one, at least one."""
-    return max(1, (psutil.cpu_count(logical=False) or 1) - 1)
-
-
 class Daemon:
     """One daemon; `run` is its whole life."""
 
@@ -80,7 +75,6 @@ class Daemon:
         self._signals: list[int] = []
         self._error: SternaError | None = None
         self.started_s = time.monotonic()
-        self.num_workers = config.workers or default_workers()
 
     async def run(self) -> int:
         """Start, serve and stop; return the exit code. Raises what kept it from starting."""
@@ -89,6 +83,7 @@ class Daemon:
             loop.add_signal_handler(number, self._on_signal, number)
         with contextlib.ExitStack() as stack:
             self.model = LoadedModel(self._config)
+            self.num_workers = self.model.wants.workers
             stack.callback(self.model.close)
             lock_fd = stack.enter_context(_lock(ipc_path(self._config.socket)))
             self.model.allocate()
@@ -165,24 +160,29 @@ class Daemon:
     # ---- serving ----
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
+        self.memory = MemoryControl(self.model, self.engine)
         self.endpoint = Endpoint(
             _bind(self._config.socket),
             self.model.tokenizer,
             self._welcome(),
             self._report,
             self._drain_and_stop,
+            self.memory.resize,
             group,
         )
         self.service = Service(self._config, self.model, self.engine, self.endpoint.send)
         self.service.on_idle = self._idle.set
         self.endpoint.attach(self.service)
         probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")
-        lost = group.create_task(self._watch_nursery(), name="nursery.watch")
+        watches = [group.create_task(self._watch_nursery(), name="nursery.watch")]
+        if self._config.memory_pressure == "auto":
+            watches.append(group.create_task(self.memory.watch(), name="memory.watch"))
         print(f"ready socket={self._config.socket}", flush=True)
         notify(f"READY=1\nSTATUS=serving {self.model.facts.name}")
         log.info(
-            "daemon.ready model=%s workers=%d context=%d start_s=%.2f",
-            self.model.path, self.num_workers, self.model.context, time.monotonic() - self.started_s,
+            "daemon.ready model=%s workers=%d context=%d slots=%d experts=%d start_s=%.2f",
+            self.model.path, self.num_workers, self.model.context, self.model.decision.num_slots,
+            self.model.plan.num_experts, time.monotonic() - self.started_s,
         )  # fmt: skip
         try:
             await self._stop.wait()
@@ -191,7 +191,8 @@ class Daemon:
             await self._drain_within(self._config.shutdown_timeout_s)
         finally:
             probe.cancel()
-            lost.cancel()
+            for watch in watches:
+                watch.cancel()
             self.endpoint.close(LINGER_S)
 
     async def _watch_nursery(self) -> None:
@@ -234,7 +235,7 @@ class Daemon:
             limits=Limits(
                 max_frame_bytes=codec.MAX_FRAME_BYTES,
                 max_queue=self._config.max_queue,
-                max_sequences=self._config.max_num_seqs,
+                max_sequences=self.model.streams_shape.streams,
             ),
         )
 

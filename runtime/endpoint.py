@@ -33,6 +33,7 @@ from .messages import (
     Pong,
     Report,
     Request,
+    Resize,
     Status,
     Tokenize,
     Tokenized,
@@ -76,12 +77,14 @@ class Endpoint:
         welcome: Welcome,
         report: Callable[[], Awaitable[dict[str, Any]]],
         drain: Callable[[], Awaitable[None]],
+        resize: Callable[[str], Awaitable[dict[str, Any]]],
         group: asyncio.TaskGroup,
     ) -> None:
         self._tokenizer = tokenizer
         self._welcome = welcome
         self._report = report
         self._drain = drain
+        self._resize = resize
         self._group = group
         self._tasks: set[asyncio.Task[None]] = set()
         self._converting = asyncio.Lock()  # one at a time: the other cores compute
@@ -205,6 +208,8 @@ class Endpoint:
                 self._start(self._send_report(identity, message.id), "status")
             case Drain():
                 self._start(self._send_drained(identity, message.id), "drain")
+            case Resize():
+                self._start(self._send_resized(identity, message), "resize")
 
     def _start(self, answer: Coroutine[Any, Any, None], name: str) -> None:
         task = self._group.create_task(answer, name=name)
@@ -240,6 +245,12 @@ class Endpoint:
 
     async def _send_report(self, identity: bytes, request_id: str) -> None:
         self.send(identity, Report(id=request_id, body=await self._report()))
+
+    async def _send_resized(self, identity: bytes, message: Resize) -> None:
+        try:
+            self.send(identity, Report(id=message.id, body=await self._resize(message.memory)))
+        except SternaError as error:
+            self._refuse(identity, message.id, error)
 
     async def _send_drained(self, identity: bytes, request_id: str) -> None:
         await self._drain()

@@ -19,7 +19,7 @@ import zmq
 
 from ..scheduler import messages as wire
 from ..scheduler.spec import SchedulerSpec
-from ..shm.errors import EngineLost, StartFailed, SternaError, error_of
+from ..shm.errors import EngineLost, OutOfResources, StartFailed, SternaError, error_of
 from ..workers.spec import WorkerSpec
 from ..workers.user_cache import user_cache
 from .child import Child
@@ -32,6 +32,8 @@ log = logging.getLogger("sterna.engine")
 
 SPAWN_TIMEOUT_S = 20.0
 QUERY_TIMEOUT_S = 1.0
+# A step ends and reads that are under way come to their end before slots change.
+RESIZE_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 2.0
 MAX_DEATHS = 3
 BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
@@ -74,6 +76,7 @@ class EngineLink:
         self._ready: asyncio.Future[None] | None = None
         self._serving = False  # a scheduler is there and knows of the running streams
         self._stats: asyncio.Future[wire.Stats] | None = None
+        self._resizing: asyncio.Future[wire.Resized] | None = None
         self._cancelled: dict[int, Callable[[], None]] = {}  # by the nonce of the query behind the cancel
         self._tasks: set[asyncio.Task[None]] = set()
         self._nonce = 0
@@ -108,10 +111,14 @@ class EngineLink:
             slots=self._model.slots,
             cache_dir=str(user_cache()),
             context=self._model.context,
-            streams=self._config.max_num_seqs,
-            max_batch_tokens=self._config.max_batch_tokens,
+            limits=self._model.limits,
+            streams=self._model.streams_shape.streams,
+            max_batch_tokens=self._model.wants.max_batch_tokens,
             threads=self._config.threads,
             storage=self._model.plan.storage,
+            routing=self._config.routing,
+            quality_budget=self._config.quality_fraction,
+            prefetch=self._config.prefetch,
             step_timeout_s=self._config.step_timeout_s,
             start_timeout_s=self._config.start_timeout_s,
         )
@@ -197,6 +204,8 @@ class EngineLink:
             self._loop.call_later(LAST_WORDS_S, self._not_ready, self._ready, StartFailed(error))
             return
         self._serving = False
+        if self._resizing is not None and not self._resizing.done():
+            self._resizing.set_exception(EngineLost(error))
         self._start_task(self._replace_scheduler(error), "replace scheduler")
 
     def _not_ready(self, ready: asyncio.Future[None], error: SternaError) -> None:
@@ -273,6 +282,25 @@ class EngineLink:
             self._stats = None
         return answer.result() if done else None
 
+    async def resize(self, limits: list[int]) -> wire.Resized:
+        """Have only so many slots of each class used, and return what that freed.
+
+        One at a time. Raises OutOfResources when there is no memory to grow into, EngineLost when the
+        scheduler goes or does not answer: its successor starts with `LoadedModel.limits`.
+        """
+        if not self._serving:
+            raise EngineLost("the scheduler is being replaced")
+        answer = self._resizing = self._loop.create_future()
+        self._send(wire.Resize(nonce=self._next_number(), limits=limits))
+        done, _ = await asyncio.wait([answer], timeout=RESIZE_TIMEOUT_S)
+        self._resizing = None
+        if not done:
+            raise EngineLost(f"the scheduler changed no slots within {RESIZE_TIMEOUT_S:.0f} s")
+        resized: wire.Resized = answer.result()
+        if resized.error is not None:
+            raise OutOfResources(resized.error)
+        return resized
+
     def _send(self, message: wire.ToScheduler) -> None:
         try:
             self._control.send([f"s{self._generation}".encode(), wire.encode(message)])
@@ -292,6 +320,9 @@ class EngineLink:
                 self.on_failed(message)
             case wire.Stats():
                 self._on_stats(message)
+            case wire.Resized():
+                if self._resizing is not None and not self._resizing.done():
+                    self._resizing.set_result(message)
             case wire.Loading():
                 self.on_loading(message)
             case wire.Ready():

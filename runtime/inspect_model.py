@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..shm.errors import OutOfResources
 from ..workers.checkpoint.formats import activation_kind, is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufFile
-from .config import Activations, Ternary
-from .model_choice import choose, weights_nbytes
+from .config import Activations, Config, Ternary
+from .model_choice import UNLIMITED, Choices, ModelChoice, wants_of, weights_nbytes
+from .room import choose_budget, own_nbytes, read_room
 
 
 def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "auto") -> dict[str, Any]:
@@ -19,7 +21,7 @@ def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "
     Raises the errors of the file.
     """
     with GgufFile.open(path) as file:
-        choice = choose(file, ternary, activations)
+        choice, fit = _choose(file, ternary, activations)
         plan = choice.plan
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
@@ -60,8 +62,20 @@ def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "
                 "expert_bytes": sum(count * nbytes for count, nbytes in plan.all_slots()),
                 "dense_bytes": plan.dense_arena_nbytes,
                 "weights_bytes": weights_nbytes(plan),
+                "fit": fit,
             },
             "ternary": choice.ternary,
             "activations": choice.activations,
             "activation_error": None if choice.error is None else asdict(choice.error),
         }
+
+
+def _choose(file: GgufFile, ternary: Ternary, activations: Activations) -> tuple[ModelChoice, str]:
+    """Return the choice for the memory there is now, and whether all experts fit into it."""
+    wants = wants_of(Config())
+    choices = Choices(file, ternary, activations)
+    try:
+        choice = choices.within(choose_budget(None, "auto", read_room(), own_nbytes()).nbytes, wants)
+        return choice, choice.decision.why
+    except OutOfResources as error:
+        return choices.within(UNLIMITED, wants), str(error)

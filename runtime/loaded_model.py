@@ -6,20 +6,22 @@ import logging
 import os
 from pathlib import Path
 
-from ..scheduler.kv import StreamMemory, StreamShape
+from ..scheduler.kv import StreamMemory
 from ..scheduler.spec import model_id
 from ..shm.arena import Arena
-from ..shm.errors import ConfigError
+from ..shm.errors import OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
+from .budget import SlotDecision, decide
 from .config import Config, embedded_model
 from .messages import ModelFacts
-from .model_choice import choose
+from .model_choice import choose, wants_of
+from .room import choose_budget, own_nbytes, read_room
+from .sizes import format_size
 from .tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.model")
 
-MAX_DEFAULT_CONTEXT = 4096
 # So much is tokenized in any case, in 50 ms, so that the error can say how many tokens it is.
 MIN_PROMPT_CHARS = 65_536
 
@@ -27,34 +29,32 @@ MIN_PROMPT_CHARS = 65_536
 class LoadedModel:
     """Everything about one model that outlives scheduler and workers.
 
-    Opening raises the errors of the file, or OutOfResources when the arenas do not fit in memory.
+    decision: how memory is spent now; slots: the classes that the arena was made with; limits: how many of
+    each may be used. Opening raises the errors of the file, ConfigError for a setting that the file forbids,
+    or OutOfResources when the budget is too small.
     """
 
     def __init__(self, config: Config) -> None:
         self.path = config.model or embedded_model()
         with GgufFile.open(self.path) as file:
             self.id = model_id(str(self.path))
-            choice = choose(file, config.ternary, config.activations)
-            self.plan = choice.plan
+            self.budget = choose_budget(config.memory_nbytes, config.preset, read_room(), own_nbytes())
+            wants = wants_of(config)
+            choice = choose(file, self.budget.nbytes, wants, config.ternary, config.activations)
+            self.plan, self.largest_read = choice.plan, choice.largest_read
+            self.decision = self._at_start = choice.decision
+            self.wants = self.decision.settled(wants)
             log.info("model.held ternary=%r activations=%r", choice.ternary, choice.activations)
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
             name = file.get("general.name", str, Path(self.path).stem)
-        longest = self.plan.hyper.context_length
-        if config.ctx_size > longest:
-            raise ConfigError(
-                f"ctx_size is {config.ctx_size}; {self.path} was made for {longest} tokens at most"
-            )
-        self.context = config.ctx_size or min(MAX_DEFAULT_CONTEXT, longest)
+        self._log_decision()
+        self.streams_shape = self.decision.streams
+        self.context = self.streams_shape.context
         # No token stands for more text than its piece has characters.
         longest_piece = max(len(self.tokenizer.id_to_piece(i)) for i in range(self.tokenizer.vocab_size))
         self.max_prompt_chars = max(MIN_PROMPT_CHARS, self.context * longest_piece)
-        self.slots = self.plan.all_slots()
-        self.streams_shape = StreamShape(
-            layers=self.plan.hyper.layers,
-            width=self.plan.hyper.cache_width,
-            streams=config.max_num_seqs,
-            context=self.context,
-        )
+        self.slots = self.decision.classes
+        self.limits = [count for count, _ in self.slots]
         self.facts = ModelFacts(
             name=name,
             path=str(self.path),
@@ -64,6 +64,16 @@ class LoadedModel:
         )
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self._arenas: dict[str, Arena] = {}
+
+    def _log_decision(self) -> None:
+        decision = self.decision
+        for note in decision.notes:
+            log.warning("memory.short %s", note)
+        log.info(
+            "memory.planned budget=%r why=%r slots=%d experts=%d used=%r",
+            format_size(self.budget.nbytes), f"{self.budget.why}; {decision.why}", decision.num_slots,
+            decision.num_experts, format_size(decision.total),
+        )  # fmt: skip
 
     def allocate(self) -> None:
         """Reserve the arenas; raises OutOfResources with the size that did not fit."""
@@ -86,6 +96,28 @@ class LoadedModel:
     def worker_fds(self) -> dict[str, int]:
         """Descriptors for a worker."""
         return {"weights": self._arenas["weights"].fd, "model": self.fd}
+
+    def plan_resize(self, nbytes: int) -> SlotDecision:
+        """Return how a budget of `nbytes` is spent from now on: slots change, streams stay.
+
+        Raises OutOfResources when it is too small, or larger than the slots made at the start can use.
+        """
+        if nbytes > self.budget.nbytes and not self._at_start.fits_all:
+            raise OutOfResources(
+                f"memory is {format_size(nbytes)}, but slots were made for {format_size(self.budget.nbytes)} "
+                f"({self.budget.nbytes} bytes) at the start; start anew with more"
+            )
+        return decide(self.plan, self.wants, nbytes, self.largest_read, at_most=self.slots)
+
+    def resized(self, decision: SlotDecision) -> None:
+        """Note that the slots are now used as `decision` says; a new scheduler is told the same."""
+        self.decision = decision
+        self.limits = [count for count, _ in decision.classes]
+
+    @property
+    def arena_nbytes_held(self) -> int:
+        """Bytes of memory behind all arenas: what was given back is not among them."""
+        return sum(os.fstat(arena.fd).st_blocks * 512 for arena in self._arenas.values())
 
     @property
     def memory_bytes(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message 
     status                           report
     tokenize, detokenize             tokenized, detokenized
     drain                            drained
+    resize                           report | failed
                                      going_away (unasked)
 
 Ranges are checked by `codec.decode_*` and `codec.build`, not by calling the class: `Generate(id="", ...)`
@@ -122,6 +123,13 @@ class Drain(Message, frozen=True, kw_only=True):
     """Finish what runs, take nothing new, then stop."""
 
     id: Id
+
+
+class Resize(Message, frozen=True, kw_only=True):
+    """Use `memory` in all from now on, a size such as "2GiB", or "auto" for what the start allowed."""
+
+    id: Id
+    memory: Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 # ---- daemon -> client ----
@@ -236,7 +244,10 @@ class Pong(Message, frozen=True, kw_only=True):
 
 
 class Report(Message, frozen=True, kw_only=True):
-    """Answer to `status`; `body` is free of bytes and non-finite numbers, nested at most a few levels."""
+    """Answer to `status` and `resize`.
+
+    `body` is free of bytes and non-finite numbers, nested at most a few levels.
+    """
 
     id: Id
     body: dict[str, Any]
@@ -268,7 +279,7 @@ class GoingAway(Message, frozen=True, kw_only=True):
     text: str
 
 
-Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | Drain
+Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | Drain | Resize
 Reply = (
     Welcome | Refused | Accepted | Tokens | Finished | Failed
     | Pong | Report | Tokenized | Detokenized | Drained | GoingAway
@@ -281,7 +292,7 @@ def tag_of(message: type[Message]) -> str:
 
 
 REQUESTS: dict[str, type[Message]] = {
-    tag_of(cls): cls for cls in (Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, Drain)
+    tag_of(cls): cls for cls in (Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, Drain, Resize)
 }
 REPLIES: dict[str, type[Message]] = {
     tag_of(cls): cls

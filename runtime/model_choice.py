@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from ..scheduler.model.plan import ModelPlan
 from ..scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
+from ..shm.errors import ConfigError, OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.formats import Storage
 from ..workers.checkpoint.gguf import GgufFile
-from .config import Activations, Ternary
+from ..workers.user_cache import user_cache
+from .budget import SlotDecision, Wants, decide
+from .config import Activations, Config, Ternary
+from .sizes import format_size
 
-# Of the available memory; the rest is for KV, activations and everybody else.
-_WEIGHTS_SHARE = 0.8
+UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """A plan, and one line each on why ternary weights and activations are held as they are."""
+    """A plan, how memory is spent on it, and one line each on how weights and activations are held.
+
+    largest_read: bytes of the largest expert in the file.
+    """
 
     plan: ModelPlan
+    decision: SlotDecision
     ternary: str
     activations: str
     error: ActivationError | None
+    largest_read: int
+
+
+def default_workers() -> int:
+    """Return the number of workers for this machine: physical cores minus one, at least one."""
+    return max(1, (psutil.cpu_count(logical=False) or 1) - 1)
+
+
+def wants_of(config: Config) -> Wants:
+    """Return what the settings ask of memory on this machine."""
+    return Wants(
+        workers=config.workers or default_workers(),
+        threads=config.threads or len(os.sched_getaffinity(0)),
+        max_batch_tokens=config.max_batch_tokens,
+        streams=config.max_num_seqs,
+        context=config.ctx_size,
+        resident=config.resident_experts,
+        compiles=not _has_kernels(),
+    )
+
+
+def _has_kernels() -> bool:
+    """Return whether kernels were compiled here before; to name the very folder would load the compiler."""
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache())
+    return any(folder.glob("kernels-*"))
 
 
 def weights_nbytes(plan: ModelPlan) -> int:
@@ -32,26 +66,87 @@ def weights_nbytes(plan: ModelPlan) -> int:
     return arena_nbytes(plan.all_slots()) + plan.dense_arena_nbytes
 
 
-def choose(
-    file: GgufFile, ternary: Ternary = "auto", activations: Activations = "auto", available: int | None = None
-) -> ModelChoice:
-    """Plan `file` as the settings say; "auto" is decided here.
+def read_nbytes(file: GgufFile, plan: ModelPlan) -> dict[int, int]:
+    """Return for each layer how many bytes of the file one of its experts is."""
+    return {
+        layer: sum(slab.nbytes for slab in plan.expert_page(file, layer, 0, 0).slabs)
+        for layer in plan.hyper.moe_layers
+    }
 
-    available: bytes of memory to fit into, by default what the system has. Raises ModelFileError.
+
+class Choices:
+    """What can be chosen for one open file; each plan is made at most once, the file stays the caller's.
+
+    ternary, activations: as the settings say, "auto" is decided here.
     """
-    error = measure_activations(file) if activations == "auto" else None
-    per_token, activations_why = _per_token(activations, error)
-    plan = ModelPlan.from_file(file, Storage(small=ternary == "1.6", per_token=per_token))
-    why = f"{ternary} bits, as set"
-    if ternary == "auto":
-        room = int(_WEIGHTS_SHARE * (psutil.virtual_memory().available if available is None else available))
-        needed, why = weights_nbytes(plan), "2 bits: fits in memory"
-        if needed > room:
-            small = ModelPlan.from_file(file, Storage(small=True, per_token=per_token))
-            if weights_nbytes(small) < needed:
-                plan = small
-                why = f"1.6 bits: {needed / 2**30:.1f} GiB at 2 bits, {room / 2**30:.1f} GiB to be had"
-    return ModelChoice(plan=plan, ternary=why, activations=activations_why, error=error)
+
+    def __init__(self, file: GgufFile, ternary: Ternary = "auto", activations: Activations = "auto") -> None:
+        """Raises ModelFileError."""
+        self._file = file
+        self._ternary = ternary
+        self._error = measure_activations(file) if activations == "auto" else None
+        self._per_token, self._activations_why = _per_token(activations, self._error)
+        self._plans: dict[bool, ModelPlan] = {}
+        self.reads = read_nbytes(file, self._plan(small=ternary == "1.6"))
+        """Bytes in the file of one expert of each layer."""
+
+    def _plan(self, *, small: bool) -> ModelPlan:
+        if small not in self._plans:
+            storage = Storage(small=small, per_token=self._per_token)
+            self._plans[small] = ModelPlan.from_file(self._file, storage)
+        return self._plans[small]
+
+    def within(self, budget: int, wants: Wants) -> ModelChoice:
+        """Return what fits into `budget` bytes best.
+
+        Raises OutOfResources or ConfigError as `decide` does, and ConfigError for a context that the model
+        was not made for.
+        """
+        plan = self._plan(small=self._ternary == "1.6")
+        longest = plan.hyper.context_length
+        if wants.context > longest:
+            raise ConfigError(
+                f"ctx_size is {wants.context}; {self._file.label} was made for {longest} tokens at most"
+            )
+        largest = max(self.reads.values(), default=0)
+        if self._ternary != "auto":
+            decision, why = decide(plan, wants, budget, largest), f"{self._ternary} bits, as set"
+        else:
+            plan, decision, why = self._by_size(budget, wants, largest)
+        return ModelChoice(
+            plan=plan,
+            decision=decision,
+            ternary=why,
+            activations=self._activations_why,
+            error=self._error,
+            largest_read=largest,
+        )
+
+    def _by_size(self, budget: int, wants: Wants, largest: int) -> tuple[ModelPlan, SlotDecision, str]:
+        """Take 2 bits where everything fits, else 1.6, with which more experts fit; and say why."""
+        wide = self._plan(small=False)
+        refusal = decision = None
+        try:
+            decision = decide(wide, wants, budget, largest)
+        except OutOfResources as error:
+            refusal = error
+        if decision is not None and decision.fits_all:
+            return wide, decision, "2 bits: fits in memory"
+        small = self._plan(small=True)
+        needed = weights_nbytes(wide)
+        if weights_nbytes(small) < needed:
+            why = f"1.6 bits: {format_size(needed)} at 2 bits do not fit in {format_size(budget)}"
+            return small, decide(small, wants, budget, largest), why
+        if decision is None:
+            raise refusal or OutOfResources("no plan fits")
+        return wide, decision, f"2 bits: {decision.why}"
+
+
+def choose(
+    file: GgufFile, budget: int, wants: Wants, ternary: Ternary = "auto", activations: Activations = "auto"
+) -> ModelChoice:
+    """Plan `file` as the settings say within `budget` bytes; raises what `Choices` does."""
+    return Choices(file, ternary, activations).within(budget, wants)
 
 
 def _per_token(setting: Activations, error: ActivationError | None) -> tuple[bool, str]:

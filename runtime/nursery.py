@@ -30,6 +30,7 @@ from typing import NoReturn, cast
 
 from ..shm.errors import SternaError
 from . import nursery_wire as wire
+from .trim import trim
 
 EXIT_SOFTWARE = 70
 POLL_SLICE_S = 5.0
@@ -149,6 +150,7 @@ class Nursery:
             return
         # What was loaded is shared with every child for good: keep the collector from writing to it.
         gc.collect()
+        trim()
         gc.freeze()
         self._send(wire.Warmed(seconds=time.monotonic() - began))
 

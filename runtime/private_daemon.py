@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..shm.errors import StartFailed
+from ..shm.errors import StartFailed, SternaError, error_of_exit
 
 STOP_TIMEOUT_S = 15.0
 _READY = b"ready socket="
@@ -43,7 +43,8 @@ def private_daemon(
 
     `on_progress(what, done, total)` is called while it starts.
 
-    Raises StartFailed, with the daemon's last words, if it dies or is not ready in time.
+    Raises what the daemon's exit code says, with its last words, if it ends before it is ready; StartFailed
+    if it was killed or is not ready in time.
     """
     with tempfile.TemporaryDirectory(prefix="sterna-", ignore_cleanup_errors=True) as folder:
         url = f"ipc://{folder}/sterna.sock"
@@ -87,7 +88,7 @@ def _await_ready(
                 continue
             part = os.read(child.stdout.fileno(), 4096)
             if not part:
-                raise StartFailed(_death(child, stderr_path))
+                raise _death(child, stderr_path)
             seen = seen[-65536:] + part
 
 
@@ -97,13 +98,13 @@ def _report(line: bytes, on_progress: Progress) -> None:
         on_progress(words[0], int(words[1]), int(words[2]))
 
 
-def _death(child: subprocess.Popen[bytes], stderr_path: Path) -> str:
+def _death(child: subprocess.Popen[bytes], stderr_path: Path) -> SternaError:
     try:
         code = child.wait(5)
     except subprocess.TimeoutExpired:
-        return f"the daemon closed its output before it was ready{_last_words(stderr_path)}"
+        return StartFailed(f"the daemon closed its output before it was ready{_last_words(stderr_path)}")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"the daemon {how} before it was ready{_last_words(stderr_path)}"
+    return error_of_exit(code)(f"the daemon {how} before it was ready{_last_words(stderr_path)}")
 
 
 def _last_words(stderr_path: Path) -> str:

@@ -79,7 +79,7 @@ class Service:
         self._answers: dict[Key, Answer] = {}
         self._waiting: deque[Key] = deque()
         self._running: dict[int, Key] = {}  # by stream record
-        self._free = list(range(config.max_num_seqs - 1, -1, -1))
+        self._free = list(range(model.streams_shape.streams - 1, -1, -1))
         self._serial = 0
         self.draining = False
         self.totals = Totals()

@@ -42,7 +42,7 @@ class Foresight:
         self._runner = runner
         self._gates, self._biases = gates, biases
         self._norms = {layer: dense.vector(f"{layer}.ffn_norm") for layer in h.moe_layers}
-        self._mode = "off" if runner.memory.holds_all else mode
+        self._mode = mode
         self._predictor = ExpertPredictor(num_layers=len(h.moe_layers), num_experts=h.experts)
         self.meter = PrefetchMeter()
         self._trial = StallTrial()
@@ -61,7 +61,7 @@ class Foresight:
         self, layer: int, selected: npt.NDArray[np.int32], previous: npt.NDArray[np.int32] | None
     ) -> None:
         """Learn what a layer selected (int32 (tokens, k)), after `previous` in the layer before."""
-        if self._mode == "off":
+        if self._off:
             return
         issued = self._issued.pop(layer, [])
         keys = {self._plan.key_of(layer, int(expert)) for expert in np.unique(selected)}
@@ -87,7 +87,7 @@ class Foresight:
         Called while the experts of `layer` are read and computed. exact: nobody may lose quality in this
         step; otherwise times must not decide what is resident. Raises WorkerLost.
         """
-        if self._mode == "off" or count > MAX_TOKENS or not self._allowed(exact):
+        if self._off or count > MAX_TOKENS or not self._allowed(exact):
             return
         following = layer + 1
         if following in self._gates:
@@ -104,6 +104,10 @@ class Foresight:
         best = np.argsort(-scores, kind="stable")[:MOST]
         wanted = [first + int(expert) for expert in best if np.isfinite(scores[expert])]
         self._issued[following] = self._runner.prefetch(wanted)
+
+    @property
+    def _off(self) -> bool:
+        return self._mode == "off" or self._runner.memory.holds_all
 
     def _allowed(self, exact: bool) -> bool:
         if self._mode == "on":

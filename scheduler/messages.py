@@ -1,7 +1,7 @@
 """What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
 
-daemon -> scheduler   submit, cancel, worker_lost, drain, query
-scheduler -> daemon   loading, ready, step, stats, trouble
+daemon -> scheduler   submit, cancel, worker_lost, drain, query, resize
+scheduler -> daemon   loading, ready, step, stats, resized, trouble
 """
 
 from __future__ import annotations
@@ -85,6 +85,26 @@ class Query(EngineMessage, frozen=True, kw_only=True):
     """Ask for `stats`."""
 
     nonce: int
+
+
+class Resize(EngineMessage, frozen=True, kw_only=True):
+    """Use only the first `limits` slots of each class and give the memory of the others back."""
+
+    nonce: int
+    limits: list[int]
+
+
+class Resized(EngineMessage, frozen=True, kw_only=True):
+    """Answer to `resize`, when nothing is read any more into what was given back.
+
+    freed_bytes: given back since; below 0 where memory was taken; error: there was none to take, and all is
+    as it was.
+    """
+
+    nonce: int
+    resident_experts: int
+    freed_bytes: int
+    error: str | None = None
 
 
 class Loading(EngineMessage, frozen=True, kw_only=True):
@@ -196,8 +216,8 @@ class Trouble(EngineMessage, frozen=True, kw_only=True):
     text: str
 
 
-ToScheduler = Submit | Cancel | WorkerGone | Drain | Query
-ToDaemon = Loading | Ready | Step | StreamsFailed | Stats | Trouble
+ToScheduler = Submit | Cancel | WorkerGone | Drain | Query | Resize
+ToDaemon = Loading | Ready | Step | StreamsFailed | Stats | Resized | Trouble
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_scheduler = msgspec.msgpack.Decoder(ToScheduler).decode

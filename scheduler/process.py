@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -34,8 +35,10 @@ from .lane import Loaded
 from .lane_zmq import ZmqLane
 from .model.plan import ModelPlan
 from .residency.expert_memory import ExpertMemory
-from .residency.policies import DEFAULT_POLICY, Policy
+from .residency.policies import Policy, new_policy
+from .residency.resizer import Resizer
 from .residency.saved_counts import SavedCounts, reading_order
+from .routing_log import RoutingLog
 from .spec import SchedulerSpec, model_id
 
 IDLE_MS = 1000
@@ -101,28 +104,34 @@ class _Scheduler:
             raise ModelFileError(f"{spec.model_path}: the file was changed while it was loaded")
         self._plan = plan = ModelPlan.from_file(self._file, spec.storage)
         dense = Arena.attach("dense", self._fds["dense"]).bytes
-        fill_dense(plan, self._file, dense, lambda done, total: self._progress("weights", done, total))
-        slots = SlotTable(Arena.attach("weights", self._fds["weights"]).bytes, spec.slots)
+        with GgufFile.open(spec.model_path) as file:  # a mapping that goes, and all pages read through it
+            fill_dense(plan, file, dense, lambda done, total: self._progress("weights", done, total))
+        weights = Arena.attach("weights", self._fds["weights"])
+        slots = SlotTable(weights.bytes, spec.slots)
         shape = StreamShape(
             layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=spec.streams, context=spec.context
         )
         self._streams = StreamMemory(shape, Arena.attach("streams", self._fds["streams"]).bytes)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)
         layers = len(plan.hyper.moe_layers)
-        self._policy: Policy | None = None
+        policy: Policy | None = None
         self._counts = SavedCounts(spec.cache_dir, spec.model_id)
-        if slots.num_slots < plan.num_experts:
-            self._policy = Policy(DEFAULT_POLICY, plan.num_experts, layers=layers)
-            self._counts.load(self._policy)
-        self._memory = ExpertMemory(plan, slots, spec.slots, owned, self._policy)
-        self._order = reading_order(self._policy, layers, plan.hyper.experts).tolist()
+        if sum(spec.limits) < plan.num_experts:
+            policy = new_policy(plan.num_experts, layers)
+            self._counts.load(policy)
+        self._memory = ExpertMemory(plan, slots, spec.slots, owned, policy)
+        self._order = reading_order(policy, layers, plan.hyper.experts).tolist()
+        self._resizer = Resizer(self._memory, slots, weights, spec.slots, spec.limits)
         configure = Configure(layers=plan.layer_shapes())
         self._lane = ZmqLane(spec.lane_url, configure, plan.hyper.d_model, spec.step_timeout_s)
         threads = spec.threads or usable_cores()
         streaming = _streaming_threads(dense, threads)
         crew = Crew(threads, streaming)
         self._runner = ExpertRunner(plan, self._file, self._lane, self._memory)
-        self._engine = Engine(plan, dense, self._streams, self._runner, spec.max_batch_tokens, crew)
+        log = RoutingLog(Path(spec.trace), plan, Path(spec.model_path).stem) if spec.trace else None
+        self._engine = Engine(
+            plan, dense, self._streams, self._runner, spec.max_batch_tokens, crew, spec.prefetch, log
+        )
         self._state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,
@@ -187,18 +196,21 @@ class _Scheduler:
                 poller.unregister(pidfd)
             self._take_control()
             self._take_workers()
+            if (resized := self._resizer.advance()) is not None:
+                self.send(resized)
             if self._next:
                 self._run_step()
 
     def _save_counts(self) -> None:
         """Keep what was used, when there is nothing else to do or a minute after the last time."""
         used = self._runner.counts.events
-        if self._policy is None or used == self._saved_events:
+        policy = self._memory.policy
+        if policy is None or used == self._saved_events:
             return
         now = time.monotonic()
         if now - self._saved_s > (SAVE_S if self._next else 1.0):
             self._saved_s, self._saved_events = now, used
-            self._counts.save(self._policy)
+            self._counts.save(policy)
 
     def _take_control(self) -> None:
         while self._control.poll(0, zmq.POLLIN):
@@ -211,6 +223,8 @@ class _Scheduler:
                     self._handle(st.Cancelled(stream=message.stream, serial=message.serial))
                 case wire.Drain():
                     self._handle(st.DrainAsked())
+                case wire.Resize():
+                    self._resizer.ask(message)
                 case wire.Query():
                     self.send(self._stats(message.nonce))
 

@@ -10,7 +10,10 @@ from ..workers.checkpoint.formats import Storage
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the scheduler is told when it is forked; `model_id` is (device, inode, bytes, mtime ns)."""
+    """What the scheduler is told when it is forked; `model_id` is (device, inode, bytes, mtime ns).
+
+    limits: how many slots of each class to use; quality_budget: a fraction, 0.005 for 0.5 %.
+    """
 
     generation: int
     model_path: str
@@ -19,12 +22,17 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     lane_url: str
     workers: int
     slots: list[tuple[int, int]]
+    limits: list[int]
     cache_dir: str
     context: int
     streams: int
     max_batch_tokens: int
     threads: int
     storage: Storage
+    routing: str
+    quality_budget: float
+    prefetch: str
+    trace: str = ""
     step_timeout_s: float
     start_timeout_s: float
 

@@ -57,6 +57,30 @@ class Arena:
         """Map an arena that another process created; takes ownership of `fd`."""
         return cls(name, fd, os.fstat(fd).st_size)
 
+    def punch(self, at: int, nbytes: int) -> int:
+        """Give the whole pages within `nbytes` bytes from `at` back to the system; return their bytes.
+
+        They read as zeros afterwards, in every process. Writing there takes memory again, and kills the
+        writer (SIGBUS) where there is none: `restore` first.
+        """
+        begin = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (at + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin >= end:
+            return 0
+        self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
+        return end - begin
+
+    def restore(self, at: int, nbytes: int) -> None:
+        """Reserve memory for that range again; raises OutOfResources when there is none."""
+        try:
+            os.posix_fallocate(self.fd, at, nbytes)
+        except OSError as error:
+            # What was taken before it failed lies in holes, and is given back.
+            self.punch(at, nbytes)
+            raise OutOfResources(
+                f"no memory for {nbytes / 2**20:.1f} MiB more of the {self.name} arena: {error.strerror}"
+            ) from error
+
     def close(self) -> None:
         """Close the descriptor; the mapping goes when the last array over it is collected."""
         if self.fd >= 0:

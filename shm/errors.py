@@ -207,6 +207,12 @@ def error_of(code: str, text: str) -> SternaError:
     return InternalError(text)
 
 
+def error_of_exit(exit_code: int) -> type[SternaError]:
+    """Return the class that a daemon which ended with that code met; StartFailed for a code of no class."""
+    found = (cls for cls in SternaError.__subclasses__() if cls.exit_code == exit_code)
+    return next((cls for cls in found if cls is not RequestError), StartFailed)
+
+
 def request_error(code: str, text: str) -> RequestError:
     """Return the error that `code` names on the wire; an unknown code is an InternalError."""
     return REQUEST_ERRORS.get(code, InternalError)(text)

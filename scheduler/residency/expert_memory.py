@@ -48,6 +48,7 @@ class ExpertMemory:
         self._slots = slots
         self._policy = policy
         self.num_experts = plan.num_experts
+        self.num_layers = len(plan.hyper.moe_layers)
         self.slot_of = np.full(self.num_experts, -1, np.int32)
         self.resident = np.zeros(self.num_experts, np.uint8)
         self._owner = np.zeros(self.num_experts, np.int32)
@@ -113,6 +114,11 @@ class ExpertMemory:
     def num_loading(self) -> int:
         """Experts on their way."""
         return len(self._loads)
+
+    @property
+    def policy(self) -> Policy | None:
+        """Who decides who gives way; None while there is a slot for every expert."""
+        return self._policy
 
     @property
     def holds_all(self) -> bool:
@@ -225,6 +231,12 @@ class ExpertMemory:
             self.failed(request)
 
     # ---- more and less memory ----
+
+    def use_policy(self, policy: Policy) -> None:
+        """From now on there may be fewer slots than experts: `policy` says who gives way."""
+        for key in self._ready.nonzero()[0].tolist():
+            policy.admitted(key)
+        self._policy = policy
 
     def resize(self, limits: Sequence[int]) -> list[int]:
         """Use only the first `limits` slots of each class; return those that are no longer used.

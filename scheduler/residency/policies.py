@@ -158,6 +158,11 @@ class Policy:
             raise ValueError(f"key {key} of {self.num_keys}")
 
 
+def new_policy(num_experts: int, layers: int) -> Policy:
+    """Return the default policy of a model with so many routed experts in so many layers."""
+    return Policy(DEFAULT_POLICY, num_experts, layers=layers)
+
+
 def with_floor(
     resident: NDArray[np.uint8],
     layer_counts: NDArray[np.int64],

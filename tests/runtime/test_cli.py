@@ -18,7 +18,7 @@ from sterna import __version__
 from sterna.runtime import cli, private_daemon, render
 from sterna.runtime import messages as m
 from sterna.runtime.config import SETTINGS, flag_of
-from sterna.shm.errors import REQUEST_ERRORS, StartFailed
+from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
 
 from .peer import Peer
 
@@ -309,8 +309,21 @@ def test_private_daemon_that_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_private_daemon_that_refuses_its_settings() -> None:
     text = r"^the daemon ended with exit code 78 before it was ready: --workers: expected an integer"
-    with pytest.raises(StartFailed, match=text), private_daemon.private_daemon(["--workers", "x"], 20):
+    with pytest.raises(ConfigError, match=text), private_daemon.private_daemon(["--workers", "x"], 20):
         pass
+
+
+def test_private_daemon_with_a_broken_model(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    with (
+        pytest.raises(ModelFileError, match=r"broken\.gguf") as caught,
+        private_daemon.private_daemon([str(path)], 20),
+    ):
+        pass
+    assert caught.value.exit_code == 65
+    assert error_of_exit(65) is ModelFileError
+    assert error_of_exit(1) is error_of_exit(250) is StartFailed
 
 
 def test_private_daemon_whose_command_is_gone() -> None:

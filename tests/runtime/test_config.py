@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.config import SETTINGS, Config, embedded_model, env_of, flag_of, load_config
+from sterna.runtime.config import (
+    SETTINGS,
+    Config,
+    embedded_model,
+    env_of,
+    flag_of,
+    load_config,
+    read_size,
+    resident_count,
+)
+from sterna.runtime.sizes import format_size
 from sterna.runtime.sockets import check_url, default_socket_url, probe
 from sterna.shm.errors import ConfigError, DaemonUnreachable, NotPermitted
 
@@ -42,7 +52,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     file = write(tmp_path / "c.toml", 'workers = 1\nctx_size = 100\nmax_queue = 5\nlane = "zmq"\n')
     env = {"STERNA_SOCKET": SOCKET, "STERNA_WORKERS": "2", "STERNA_CTX_SIZE": "200", "STERNA_LANE": ""}
     config = load_config(file, env, {"workers": "3", "ctx_size": None})
-    assert (config.workers, config.ctx_size, config.max_queue, config.max_num_seqs) == (3, 200, 5, 16)
+    assert (config.workers, config.ctx_size, config.max_queue, config.max_num_seqs) == (3, 200, 5, 0)
     assert config.lane == "zmq"
 
 
@@ -53,6 +63,27 @@ def test_values_get_their_types(tmp_path: Path) -> None:
     assert config.step_timeout_s == 1.5
     assert config.model == Path.home() / "m.gguf"
     assert config.workers == 2
+
+
+def test_sizes_and_shares_are_read(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "c.toml", 'memory = "1.5GiB"\nresident_experts = "37.5%"\nquality_budget = "3%"\n'
+    )
+    config = load_config(file, {"STERNA_SOCKET": SOCKET}, {})
+    assert (config.memory_nbytes, config.quality_fraction) == (3 * 2**29, 0.03)
+    assert resident_count(config.resident_experts, 80) == 30
+    default = Config()
+    assert (default.memory_nbytes, default.quality_fraction) == (None, 0.005)
+    assert [resident_count(text, 80) for text in ("auto", "100%", "12", "999")] == [None, 80, 12, 80]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("17", 17), ("2KiB", 2048), ("2k", 2048), ("800 MiB", 800 * 2**20), ("2GB", 2 * 10**9), ("0.5T", 2**39)],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert read_size(text, "here") == nbytes
+    assert read_size(format_size(2**31), "here") == 2**31
 
 
 def test_default_files_of_system_and_user(tmp_path: Path) -> None:
@@ -88,9 +119,17 @@ def test_unknown_key_names_file_line_and_the_nearest(tmp_path: Path) -> None:
         ("workers = true", "workers: expected an integer from 0 to 256, found True"),
         ("workers = 1.0", "workers: expected an integer from 0 to 256, found 1.0"),
         ('workers = "2"', "workers: expected an integer from 0 to 256, found '2'"),
-        ("max_num_seqs = 0", "max_num_seqs: expected an integer from 1 to 1024, found 0"),
+        ("max_num_seqs = -1", "max_num_seqs: expected an integer from 0 to 1024, found -1"),
         ("step_timeout_s = nan", "step_timeout_s: expected seconds from 0.1 to 86400, found nan"),
         ("step_timeout_s = 0", "step_timeout_s: expected seconds from 0.1 to 86400, found 0"),
+        ("memory = 3", 'memory: expected "auto" or a size such as "3GiB", found 3'),
+        ('memory = "3 apples"', "memory: expected a size such as 700MiB, 3GiB or 1.5G, found '3 apples'"),
+        ('memory = "0GiB"', 'memory: expected "auto" or a size such as "3GiB", found \'0GiB\''),
+        ('resident_experts = "0%"', 'resident_experts: expected "auto", a share such as "50%"'),
+        ("resident_experts = 8", 'resident_experts: expected "auto", a share such as "50%"'),
+        ('quality_budget = "11%"', 'quality_budget: expected a share from 0 to 10 percent, such as "0.5%"'),
+        ("quality_budget = 0.05", 'quality_budget: expected a share from 0 to 10 percent, such as "0.5%"'),
+        ('preset = "pi"', "preset: expected one of auto, raspberry-pi-5, mobile, desktop, wasm-browser"),
         ('lane = "tcp"', "lane: expected one of auto, zmq, found 'tcp'"),
         ("lane = []", "lane: expected one of auto, zmq, found []"),
         ("model = 1", "model: expected the path of a file, found 1"),

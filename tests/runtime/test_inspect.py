@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from sterna.runtime.budget import Wants
 from sterna.runtime.cli import cli
 from sterna.runtime.config import embedded_model
 from sterna.runtime.model_choice import choose, weights_nbytes
@@ -21,6 +22,9 @@ from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
 from ..scheduler import altered_model as altered
 from ..workers.checkpoint import ternary_bytes
+
+AMPLE = 2**40
+WANTS = Wants(workers=1, threads=1, max_batch_tokens=64, streams=2, context=128)
 
 
 def test_the_embedded_model_as_json() -> None:
@@ -38,13 +42,13 @@ def test_the_embedded_model_as_json() -> None:
 
 def test_ternary_bits_as_set_and_as_memory_allows() -> None:
     with GgufFile.open(embedded_model()) as file:
-        wide, small = choose(file, "2"), choose(file, "1.6")
+        wide, small = (choose(file, AMPLE, WANTS, bits) for bits in ("2", "1.6"))
         assert (wide.plan.storage.small, small.plan.storage.small) == (False, True)
         assert ("TQ2_0", Format.B3) in small.plan.kinds
-        needed = weights_nbytes(wide.plan)
-        assert weights_nbytes(small.plan) < needed
-        assert not choose(file, "auto", available=2 * needed).plan.storage.small
-        tight = choose(file, "auto", available=needed)
+        needed = wide.decision.total
+        assert weights_nbytes(small.plan) < weights_nbytes(wide.plan)
+        assert not choose(file, needed, WANTS).plan.storage.small
+        tight = choose(file, needed - 2**19, WANTS)
         assert tight.plan.storage.small
         assert tight.ternary.startswith("1.6 bits: ")
 
@@ -96,8 +100,8 @@ def test_row_scaled_matrices_are_measured_and_said(tmp_path: Path) -> None:
         assert error is not None
         assert error.matrices == 2
         assert error.token == error.block  # rows of 256: a block is a token
-        assert choose(file).plan.storage == Storage(per_token=True)
-        assert choose(file, activations="block").plan.storage == Storage()
+        assert choose(file, AMPLE, WANTS).plan.storage == Storage(per_token=True)
+        assert choose(file, AMPLE, WANTS, activations="block").plan.storage == Storage()
     result = CliRunner().invoke(cli, ["inspect", str(path)], standalone_mode=False)
     assert "one scale per token: NMSE" in result.stdout
     assert "TL1_TOKEN" in result.stdout

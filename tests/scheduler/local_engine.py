@@ -19,7 +19,7 @@ from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.messages import RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
-from sterna.scheduler.residency.policies import DEFAULT_POLICY, Policy
+from sterna.scheduler.residency.policies import new_policy
 from sterna.scheduler.routing_log import RoutingLog
 from sterna.shm.errors import SternaError
 from sterna.shm.slots import SlotTable, arena_nbytes
@@ -117,7 +117,7 @@ class LocalEngine:
             worker.configure(Configure(layers=plan.layer_shapes()))
         self.lane = LocalLane(pool)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
-        policy = Policy(DEFAULT_POLICY, plan.num_experts, layers=5) if resident else None
+        policy = new_policy(plan.num_experts, 5) if resident else None
         self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)
         self.runner = ExpertRunner(plan, self.file, self.lane, self.memory)
         for key in self.memory.missing(range(plan.num_experts)):
