@@ -2,7 +2,7 @@
 
 Two predictions are added: the next layer's own gate on the present state, and what usually follows this
 layer's selection (`residency.predictor`). At most two experts per layer are asked for, at the lowest
-priority, and only as long as the meter says that they are used and the trial that less is waited for.
+priority, and only as long as the meter says that they are used and the trial that steps are shorter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .expert_runner import ExpertRunner
 from .model.plan import ModelPlan
 from .residency.predictor import ExpertPredictor
 from .residency.prefetch_meter import PrefetchMeter
-from .residency.stall_trial import StallTrial
+from .residency.prefetch_trial import PrefetchTrial
 
 MOST = 2
 MAX_TOKENS = 8
@@ -45,7 +45,7 @@ class Foresight:
         self._mode = mode
         self._predictor = ExpertPredictor(num_layers=len(h.moe_layers), num_experts=h.experts)
         self.meter = PrefetchMeter()
-        self._trial = StallTrial()
+        self._trial = PrefetchTrial()
         self._rows = Rows(MAX_TOKENS, h.d_model)
         width = -(-h.experts // 16) * 16
         self._logits = np.zeros((MAX_TOKENS, width), np.float32)
@@ -53,9 +53,10 @@ class Foresight:
         self._first: npt.NDArray[np.int32] | None = None  # the first layer's selection of the step before
         self._issued: dict[int, list[int]] = {}  # layer: keys
 
-    def forget(self) -> None:
-        """What was asked for in a step that failed says nothing."""
-        self._issued.clear()
+    def step_took(self, tokens: int, busy_ns: int) -> None:
+        """Note how long a step of so many tokens took."""
+        if self._mode == "auto" and tokens <= MAX_TOKENS and not self._runner.memory.holds_all:
+            self._trial.step(busy_ns)
 
     def routed(
         self, layer: int, selected: npt.NDArray[np.int32], previous: npt.NDArray[np.int32] | None
@@ -68,7 +69,6 @@ class Foresight:
         useful = [key for key in issued if key in keys]
         late = [key for key in useful if not self._runner.memory.ready(key)]
         self.meter.record(len(issued), len(useful), len(late))
-        self._trial.event(self._runner.waited_ns)
         if len(selected) > MAX_TOKENS:
             self._first = None
             return

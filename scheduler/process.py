@@ -273,6 +273,7 @@ class _Scheduler:
         ended = {i.stream: i.reason for i in instructions if isinstance(i, st.Finish)}
         streams = [msgspec.structs.replace(r, finish=ended.get(r.stream)) for r in results]
         busy_ns = time.perf_counter_ns() - begin_ns
+        self._engine.foresight.step_took(sum(segment.count for segment in segments), busy_ns)
         self.send(wire.Step(number=self._steps, busy_ns=busy_ns, streams=streams))
         self._carry_out(instructions)
 

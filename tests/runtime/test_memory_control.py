@@ -110,9 +110,7 @@ def test_a_size_is_carried_out_and_remembered(model: LoadedModel, tmp_path: Path
         with pytest.raises(BadRequest, match="memory: expected a size"):
             await each.resize("much")
         meminfo(tmp_path, 2**19)
-        with pytest.raises(
-            Overloaded, match=r"1 MiB more are needed, but 512 KiB are free on this machine"
-        ):
+        with pytest.raises(Overloaded, match=r"1 MiB more are needed, but 512 KiB are free on this machine"):
             await each.resize("auto")
         assert model.limits == [60]
         meminfo(tmp_path, GIB)
