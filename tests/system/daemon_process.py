@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from sterna import Client
+from sterna.workers.kernels.cache import cache_root
 
 COMMAND = [sys.executable, "-m", "sterna.runtime.cli"]
 # The first start after an edit of a kernel compiles them all.
@@ -37,16 +38,21 @@ def wait_until(condition: Callable[[], object], timeout_s: float, what: str) -> 
 
 
 def clean_env(folder: Path, **extra: str) -> dict[str, str]:
-    """Return an environment without settings of whoever runs the tests, with temporary files in `folder`."""
+    """Return an environment without settings of whoever runs the tests, with temporary files in `folder`.
+
+    So are checksums and counts; only compiled kernels are shared.
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith(("STERNA_", "NOTIFY_"))}
     private = {
         "TMPDIR": folder / "tmp",
         "XDG_RUNTIME_DIR": folder / "run",
         "XDG_CONFIG_HOME": folder / "config",
+        "CACHE_DIRECTORY": folder / "cache",
     }
     for path in private.values():
         path.mkdir(exist_ok=True)
-    return env | {key: str(path) for key, path in private.items()} | extra
+    kernels = {"NUMBA_CACHE_DIR": str(cache_root())}
+    return kernels | env | {key: str(path) for key, path in private.items()} | extra
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

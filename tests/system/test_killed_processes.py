@@ -49,10 +49,11 @@ def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
     return kill
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_worker_costs_no_token(serve: Serve, workers: int) -> None:
-    daemon = serve("--workers", str(workers))
-    expected = run_together(daemon.url, requests(4))
+@pytest.mark.parametrize(("workers", "resident"), [(1, "100%"), (2, "100%"), (2, "25%")])
+def test_killed_worker_costs_no_token(serve: Serve, shared: Daemon, workers: int, resident: str) -> None:
+    """With a quarter of the experts in memory most kills hit a worker that is reading one."""
+    daemon = serve("--workers", str(workers), "--resident-experts", resident)
+    expected = run_together(shared.url, requests(4))
     found = run_while(daemon.url, requests(4), killer(daemon, "worker", 3))
     assert restarts(daemon, "worker") == 3
     for one, other in zip(expected, found, strict=True):
@@ -69,8 +70,9 @@ def test_killed_idle_worker_is_replaced(serve: Serve) -> None:
     assert run_alone(daemon.url, requests(1, 16))[0].text == expected[0].text
 
 
-def test_killed_scheduler_costs_no_token(serve: Serve) -> None:
-    daemon = serve("--workers", "2")
+@pytest.mark.parametrize("resident", ["100%", "25%"])
+def test_killed_scheduler_costs_no_token(serve: Serve, resident: str) -> None:
+    daemon = serve("--workers", "2", "--resident-experts", resident)
     expected = run_together(daemon.url, requests(4))
     found = run_while(daemon.url, requests(4), killer(daemon, "scheduler", 2))
     assert restarts(daemon, "scheduler") == 2
