@@ -129,7 +129,7 @@ def batch_nbytes(plan: ModelPlan, tokens: int, threads: int) -> int:
     rows = (5.25 + 1.4 * threads) * (h.d_model + h.q_rank + heads)
     floats = 4 * (2 * h.d_model + h.q_rank + h.heads * (h.nope + h.rope + h.kv_rank) + 2 * h.cache_width)
     mixture = 8 * h.experts_used * h.d_model  # its outputs, and the frame that they come in
-    widths = [h.d_ff_dense] * h.dense_layers + [h.d_ff_expert * h.shared_experts] * len(h.moe_layers)
+    widths = {h.d_ff_dense if h.dense_layers else 0, h.d_ff_expert * h.shared_experts}  # layers take turns
     feed_forward = sum(9.25 * width + 1.4 * threads * max(width, h.d_model) for width in widths if width)
     logits = 32 * 4 * plan.vocab_size  # engine.LOGIT_ROWS
     return int(1.05 * tokens * (rows + floats + mixture + feed_forward)) + logits

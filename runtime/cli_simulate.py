@@ -159,7 +159,7 @@ def _figure_class() -> Any:  # noqa: ANN401 - of a library that need not be ther
 
 
 def _draw(figure_class: Any, reports: Sequence[Report], path: Path, title: str) -> None:  # noqa: ANN401
-    """Write a PNG of the decode hit rate against memory, one line per policy."""
+    """Write the decode hit rate against memory as a PNG, or SVG by the name; one line per policy."""
     figure = figure_class(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(report.policy for report in reports):
@@ -177,6 +177,6 @@ def _draw(figure_class: Any, reports: Sequence[Report], path: Path, title: str) 
     axes.grid(alpha=0.3)
     axes.legend()
     try:
-        figure.savefig(path, format="png", dpi=120)
+        figure.savefig(path, format="svg" if path.suffix == ".svg" else "png", dpi=120)
     except OSError as error:
         raise UsageError(f"--plot: {path}: {error.strerror}") from None

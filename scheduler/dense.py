@@ -120,21 +120,32 @@ class Linear:
         )  # fmt: skip
 
 
-class FeedForward:
-    """Gate, up and down of a dense layer or of the shared experts: one expert that every token uses."""
+class FeedForwardBuffers:
+    """What a feed-forward network of one width needs beside its weights; networks take turns with it."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear, capacity: int, crew: Crew) -> None:
+    def __init__(self, capacity: int, d_model: int, d_ff: int, block: int, threads: int) -> None:
+        self.gate = np.zeros((capacity, d_ff), np.float32)
+        self.up = np.zeros((capacity, d_ff), np.float32)
+        self.scratch = np.zeros(threads * align(scratch_nbytes(max(d_model, d_ff), capacity)), np.uint8)
+        self.middle = QuantizedRows.allocate(capacity, d_ff, block or d_ff)
+
+
+class FeedForward:
+    """Gate, up and down of a dense layer or of the shared experts: one expert that every token uses.
+
+    Made by `DenseWeights.feed_forward`.
+    """
+
+    def __init__(
+        self, gate: Linear, up: Linear, down: Linear, buffers: FeedForwardBuffers, crew: Crew
+    ) -> None:
         self._weights = gate.weights
         self._crew = crew
         self._kind = gate.kind
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
         self._matrices = np.array([gate.entry, up.entry, down.entry], np.int64)
         self._sizes = np.array([gate.sizes, up.sizes, down.sizes], np.int64)
-        self._gate = np.zeros((capacity, self._d_ff), np.float32)
-        self._up = np.zeros((capacity, self._d_ff), np.float32)
-        each = align(scratch_nbytes(max(self._d_model, self._d_ff), capacity))
-        self._scratch = np.zeros(crew.threads * each, np.uint8)
-        self._middle = QuantizedRows.allocate(capacity, self._d_ff, down.kind.block(self._d_ff) or self._d_ff)
+        self._buffers = buffers
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
@@ -144,11 +155,11 @@ class FeedForward:
         `index` is int32 (1, capacity): 0, 1, 2, ...
         """
         q = rows.as_kind(self._kind, count)
-        m, crew = self._middle, self._crew
+        b, m, crew = self._buffers, self._buffers.middle, self._crew
         shared_feed_forward(
             crew.board, crew.heads_job, crew.middle_job, self._weights, self._matrices, self._sizes,
-            self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums, index, count, self._gate, self._up, m.q,
-            m.scales, m.sums, self._scratch, out,
+            self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums, index, count, b.gate, b.up, m.q,
+            m.scales, m.sums, b.scratch, out,
         )  # fmt: skip
 
 
@@ -159,6 +170,7 @@ class DenseWeights:
         self._plan = plan
         self.crew = crew
         self._weights = memory[DENSE_HEADER_NBYTES:]
+        self._buffers: dict[tuple[int, int, int, int], FeedForwardBuffers] = {}
 
     def entry(self, key: str) -> DenseTensor:
         """Return the plan's entry of `key`."""
@@ -170,6 +182,15 @@ class DenseWeights:
         if entry.shape is None:
             raise KeyError(f"{key} is not a matrix")
         return Linear(self._weights, entry.shape, entry.at, self.crew, heads)
+
+    def feed_forward(self, gate: str, up: str, down: str, capacity: int) -> FeedForward:
+        """Return the network of three matrices, for `capacity` tokens; networks of a width share buffers."""
+        first, last = self.linear(gate), self.linear(down)
+        d_ff, d_model = first.shape.rows, first.shape.columns
+        key = (capacity, d_model, d_ff, last.kind.block(d_ff))
+        if key not in self._buffers:
+            self._buffers[key] = FeedForwardBuffers(*key, self.crew.threads)
+        return FeedForward(first, self.linear(up), last, self._buffers[key], self.crew)
 
     def vector(self, key: str) -> npt.NDArray[np.float32]:
         """Return the float32 vector `key`."""

@@ -88,11 +88,10 @@ class Deepseek2:
         )
 
     def _load_ffn(self, layer: int, pattern: str) -> FeedForward | None:
-        keys = [f"{layer}.{pattern.format(name)}" for name in ("gate", "up", "down")]
-        if not self._dense.has(keys[0]):
+        gate, up, down = (f"{layer}.{pattern.format(name)}" for name in ("gate", "up", "down"))
+        if not self._dense.has(gate):
             return None
-        gate, up, down = (self._dense.linear(key) for key in keys)
-        return FeedForward(gate, up, down, self.capacity, self._dense.crew)
+        return self._dense.feed_forward(gate, up, down, self.capacity)
 
     def _make_buffers(self) -> None:
         h, t, threads = self._h, self.capacity, self._dense.crew.threads
