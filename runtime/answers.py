@@ -7,10 +7,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..scheduler.messages import Sampling, StreamStep, Submit
+from ..scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
+from .calibration import Allowance
 from .detokenizer import StopMatcher, StreamDetokenizer
-from .messages import Finished, FinishReason, Generate, Timings, TokenItem, TokenLogprob, Usage
+from .messages import (
+    Finished,
+    FinishReason,
+    Generate,
+    RoutingFacts,
+    Timings,
+    TokenItem,
+    TokenLogprob,
+    Usage,
+)
 from .tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class RoutingSum:
+    """What routing within a budget did to one answer so far; `credit` is what the last step left."""
+
+    allowance: Allowance
+    credit: float = 0.0
+    events: int = 0
+    changed: int = 0
+    swaps: int = 0
+    lost: float = 0.0
+
+    def add(self, report: RoutingReport) -> None:
+        """Add one step."""
+        self.credit = report.credit
+        self.events += report.events
+        self.changed += report.changed
+        self.swaps += report.swaps
+        self.lost += report.lost
+
+    def facts(self, top_k: int) -> RoutingFacts | None:
+        """Return the whole, None for an exact answer; `top_k` experts were selected in each event."""
+        if self.allowance.epsilon <= 0:
+            return None
+        events = max(1, self.events)
+        return RoutingFacts(
+            epsilon=self.allowance.epsilon,
+            basis=self.allowance.basis,
+            events=self.events,
+            changed=self.changed,
+            swaps=self.swaps,
+            lost_mass=self.lost / events,
+            swap_share=self.swaps / (events * top_k),
+            agreement=1 - self.changed / events,
+            credit_left=self.credit,
+        )
 
 
 @dataclass(slots=True)
@@ -26,6 +73,7 @@ class Answer:
     owner: bytes  # the connection it came on
     detokenizer: StreamDetokenizer
     matcher: StopMatcher
+    routing: RoutingSum
     stream: int = -1
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -44,6 +92,7 @@ class Answer:
         serial: int,
         now_s: float,
         owner: bytes,
+        allowance: Allowance,
     ) -> Answer:
         """Return an answer that has not begun; `prompt` is shorter than `context`."""
         return cls(
@@ -56,6 +105,7 @@ class Answer:
             owner=owner,
             detokenizer=StreamDetokenizer(tokenizer),
             matcher=StopMatcher(request.stop),
+            routing=RoutingSum(allowance),
             prompt_logprobs=[None] * len(prompt) if request.prompt_logprobs else [],
         )
 
@@ -75,6 +125,11 @@ class Answer:
             stop_ids=[] if r.ignore_eos else sorted(stop_ids),
             logprobs=r.logprobs,
             prompt_logprobs=r.prompt_logprobs,
+            stepped_from=1 if r.stepped else None,
+            epsilon=self.routing.allowance.epsilon,
+            # The first token is computed alone either way; a prompt that is computed as such stays exact.
+            lossy_from=1 if r.stepped else len(self.prompt),
+            credit=self.routing.credit,
         )
 
     def take(self, step: StreamStep, now_s: float) -> tuple[TokenItem | None, bool]:
@@ -82,6 +137,8 @@ class Answer:
         if step.prompt_logprobs:
             first = step.prompt_from
             self.prompt_logprobs[first : first + len(step.prompt_logprobs)] = step.prompt_logprobs
+        if step.routing is not None:
+            self.routing.add(step.routing)
         if step.token is None:
             return None, False
         if not self.count:
@@ -97,8 +154,11 @@ class Answer:
         self.count += 1
         return item, stopped
 
-    def finish(self, reason: FinishReason, stopped: bool, now_s: float) -> Finished:
-        """Return the last message; after a stop string nothing that was held back is sent."""
+    def finish(self, reason: FinishReason, stopped: bool, now_s: float, top_k: int) -> Finished:
+        """Return the last message; after a stop string nothing that was held back is sent.
+
+        `top_k`: experts selected in each routed layer.
+        """
         rest = ""
         if not stopped:
             text, hit = self.matcher.push(self.detokenizer.finish())
@@ -115,4 +175,5 @@ class Answer:
             ),
             seed=self.seed,
             prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
+            routing=self.routing.facts(top_k),
         )

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
@@ -22,9 +21,11 @@ from ..shm.errors import DaemonUnreachable, SternaError, UsageError
 from .cli_inspect import inspect
 from .cli_kernels import bench, warm
 from .cli_plan import memory, plan
+from .cli_quality import calibrate, perplexity, quality_option, trace
 from .cli_simulate import simulate
 from .config import SETTINGS, env_of, flag_of, load_config
-from .render import for_terminal, one_line, statistics, table
+from .render import for_terminal, one_line, routing_line, statistics, table
+from .terminate import EXIT_SIGTERM, exit_on_sigterm
 
 if TYPE_CHECKING:
     from .client import Client, Stream
@@ -34,14 +35,13 @@ if TYPE_CHECKING:
 EXIT_INTERNAL = 70
 EXIT_SIGINT = 130
 EXIT_SIGPIPE = 141
-EXIT_SIGTERM = 143
 MAX_STDIN_BYTES = 16 * 2**20
 
 SOCKET_OPTION = click.option("--socket", metavar="URL", help="ipc:// URL of the daemon.")
 Command = Callable[..., int]
 _METAVARS = {
     "integer": "N", "seconds": "SECONDS", "url": "URL", "size": "SIZE", "share": "N|PERCENT",
-    "percent": "PERCENT",
+    "percent": "PERCENT", "path": "FILE",
 }  # fmt: skip
 
 
@@ -67,10 +67,13 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(calibrate)
 cli.add_command(inspect)
 cli.add_command(memory)
 cli.add_command(plan)
 cli.add_command(simulate)
+cli.add_command(perplexity)
+cli.add_command(trace)
 cli.add_command(warm)
 
 
@@ -125,6 +128,8 @@ def serve(
 @click.option("--min-p", type=float, metavar="P", help="Drop below P times the best [0].")
 @click.option("--seed", type=int, metavar="N", help="Repeat an answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated.")
+@quality_option("the daemon's")
+@click.option("--lost-mass", type=float, metavar="X", hidden=True)
 @click.option("--echo", is_flag=True, help="Print the prompt before the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--stats/--no-stats", default=True, help="Speeds on stderr [on].")
@@ -142,7 +147,7 @@ def generate(
 
     Uses the daemon if one runs, else starts one for this call.
     """
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    exit_on_sigterm()
     text = _read_stdin() if prompt == "-" else prompt
     given = {name: value for name, value in options.items() if value is not None}
     sampling = cast("GenerateOptions", {**given, "stop": list(stop)})
@@ -153,6 +158,8 @@ def generate(
         result = _print_answer(stream, text if echo else "", as_json)
     if stats:
         click.echo(statistics(result), err=True)
+        if result.routing is not None:
+            click.echo(routing_line(result.routing), err=True)
     return 0
 
 
@@ -240,7 +247,9 @@ def _print_answer(stream: Stream, before: str, as_json: bool) -> Result:
 def _as_dict(result: Result) -> dict[str, Any]:
     import msgspec
 
-    names = ("text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings", "seed")
+    names = (
+        "text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings", "seed", "routing"
+    )  # fmt: skip
     return {name: msgspec.to_builtins(getattr(result, name)) for name in names}
 
 
@@ -270,11 +279,6 @@ def _exit_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the call
         sys.exit(EXIT_SIGTERM)
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    # As an exception, so that a request is cancelled and a private daemon stopped.
-    raise SystemExit(EXIT_SIGTERM)
 
 
 def run(arguments: list[str] | None = None) -> int:

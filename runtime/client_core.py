@@ -78,6 +78,9 @@ class GenerateOptions(TypedDict, total=False):
     prompt_logprobs: bool
     ignore_eos: bool
     add_bos: bool | None
+    quality_budget: float | None
+    lost_mass: float | None
+    stepped: bool
 
 
 def new_id() -> str:
@@ -282,5 +285,6 @@ class Answer:
             usage=end.usage,
             timings=end.timings,
             seed=end.seed,
+            routing=end.routing,
         )
         return [Chunk(text=end.text, token_ids=(), logprobs=None)] if end.text else []

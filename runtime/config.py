@@ -87,6 +87,7 @@ class Config:
     quality_budget: str = "0.5%"
     prefetch: Prefetch = "auto"
     lane: Lane = "auto"
+    trace: Path | None = None
     log_level: LogLevel = "info"
     shutdown_timeout_s: float = 30.0
     step_timeout_s: float = 60.0
@@ -161,6 +162,7 @@ SETTINGS: dict[str, Setting] = {
         "Read experts before they are needed [auto]", "choice", choices=("auto", "off", "on")
     ),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
+    "trace": Setting("Write which experts each token goes to into this new CSV file [none]", "path"),
     "log_level": Setting(
         "Least severe event logged [info]", "choice", choices=("debug", "info", "warning", "error")
     ),

@@ -170,7 +170,8 @@ class Daemon:
             self.memory.resize,
             group,
         )
-        self.service = Service(self._config, self.model, self.engine, self.endpoint.send)
+        budget = self._config.quality_fraction if self._config.routing == "budget" else 0.0
+        self.service = Service(self._config, self.model, self.engine, self.endpoint.send, budget)
         self.service.on_idle = self._idle.set
         self.endpoint.attach(self.service)
         probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")

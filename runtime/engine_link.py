@@ -116,11 +116,10 @@ class EngineLink:
             max_batch_tokens=self._model.wants.max_batch_tokens,
             threads=self._config.threads,
             storage=self._model.plan.storage,
-            routing=self._config.routing,
-            quality_budget=self._config.quality_fraction,
             prefetch=self._config.prefetch,
             step_timeout_s=self._config.step_timeout_s,
             start_timeout_s=self._config.start_timeout_s,
+            trace=str(self._config.trace.absolute()) if self._config.trace else "",
         )
         await self._spawn("scheduler", "sterna.scheduler.process:run", spec, self._model.scheduler_fds)
         for index in range(self._num_workers):

@@ -35,6 +35,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0)]
 FinishReason = Literal["stop", "length", "cancelled"]
+Basis = Literal["calibrated", "uncalibrated", "given"]
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +57,11 @@ class Generate(Message, frozen=True, kw_only=True):
 
     `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
     many alternatives to report for each token (0: only the chosen one). `add_bos` None: as the model says.
+
+    `quality_budget` is the fraction of perplexity that the answer may cost so that it needs fewer experts
+    that are not in memory; 0 is exact, None the daemon's default. `lost_mass` gives the mean share of the
+    gate mass that may be lost instead, for experiments. `stepped` computes the prompt one token per step, as
+    an answer is, and within the same budget: for scoring.
     """
 
     id: Id
@@ -72,12 +78,17 @@ class Generate(Message, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     ignore_eos: bool = False
     add_bos: bool | None = None
+    quality_budget: Annotated[float, Meta(ge=0, le=0.1)] | None = None
+    lost_mass: Annotated[float, Meta(ge=0, le=1)] | None = None
+    stepped: bool = False
 
     def __post_init__(self) -> None:
         """Check what no single field's range can say; raises BadRequest."""
         if (self.prompt is None) == (self.token_ids is None):
             found = "neither" if self.prompt is None else "both"
             raise BadRequest(f"prompt, token_ids: expected exactly one of the two, found {found}")
+        if self.quality_budget is not None and self.lost_mass is not None:
+            raise BadRequest("quality_budget, lost_mass: expected at most one of the two, found both")
         for i, text in enumerate(self.stop):
             # A lone surrogate has no UTF-8 form; it is counted here and refused by the codec.
             n_bytes = len(text.encode("utf-8", "surrogatepass"))
@@ -215,8 +226,32 @@ class Timings(Message, frozen=True, kw_only=True):
     decode_s: Seconds
 
 
+class RoutingFacts(Message, frozen=True, kw_only=True):
+    """What a quality budget did to one answer; an event is one token in one layer.
+
+    epsilon: mean share of the gate mass that might be lost, and what it came from: a budget by way of a
+    calibration or of the rule for models without one, or given by the request. changed: events with another
+    selection than the exact one; agreement: the share of the others; swaps: experts traded, swap_share: of
+    all that were selected; lost_mass: mean share that was lost, at most epsilon; credit_left: lost mass that
+    was still to be had.
+    """
+
+    epsilon: float
+    basis: Basis
+    events: Count
+    changed: Count
+    swaps: Count
+    lost_mass: float
+    swap_share: float
+    agreement: float
+    credit_left: float
+
+
 class Finished(Message, frozen=True, kw_only=True):
-    """The answer is complete; `text` is the rest that was held back for stop strings or split characters."""
+    """The answer is complete; `text` is the rest that was held back for stop strings or split characters.
+
+    `routing` is None where the answer was exact because no budget was in force.
+    """
 
     id: Id
     reason: FinishReason
@@ -225,6 +260,7 @@ class Finished(Message, frozen=True, kw_only=True):
     timings: Timings
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     prompt_logprobs: list[float | None] | None = None
+    routing: RoutingFacts | None = None
 
 
 class Failed(Message, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .results import Result
+    from .results import Result, RoutingFacts
 
 # Everything that moves a cursor, sets a title or answers back; tab and newline stay.
 _CONTROLS = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
@@ -55,6 +55,15 @@ def statistics(result: Result) -> str:
         f"seed {result.seed}",
     ]
     return ", ".join(parts)
+
+
+def routing_line(facts: RoutingFacts) -> str:
+    """Return one line on what a quality budget did to an answer."""
+    line = (
+        f"experts traded {facts.swap_share:.1%}, selections unchanged {facts.agreement:.1%}, "
+        f"gate mass lost {facts.lost_mass:.3%} of at most {facts.epsilon:.3%}"
+    )
+    return line + (" (not calibrated for this model)" if facts.basis == "uncalibrated" else "")
 
 
 def _rate(tokens: int, seconds: float) -> str:

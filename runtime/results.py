@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .messages import FinishReason, Timings, TokenLogprob, Usage
+from .messages import FinishReason, RoutingFacts, Timings, TokenLogprob, Usage
 
-__all__ = ["Chunk", "FinishReason", "Result", "Timings", "TokenLogprob", "Usage"]
+__all__ = ["Chunk", "FinishReason", "Result", "RoutingFacts", "Timings", "TokenLogprob", "Usage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Result:
     """A whole answer. `logprobs` has one entry per token of `token_ids`; None where it was not asked for.
 
     `prompt_logprobs` has one entry per token of `prompt_token_ids`, the first is None. The same `seed` gives
-    the same answer again.
+    the same answer again. `routing` tells what a quality budget did, None where none was in force.
     """
 
     text: str
@@ -38,3 +38,4 @@ class Result:
     usage: Usage
     timings: Timings
     seed: int
+    routing: RoutingFacts | None

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..scheduler.messages import Step, StreamsFailed
 from ..shm.errors import (
@@ -24,6 +25,7 @@ from ..shm.errors import (
     request_error,
 )
 from .answers import Answer
+from .calibration import Allowance, Calibration
 from .config import Config
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
@@ -71,8 +73,12 @@ class Service:
         model: LoadedModel,
         engine: EngineLink,
         send: Callable[[bytes, Message], None],
+        default_budget: float = 0.0,
     ) -> None:
+        """`default_budget`: fraction of perplexity for requests that name none; 0 is exact."""
         self._config = config
+        self._default_budget = default_budget
+        self._calibration = Calibration.load(model.path)
         self._model = model
         self._engine = engine
         self._send = send
@@ -110,6 +116,7 @@ class Service:
             serial=self._serial,
             now_s=time.monotonic(),
             owner=owner,
+            allowance=self._allowance(request),
         )
         self._answers[key] = answer
         position = len(self._waiting)
@@ -142,6 +149,17 @@ class Service:
             )
         return ids
 
+    def _allowance(self, request: Generate) -> Allowance:
+        if request.lost_mass is not None:
+            return Allowance(request.lost_mass, "given")
+        budget = self._default_budget if request.quality_budget is None else request.quality_budget
+        return self._calibration.allowance(budget, self._resident_share)
+
+    @property
+    def _resident_share(self) -> float:
+        """Share of the routed experts that memory has slots for."""
+        return sum(self._model.limits) / max(1, self._model.plan.num_experts)
+
     def cancel(self, client: str, request_id: str) -> None:
         """End a request; its owner gets `finished`. Raises NotFound."""
         key = (client, request_id)
@@ -150,7 +168,7 @@ class Service:
             raise NotFound(f"no request {request_id!r} of this client runs or waits")
         self._end(key, answer, cancel=True)
         self.totals.cancelled += 1
-        self._send(answer.owner, answer.finish("cancelled", False, time.monotonic()))
+        self._send(answer.owner, self._finish(answer, "cancelled", False, time.monotonic()))
 
     def forget_owner(self, owner: bytes) -> int:
         """End all requests of a connection that is gone; return how many."""
@@ -190,7 +208,7 @@ class Service:
                 self._end(key, answer, cancel=not part.finish)
                 self.totals.finished += 1
                 reason: FinishReason = "length" if part.finish == "length" and not stopped else "stop"
-                ended.append((answer.owner, answer.finish(reason, stopped, now_s)))
+                ended.append((answer.owner, self._finish(answer, reason, stopped, now_s)))
         self.totals.add(now_s, prompt_tokens, generated)
         for owner, tokens in items.items():
             self._send(owner, Tokens(items=tokens))
@@ -251,6 +269,9 @@ class Service:
         if not self._answers:
             self.on_idle()
 
+    def _finish(self, answer: Answer, reason: FinishReason, stopped: bool, now_s: float) -> Finished:
+        return answer.finish(reason, stopped, now_s, self._model.plan.hyper.experts_used)
+
     def _reuse(self, stream: int) -> None:
         self._free.append(stream)
         self._free.sort(reverse=True)
@@ -274,6 +295,16 @@ class Service:
     def num_running(self) -> int:
         """Requests that the engine has."""
         return len(self._running)
+
+    def quality(self) -> dict[str, Any]:
+        """Return what requests without a budget of their own may lose, and what that rests on."""
+        allowance = self._calibration.allowance(self._default_budget, self._resident_share)
+        return {
+            "budget": self._default_budget,
+            "lost_mass": allowance.epsilon,
+            "basis": allowance.basis,
+            "calibrated_shares": self._calibration.shares,
+        }
 
     def owners(self) -> Iterator[bytes]:
         """Return the connections that have requests."""

@@ -44,6 +44,7 @@ def report(daemon: Daemon, engine: Stats | None) -> dict[str, Any]:
             "processes": round(sum(process["private_mib"] for process in processes), 1),
         },
         "memory": _memory(daemon, measured),
+        "quality": service.quality(),
         "sequences": {
             "running": service.num_running,
             "waiting": service.num_waiting,

@@ -128,9 +128,9 @@ class _Scheduler:
         streaming = _streaming_threads(dense, threads)
         crew = Crew(threads, streaming)
         self._runner = ExpertRunner(plan, self._file, self._lane, self._memory)
-        log = RoutingLog(Path(spec.trace), plan, Path(spec.model_path).stem) if spec.trace else None
+        self._log = self._open_log()
         self._engine = Engine(
-            plan, dense, self._streams, self._runner, spec.max_batch_tokens, crew, spec.prefetch, log
+            plan, dense, self._streams, self._runner, spec.max_batch_tokens, crew, spec.prefetch, self._log
         )
         self._state = st.SchedulerState(
             num_blocks=shape.num_blocks,
@@ -141,6 +141,14 @@ class _Scheduler:
         )
         self._await_workers()
         self.send(wire.Ready(seconds=time.monotonic() - begin, threads=threads, streaming_threads=streaming))
+
+    def _open_log(self) -> RoutingLog | None:
+        """Return the trace that was asked for; a successor's has its number behind the name."""
+        if not self._spec.trace:
+            return None
+        generation = self._spec.generation
+        path = Path(self._spec.trace if generation == 1 else f"{self._spec.trace}.{generation}")
+        return RoutingLog(path, self._plan, Path(self._spec.model_path).stem)
 
     def _await_workers(self) -> None:
         deadline = time.monotonic() + self._spec.start_timeout_s
@@ -191,6 +199,8 @@ class _Scheduler:
             for pidfd in watched:
                 poller.register(pidfd, zmq.POLLIN)
             self._save_counts()
+            if self._log is not None and not self._next:
+                self._log.flush()
             poller.poll(0 if self._next else IDLE_MS)
             for pidfd in watched:
                 poller.unregister(pidfd)

@@ -42,8 +42,12 @@ class RoutingLog:
         self._step += 1
         self._turns, self._prefill = turns, prefill
 
+    def flush(self) -> None:
+        """Write what is buffered: the process may be killed at any time."""
+        self._writer.flush()
+
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered and close the file."""
         self._writer.close()
 
     def add(

@@ -12,7 +12,7 @@ from ..workers.checkpoint.formats import Storage
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the scheduler is told when it is forked; `model_id` is (device, inode, bytes, mtime ns).
 
-    limits: how many slots of each class to use; quality_budget: a fraction, 0.005 for 0.5 %.
+    limits: how many slots of each class to use; trace: a file to record routing in, "" for none.
     """
 
     generation: int
@@ -29,8 +29,6 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_batch_tokens: int
     threads: int
     storage: Storage
-    routing: str
-    quality_budget: float
     prefetch: str
     trace: str = ""
     step_timeout_s: float

@@ -110,6 +110,13 @@ class TraceWriter:
             return
         self._written += len(text)
 
+    def flush(self) -> None:
+        """Write what is buffered."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.stopped = f"the trace could not be written: {error.strerror}"
+
     def close(self) -> None:
         """Write what is buffered and close the file; safe to call twice."""
         try:

@@ -82,7 +82,13 @@ def bodies(cls: type[Message]) -> st.SearchStrategy[Message]:
     if cls is Generate:
         either = st.sampled_from(["prompt", "token_ids"])
         fields |= {"prompt": TEXT, "token_ids": values(list[messages.TokenId])}
-        return st.builds(lambda drop, **kw: Generate(**{**kw, drop: None}), drop=either, **fields)
+        budget = st.sampled_from(["quality_budget", "lost_mass"])
+        return st.builds(
+            lambda drop, other, **kw: Generate(**{**kw, drop: None, other: None}),
+            drop=either,
+            other=budget,
+            **fields,
+        )
     return st.builds(cls, **fields)
 
 
@@ -115,6 +121,7 @@ def test_every_message_has_its_tag_in_one_registry() -> None:
         messages.TokenLogprob,
         messages.Usage,
         messages.Timings,
+        messages.RoutingFacts,
     }
     assert found - parts == {*REQUESTS.values(), *REPLIES.values()}
     assert set(get_args(messages.Request)) == set(REQUESTS.values())
@@ -200,6 +207,12 @@ def request_error(tag: str, **body: object) -> str:
         ({"prompt": None}, "prompt, token_ids: expected exactly one of the two, found neither"),
         ({"prompt": None, "token_ids": [1, -3]}, "token_ids[1]: expected int >= 0, found -3"),
         ({"id": ""}, "id: expected str of length >= 1, found ''"),
+        ({"quality_budget": 0.2}, "quality_budget: expected float <= 0.1, found 0.2"),
+        ({"lost_mass": -0.1}, "lost_mass: expected float >= 0.0, found -0.1"),
+        (
+            {"quality_budget": 0.0, "lost_mass": 0.0},
+            "quality_budget, lost_mass: expected at most one of the two, found both",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_field_is_named_with_what_was_expected_and_found(fields: dict[str, Any], text: str) -> None:

@@ -1,0 +1,151 @@
+"""What the service tells the scheduler of a quality budget, and the client of what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from sterna.runtime import messages as m
+from sterna.runtime.calibration import UNCALIBRATED_EPSILON
+from sterna.runtime.config import Config, embedded_model
+from sterna.runtime.engine_link import EngineLink
+from sterna.runtime.loaded_model import LoadedModel
+from sterna.runtime.service import Service
+from sterna.scheduler.messages import RoutingReport, Step, StreamsFailed, StreamStep, Submit
+
+OWNER = b"connection"
+PROMPT = [0, 5, 6, 7]
+TOP_K = 2
+
+
+class Recorder:
+    """Stands where the link to the scheduler is, and keeps what is submitted: no process is started."""
+
+    def __init__(self) -> None:
+        self.submitted: list[Submit] = []
+        self.on_step: Callable[[Step], None]
+        self.on_failed: Callable[[StreamsFailed], None]
+        self.on_restart: Callable[[], None]
+
+    def submit(self, request: Submit) -> None:
+        self.submitted.append(request)
+
+    def cancel(self, stream: int, serial: int, then: Callable[[], None]) -> None:
+        then()
+
+
+class Bench:
+    """A service over the embedded model; `generate` returns what the scheduler would be told."""
+
+    def __init__(self, model: LoadedModel, default_budget: float = 0.0) -> None:
+        self.engine = Recorder()
+        self.sent: list[m.Message] = []
+        self.service = Service(
+            Config(max_num_seqs=2),
+            model,
+            cast(EngineLink, self.engine),
+            lambda owner, message: self.sent.append(message),
+            default_budget,
+        )
+
+    def generate(self, **fields: object) -> Submit:
+        request = m.Generate(id=f"r{len(self.engine.submitted)}", token_ids=PROMPT, **fields)  # type: ignore[arg-type]
+        self.service.generate("client", OWNER, request)
+        return self.engine.submitted[-1]
+
+    def step(self, submit: Submit, computed: int, report: RoutingReport | None, finish: str | None) -> None:
+        part = StreamStep(
+            stream=submit.stream, serial=submit.serial, computed=computed, token=9, finish=finish,
+            routing=report,
+        )  # fmt: skip
+        self.engine.on_step(Step(number=1, busy_ns=1, streams=[part]))
+
+    def finished(self) -> m.Finished:
+        found = self.sent[-1]
+        assert isinstance(found, m.Finished)
+        return found
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadedModel]:
+    """Return the embedded model under another name, where no calibration is beside it or in the cache."""
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.symlink_to(embedded_model())
+    model = LoadedModel(Config(model=path, max_num_seqs=2, ctx_size=64))
+    model.allocate()
+    yield model
+    model.close()
+
+
+def test_budget_becomes_a_mean_of_lost_mass(model: LoadedModel) -> None:
+    bench = Bench(model)
+    plain = bench.generate()
+    assert (plain.epsilon, plain.stepped_from, plain.credit) == (0.0, None, 0.0)
+    half = bench.generate(quality_budget=0.005)
+    assert half.epsilon == pytest.approx(UNCALIBRATED_EPSILON * 0.005)
+    assert (half.lossy_from, half.stepped_from) == (len(PROMPT), None)
+
+
+def test_lost_mass_and_stepped_prompts_are_passed_on(model: LoadedModel) -> None:
+    scored = Bench(model).generate(lost_mass=0.04, stepped=True, prompt_logprobs=True)
+    assert (scored.epsilon, scored.lossy_from, scored.stepped_from) == (0.04, 1, 1)
+    assert scored.prompt_logprobs
+
+
+def test_default_budget_is_for_those_who_name_none(model: LoadedModel) -> None:
+    bench = Bench(model, default_budget=0.01)
+    assert bench.generate().epsilon == pytest.approx(UNCALIBRATED_EPSILON * 0.01)
+    assert bench.generate(quality_budget=0.0).epsilon == 0.0
+    assert bench.service.quality() == {
+        "budget": 0.01,
+        "lost_mass": pytest.approx(UNCALIBRATED_EPSILON * 0.01),
+        "basis": "uncalibrated",
+        "calibrated_shares": [],
+    }
+
+
+def test_steps_add_up_to_the_facts_of_the_answer(model: LoadedModel) -> None:
+    bench = Bench(model)
+    submit = bench.generate(lost_mass=0.1, max_tokens=2)
+    bench.step(submit, 4, RoutingReport(credit=0.0, events=0, changed=0, swaps=0, lost=0.0), None)
+    bench.step(submit, 5, RoutingReport(credit=0.3, events=5, changed=2, swaps=3, lost=0.25), None)
+    bench.step(submit, 6, RoutingReport(credit=0.2, events=5, changed=1, swaps=1, lost=0.5), "length")
+    assert bench.finished().routing == m.RoutingFacts(
+        epsilon=0.1,
+        basis="given",
+        events=10,
+        changed=3,
+        swaps=4,
+        lost_mass=pytest.approx(0.075),
+        swap_share=4 / (10 * TOP_K),
+        agreement=0.7,
+        credit_left=0.2,
+    )
+
+
+def test_exact_answers_have_no_facts(model: LoadedModel) -> None:
+    bench = Bench(model, default_budget=0.01)
+    submit = bench.generate(quality_budget=0.0, max_tokens=1)
+    bench.step(submit, 4, None, "length")
+    assert bench.finished().routing is None
+
+
+def test_credit_survives_the_scheduler(model: LoadedModel) -> None:
+    """A new one continues with what was left: a kill must not refill an account, nor empty it."""
+    bench = Bench(model)
+    first = bench.generate(lost_mass=0.1)
+    bench.step(first, 4, RoutingReport(credit=0.4, events=5, changed=0, swaps=0, lost=0.0), None)
+    bench.step(first, 5, RoutingReport(credit=0.15, events=5, changed=2, swaps=3, lost=0.25), None)
+    bench.engine.on_restart()
+    again = bench.engine.submitted[-1]
+    assert (again.stream, again.serial, again.credit) == (first.stream, first.serial, 0.15)
+    assert (again.epsilon, again.lossy_from) == (0.1, len(PROMPT))
+    assert (again.committed, again.computed) == (6, 5)
+    bench.step(again, 6, RoutingReport(credit=0.2, events=5, changed=1, swaps=1, lost=0.05), "length")
+    facts = bench.finished().routing
+    assert facts is not None
+    assert (facts.events, facts.swaps) == (15, 4)  # of both
