@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py MODEL [--limits 700MiB,900MiB,1200MiB,none] [--llama-bench PATH] [--json]
 
-Each run is a new process (ours: a daemon and its children) in a memory cgroup of its own that holds it to the
-limit, page cache included, and starts with none of the file cached. Ours is told the limit as --memory. A run
-computes a prompt of random tokens and then, with a prompt of its own, a greedy answer; before that a short
+Each run is a new process (ours: a daemon and its children) in a memory cgroup of its own that holds it to
+the limit, page cache included, and starts with none of the file cached. Ours finds its budget in the cgroup.
+A run computes a prompt of random tokens and then, with one of its own, a greedy answer; before that a short
 request warms it up, as llama-bench does. Runs are interleaved, the order is reversed every other time, and
 medians are reported. It prints what it measured and judges nothing.
 
@@ -18,18 +18,17 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from memory_cgroup import why_no_cgroup
-from memory_runs import SERVE, Llama, Measurement, Ours, Runner, Task, compile_kernels
+from memory_runs import Llama, Measurement, Ours, Runner, Task, compile_kernels
 
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from sterna.runtime.sizes import parse_size
+
 _COLUMNS = ("memory", "runner", "prompt tok/s", "answer tok/s", "x peer", "faults/token", "MB/token",
             "hits", "peak MiB", "reread MB", "start s", "load")  # fmt: skip
 NONE = "none"
@@ -37,12 +36,7 @@ NONE = "none"
 
 def parse_limit(text: str) -> int | None:
     """Return bytes of `700MiB`, `1.2GB` or such, None for `none`; raises ValueError."""
-    if text.strip().lower() == NONE:
-        return None
-    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"--limits: {text!r}: expected bytes such as 700MiB, or {NONE}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return None if text.strip().lower() == NONE else parse_size(text)
 
 
 def name_of(limit: int | None) -> str:
@@ -50,23 +44,10 @@ def name_of(limit: int | None) -> str:
     return NONE if limit is None else f"{limit / (1 << 20):.0f} MiB"
 
 
-def serve_flags() -> str:
-    """Return the help text of `sterna serve`."""
-    done = subprocess.run([*SERVE, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
-
-
-def runners(given: argparse.Namespace, flags: str, notes: list[str]) -> list[Runner]:
-    """Return what can be measured here; what cannot is said in `notes`."""
-    found: list[Runner] = [Ours("ours exact", takes_memory="--memory" in flags)]
-    if "--memory" not in flags:
-        notes.append("ours is measured without a limit only: this `sterna serve` has no --memory")
-    if "--routing" in flags and "--quality-budget" in flags:
-        extra = ("--routing", "budget", "--quality-budget", given.quality_budget)
-        found[0] = Ours("ours exact", ("--routing", "exact"), takes_memory="--memory" in flags)
-        found.append(Ours(f"ours {given.quality_budget}", extra, takes_memory="--memory" in flags))
-    else:
-        notes.append("no quality budget is measured: this `sterna serve` has no --routing")
+def runners(given: argparse.Namespace, notes: list[str]) -> list[Runner]:
+    """Return what is to be measured; what cannot be is said in `notes`."""
+    budget = ("--routing", "budget", "--quality-budget", given.quality_budget)
+    found: list[Runner] = [Ours("ours exact"), Ours(f"ours {given.quality_budget}", budget)]
     if given.llama_bench is None:
         notes.append("llama.cpp is not measured: say where it is with --llama-bench")
     else:
@@ -79,7 +60,7 @@ def measure(
 ) -> list[Measurement]:
     """Run everything `--runs` times and return all measurements; a line of progress each on stderr."""
     results = []
-    pairs = [(limit, runner) for limit in limits for runner in who if limit is None or runner.takes_memory]
+    pairs = [(limit, runner) for limit in limits for runner in who]
     for run in range(given.runs):
         for limit, runner in pairs if run % 2 == 0 else reversed(pairs):
             slow = limit is not None and isinstance(runner, Llama)
@@ -201,7 +182,7 @@ def main() -> None:
     if reason is not None:
         notes.append(f"only without a limit: no memory cgroup can be made: {reason}")
         limits = [None]
-    who = runners(given, serve_flags(), notes)
+    who = runners(given, notes)
     compile_kernels(given.model, given.timeout)
     results = measure(given, limits, who, confined=reason is None)
     rows = summary(results)

@@ -74,7 +74,6 @@ class Runner(Protocol):
     """Somebody who can do a task."""
 
     name: str
-    takes_memory: bool
 
     def run(self, task: Task) -> Measurement:
         """Return what was measured; a run that fails is a measurement with an error."""
@@ -155,16 +154,14 @@ def compile_kernels(model: Path, timeout_s: float) -> None:
 class Ours:
     """`sterna serve` with some flags; asked through the blocking client."""
 
-    def __init__(self, name: str, flags: tuple[str, ...] = (), *, takes_memory: bool) -> None:
-        self.name, self.takes_memory = name, takes_memory
+    def __init__(self, name: str, flags: tuple[str, ...] = ()) -> None:
+        self.name = name
         self._flags = flags
 
     def run(self, task: Task) -> Measurement:
         """See `Runner`."""
         context = str(max(task.prompt_tokens, task.answer_tokens) + 64)
         arguments = [str(task.model), *self._flags, "--max-num-seqs", "1", "--ctx-size", context]
-        if task.limit_bytes is not None:
-            arguments += ["--memory", str(task.limit_bytes)]
         cached, load = make_cold(task.model), os.getloadavg()[0]
         began_s = time.monotonic()
         try:
@@ -225,8 +222,6 @@ def _hit_rate(before: object, after: object) -> float | None:
 
 class Llama:
     """llama-bench: prompt and answer are two tests of one process, each after a warm-up of its own."""
-
-    takes_memory = True
 
     def __init__(self, name: str, program: Path) -> None:
         self.name = name
