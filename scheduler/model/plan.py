@@ -6,9 +6,9 @@ addresses has to travel between them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ...shm.errors import ModelFileError
+from ...shm.errors import ConfigError, ModelFileError
 from ...shm.layout import align
 from ...workers.checkpoint import names
 from ...workers.checkpoint.formats import (
@@ -22,6 +22,7 @@ from ...workers.checkpoint.formats import (
     kernel_type,
 )
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types import TensorType
 from ...workers.messages import ExpertPage, FileSlab, LayerShape
 from .hyper import Hyperparameters
@@ -62,25 +63,43 @@ class ModelPlan:
     hyper: Hyperparameters
     vocab_size: int
     storage: Storage
+    precisions: tuple[str, ...] = (FILE_PRECISION,)
+    """What experts may be held as: "file", then names of `tiers.TARGETS`; a precision is an index."""
     dense: dict[str, DenseTensor] = field(default_factory=dict)
     dense_nbytes: int = 0
     experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
     expert_nbytes: dict[int, int] = field(default_factory=dict)
-    """Bytes of the slot that an expert of each layer needs."""
+    """Bytes of the slot that an expert of each layer needs as the file has it."""
+    tiers: dict[int, tuple[tuple[ExpertMatrix, ...], ...]] = field(default_factory=dict)
+    """gate, up, down of each layer's experts in each precision; the first is `experts`."""
+    precision_nbytes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Bytes of the slot that an expert of each layer needs in each precision; the first is the largest."""
     kinds: set[tuple[str, Format]] = field(default_factory=set)
     """(file type, format) of all matrices: what kernels are needed for."""
 
     @classmethod
-    def from_file(cls, file: GgufFile, storage: Storage = DEFAULT_STORAGE) -> ModelPlan:
+    def from_file(
+        cls,
+        file: GgufFile,
+        storage: Storage = DEFAULT_STORAGE,
+        precisions: tuple[str, ...] = (FILE_PRECISION,),
+    ) -> ModelPlan:
         """Check that `file` holds every tensor of its architecture, in the right shape.
 
-        Raises ModelFileError naming the tensor and what was expected.
+        precisions: see the attribute. Raises ModelFileError naming the tensor and what was expected,
+        ConfigError for precisions that are unknown, named twice, or do not begin with "file".
         """
+        unknown = set(precisions[1:]) - set(TARGETS)
+        if precisions[:1] != (FILE_PRECISION,) or unknown or len(set(precisions)) < len(precisions):
+            raise ConfigError(
+                f"precisions {', '.join(precisions)}: expected {FILE_PRECISION}, then any of"
+                f" {', '.join(TARGETS)}"
+            )
         hyper = Hyperparameters.from_gguf(file)
         embedding = names.find(file, "token_embd")
         if embedding is None or len(embedding.shape) != 2:
             raise ModelFileError(f"{file.label}: token_embd.weight is missing or not a matrix")
-        plan = cls(hyper=hyper, vocab_size=embedding.shape[0], storage=storage)
+        plan = cls(hyper=hyper, vocab_size=embedding.shape[0], storage=storage, precisions=precisions)
         planner = _Planner(file, plan)
         planner.model()
         return plan
@@ -100,17 +119,17 @@ class ModelPlan:
         return (layer - self.hyper.dense_layers) * self.hyper.experts + expert
 
     def slot_sizes(self) -> list[int]:
-        """Return the sizes of slots that the layers need, smallest first: one class of slots for each."""
-        return sorted(set(self.expert_nbytes.values()))
+        """Return the sizes of slots that layers and precisions need, smallest first: a class each."""
+        return sorted({nbytes for sizes in self.precision_nbytes.values() for nbytes in sizes})
 
     def all_slots(self) -> list[tuple[int, int]]:
-        """Return the classes of slots, as `shm.slots.SlotClasses`, that hold every routed expert."""
+        """Return the classes of slots, as `shm.slots.SlotClasses`, for all routed experts as they are."""
         sizes = list(self.expert_nbytes.values())
-        return [(sizes.count(nbytes) * self.hyper.experts, nbytes) for nbytes in self.slot_sizes()]
+        return [(sizes.count(nbytes) * self.hyper.experts, nbytes) for nbytes in sorted(set(sizes))]
 
-    def expert_activation(self, layer: int) -> ActivationKind:
-        """Return what the experts of `layer` read."""
-        return activation_kind(self.experts[layer][0].shape.form)
+    def expert_activation(self, layer: int, precision: int = 0) -> ActivationKind:
+        """Return what the experts of `layer` read when they are held in `precision`."""
+        return activation_kind(self.tiers[layer][precision][0].shape.form)
 
     def layer_shapes(self) -> dict[int, LayerShape]:
         """Return what workers must know of each layer's experts."""
@@ -119,19 +138,24 @@ class ModelPlan:
             layer: LayerShape(
                 d_model=h.d_model,
                 d_ff=h.d_ff_expert,
-                precisions=[[(int(m.shape.form), m.shape.rows, m.shape.columns, m.at) for m in matrices]],
+                precisions=[
+                    [(int(m.shape.form), m.shape.rows, m.shape.columns, m.at) for m in matrices]
+                    for matrices in tiers
+                ],
             )
-            for layer, matrices in self.experts.items()
+            for layer, tiers in self.tiers.items()
         }
 
-    def expert_page(self, file: GgufFile, layer: int, expert: int, slot: int) -> ExpertPage:
-        """Return what a worker needs to read the expert of `file` into `slot`."""
+    def expert_page(
+        self, file: GgufFile, layer: int, expert: int, slot: int, precision: int = 0
+    ) -> ExpertPage:
+        """Return what a worker needs to read the expert of `file` into `slot` in `precision`."""
         slabs = []
         for matrix in self.experts[layer]:
             rows, columns = matrix.shape.rows, matrix.shape.columns
             slab = names.expert_slab(file, matrix.role, layer, expert, self.hyper.experts, rows, columns)
             slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor))
-        return ExpertPage(layer, expert, slot, 0, slabs)
+        return ExpertPage(layer, expert, slot, precision, slabs)
 
 
 class _Planner:
@@ -192,23 +216,46 @@ class _Planner:
 
     def _experts(self, layer: int) -> None:
         h = self._plan.hyper
-        at = 0
-        matrices = []
+        shapes: list[MatrixShape] = []
+        types: list[TensorType | None] = []
         for name in PROJECTIONS:
             role = f"ffn_{name}_exps"
             rows, columns = (h.d_model, h.d_ff_expert) if name == "down" else (h.d_ff_expert, h.d_model)
-            forms = set()
-            for expert in range(h.experts):
-                slab = names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
-                forms.add(self._format(slab.type, columns, slab.tensor))
+            slabs = [
+                names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
+                for expert in range(h.experts)
+            ]
+            forms = {self._format(slab.type, columns, slab.tensor) for slab in slabs}
             if len(forms) != 1:
                 raise ModelFileError(f"{self._file.label}: layer {layer}: experts differ in type for {role}")
-            shape = MatrixShape(form=forms.pop(), rows=rows, columns=columns)
-            matrices.append(ExpertMatrix(role=role, shape=shape, at=at))
-            at += shape.nbytes
-        self._same_activation(matrices[0].shape.form, matrices[1].shape.form, "expert gate and up", layer)
-        self._plan.experts[layer] = tuple(matrices)
-        self._plan.expert_nbytes[layer] = align(at, 4096)
+            shapes.append(MatrixShape(form=forms.pop(), rows=rows, columns=columns))
+            found = {slab.type.name: slab.type for slab in slabs}
+            types.append(slabs[0].type if len(found) == 1 else None)
+        self._same_activation(shapes[0].form, shapes[1].form, "expert gate and up", layer)
+        tiers = [_placed(self._held(shapes, types, precision)) for precision in self._plan.precisions]
+        self._plan.tiers[layer] = tuple(matrices for matrices, _ in tiers)
+        self._plan.precision_nbytes[layer] = tuple(nbytes for _, nbytes in tiers)
+        self._plan.experts[layer] = self._plan.tiers[layer][0]
+        self._plan.expert_nbytes[layer] = self._plan.precision_nbytes[layer][0]
+
+    def _held(
+        self, own: list[MatrixShape], types: list[TensorType | None], precision: str
+    ) -> list[MatrixShape]:
+        """Return what gate, up and down become in a precision: each smaller, or as the file has it.
+
+        types: of the file, None where experts differ (they share a format, but are not converted).
+        """
+        held, kinds = list(own), {}
+        for i, (shape, file_type) in enumerate(zip(own, types, strict=True)):
+            kind = file_type and held_type(file_type, precision, shape.rows, shape.columns)
+            if kind is not None and kind is not file_type:
+                form = format_of(kind, shape.columns, self._file.label, self._plan.storage)
+                held[i], kinds[i] = replace(shape, form=form), (kernel_type(kind), form)
+        if activation_kind(held[0].form) is not activation_kind(held[1].form):
+            held[:2] = own[:2]  # they are multiplied with the same activations
+            kinds = {i: kind for i, kind in kinds.items() if i == 2}
+        self._plan.kinds.update(kinds.values())
+        return held
 
     def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
         if activation_kind(gate) is not activation_kind(up):
@@ -246,6 +293,16 @@ class _Planner:
         at = self._plan.dense_nbytes
         self._plan.dense[key] = DenseTensor(tensor=tensor, kind=kind, at=at, nbytes=nbytes, shape=shape)
         self._plan.dense_nbytes = at + align(nbytes)
+
+
+def _placed(shapes: list[MatrixShape]) -> tuple[tuple[ExpertMatrix, ...], int]:
+    """Return gate, up and down one after the other in a slot, and the bytes of the slot."""
+    at = 0
+    matrices = []
+    for name, shape in zip(PROJECTIONS, shapes, strict=True):
+        matrices.append(ExpertMatrix(role=f"ffn_{name}_exps", shape=shape, at=at))
+        at += shape.nbytes
+    return tuple(matrices), align(at, 4096)
 
 
 def _key(role: str, layer: int | None) -> str:
