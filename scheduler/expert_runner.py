@@ -22,13 +22,13 @@ from .batch import ExpertGroups
 from .dense import Rows
 from .lane import Computed, Lane, Loaded, WorkerBatch
 from .model.plan import ModelPlan
-from .residency.expert_memory import ExpertMemory
+from .residency.expert_memory import ExpertMemory, Load
 from .residency.latency import LatencyHistogram
 
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4
-# Of a batch that needs many experts, so many are on their way at a time: enough to keep a disk busy.
-MAX_READING = 8
+# Of a batch that needs more experts than its layer's share of the slots, at least so many are read at a time.
+LEAST_READING = 8
 
 Indices = npt.NDArray[np.int32]
 
@@ -64,9 +64,10 @@ class _Event:
         default_factory=dict
     )  # request: places, ...
     loading: dict[int, int] = field(default_factory=dict)  # request: place
-    queue: list[int] = field(default_factory=list)  # places that have no slot yet
-    fetched: set[int] = field(default_factory=set)  # keys read for this event
-    passed: list[int] = field(default_factory=list)  # those of them that are computed
+    after: dict[int, int] = field(
+        default_factory=dict
+    )  # place: the one that gets its slot when it is computed
+    held: dict[int, int] = field(default_factory=dict)  # request: the place that gets what it reads into
 
 
 class Division:
@@ -94,6 +95,7 @@ class ExpertRunner:
         h = plan.hyper
         self.counts = Counts(np.zeros((len(h.moe_layers), 2), np.int64))
         self.latency = LatencyHistogram()
+        self._event: _Event | None = None
         self.divisions = {
             layer: Division([memory.owner(plan.key_of(layer, expert)) for expert in range(h.experts)])
             for layer in h.moe_layers
@@ -113,7 +115,7 @@ class ExpertRunner:
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
         reading an expert met (ModelReadError, ModelFileError); `y` is then not to be used.
         """
-        event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
+        event = self._event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
         places: list[int] = groups.experts.tolist()
         keys = [self._key(event, place) for place in places]
         tokens = np.diff(groups.ends)[places].astype(np.float32)
@@ -121,12 +123,13 @@ class ExpertRunner:
         try:
             self._start(event, places, keys)
             meanwhile()
-            while event.computing or event.loading or event.queue:
+            while event.computing or event.loading or event.held:
                 self._continue(event)
         except BaseException:
             self._lane.give_up()
             raise
         finally:
+            self._event = None
             self.memory.end()
 
     def _key(self, event: _Event, place: int) -> int:
@@ -134,6 +137,7 @@ class ExpertRunner:
 
     def _start(self, event: _Event, places: list[int], keys: list[int]) -> None:
         here: list[int] = []
+        missing: list[int] = []
         for place, key in zip(places, keys, strict=True):
             if self.memory.ready(key):
                 here.append(place)
@@ -141,7 +145,7 @@ class ExpertRunner:
                 event.loading[request] = place
                 self._hurry(key)
             else:
-                event.queue.append(place)
+                missing.append(place)
         counts = self.counts
         counts.events += 1
         counts.logical += event.ends[-1]
@@ -150,7 +154,7 @@ class ExpertRunner:
         hits = len(here) + len(event.loading)
         counts.hits += hits
         counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(places), hits)
-        self._read_more(event)
+        self._find_slots(event, missing, here)
         worker = self.divisions[event.layer].worker
         first = 0
         for i in range(1, len(here) + 1):
@@ -158,61 +162,91 @@ class ExpertRunner:
                 self._compute(event, here[first:i])
                 first = i
 
+    def _find_slots(self, event: _Event, missing: list[int], here: list[int]) -> None:
+        """Decide which slot each missing expert gets, now or later, whatever comes first in time.
+
+        The first ones get those that the policy gives up. Of a long batch the others take over, in turn, the
+        slots of experts that it has computed: those of other layers are worth more.
+        """
+        of_kind: dict[int, list[int]] = {}
+        for place in missing:
+            of_kind.setdefault(self.memory.class_of(self._key(event, place)), []).append(place)
+        for kind, wanted in of_kind.items():
+            given = 0
+            for place in wanted[: max(LEAST_READING, self.memory.limits[kind] // self.memory.num_layers)]:
+                if not self._claim(event, place):
+                    break
+                given += 1
+            givers = wanted[:given] or [
+                place
+                for place in (*here, *event.loading.values())
+                if self.memory.class_of(self._key(event, place)) == kind
+            ]
+            later = wanted[given:]
+            if later and not givers:
+                raise InternalError(f"layer {event.layer}: no slot is left for {len(later)} experts")
+            event.after.update(zip([*givers, *later], later, strict=False))
+
+    def _claim(self, event: _Event, place: int) -> bool:
+        """Have an expert read into a free slot or the policy's victim's; return whether there is one."""
+        key = self._key(event, place)
+        slot = self.memory.free_slot(key)
+        if slot is None:
+            victim = self.memory.victim(key)
+            if victim < 0:
+                return False
+            request = self.memory.request_of(victim)
+            if request is not None:  # foreseen, and not even there yet: it gives way when it is
+                self.memory.pin(victim)
+                event.held[request] = place
+                return True
+            slot = self.memory.take(victim)
+        self._read_for(event, place, slot)
+        return True
+
+    def _read_for(self, event: _Event, place: int, slot: int) -> None:
+        event.loading[self.read(self._key(event, place), slot, urgent=True)] = place
+
     def _continue(self, event: _Event) -> None:
         """Wait for one answer and do what it makes possible."""
-        if not event.computing and not event.loading and not self.memory.num_loading:
-            raise InternalError(f"layer {event.layer}: no slot is left for {len(event.queue)} experts")
-        answer = self._lane.collect(event.computing, event.loading, f"layer {event.layer}")
+        loading = [*event.loading, *event.held]
+        if not event.computing and not loading:
+            loading = self.memory.requests
+        answer = self._lane.collect(event.computing, loading, f"layer {event.layer}")
         if isinstance(answer, Computed):
             self._computed(event, answer)
         else:
             self._loaded(event, answer)
-        self._read_more(event)
 
     def _computed(self, event: _Event, answer: Computed) -> None:
         places, tokens, ranks = event.computing.pop(answer.seq)
         scatter_pairs(answer.rows, tokens, ranks, 0, len(tokens), event.y)
-        if event.queue:
-            keys = [self._key(event, place) for place in places]
-            self.memory.release(keys)
-            event.passed += [key for key in keys if key in event.fetched]
+        for place in places:
+            if (following := event.after.pop(place, None)) is not None:
+                self._read_for(event, following, self.memory.take(self._key(event, place)))
 
     def _loaded(self, event: _Event, answer: Loaded) -> None:
-        place = event.loading.pop(answer.seq, None)
-        self.take_loaded(answer)
-        if place is not None:
+        load = self.take_loaded(answer)
+        if (place := event.loading.pop(answer.seq, None)) is not None:
             if answer.error is not None:
                 raise answer.error
             self._compute(event, [place])
+        elif load is not None and (place := event.held.pop(answer.seq, None)) is not None:
+            slot = self.memory.free_slot(load.key) if answer.error else self.memory.take(load.key)
+            if slot is None:
+                raise InternalError(f"layer {event.layer}: the slot of a failed read is gone")
+            self._read_for(event, place, slot)
 
-    def take_loaded(self, answer: Loaded) -> None:
-        """Note the end of a read, whoever asked for it."""
+    def take_loaded(self, answer: Loaded) -> Load | None:
+        """Note the end of a read, whoever asked for it; return what it was, None if nobody knows any more."""
         if answer.error is not None:
-            self.memory.failed(answer.seq)
-            return
-        if self.memory.loaded(answer.seq) is not None:
+            return self.memory.failed(answer.seq)
+        load = self.memory.loaded(answer.seq)
+        if load is not None:
             self.counts.fetched += 1
             self.counts.fetched_bytes += answer.nbytes
             self.latency.record(answer.busy_ns)
-
-    def _read_more(self, event: _Event) -> None:
-        """Ask for experts of the queue as long as there are slots for them."""
-        if not event.queue:
-            return
-        wide = len(event.queue) > MAX_READING or event.passed
-        # Experts that this long batch has read and used give way first: those of other layers are worth more.
-        passed, left = event.passed if wide else [], []
-        for place in event.queue:
-            key = self._key(event, place)
-            slot = None
-            if not wide or len(event.loading) < MAX_READING:
-                slot = self.memory.claim(key, prefer=passed)
-            if slot is None:
-                left.append(place)
-            else:
-                event.loading[self.read(key, slot, urgent=True)] = place
-                event.fetched.add(key)
-        event.queue = left
+        return load
 
     @property
     def waited_ns(self) -> int:
@@ -220,14 +254,23 @@ class ExpertRunner:
         return self._lane.waited_ns
 
     def prefetch(self, keys: Sequence[int]) -> list[int]:
-        """Ask for experts that may soon be wanted; return those there was room for. Raises WorkerLost."""
+        """Ask for experts that may soon be wanted; return those there was room for. Raises WorkerLost.
+
+        Called from `meanwhile` of `run`.
+        """
         asked = []
         for key in keys:
-            slot = self.memory.claim(key, foreseen=True)
-            if slot is not None:
-                self.read(key, slot, urgent=False)
-                self.counts.foreseen += 1
-                asked.append(key)
+            slot = self.memory.free_slot(key)
+            if slot is None:
+                victim = self.memory.victim(key, foreseen=True)
+                if victim < 0:
+                    continue
+                while self._event is not None and self.memory.request_of(victim) is not None:
+                    self._continue(self._event)  # rare: two steps old, and still not read
+                slot = self.memory.take(victim)
+            self.read(key, slot, urgent=False)
+            self.counts.foreseen += 1
+            asked.append(key)
         return asked
 
     def read(self, key: int, slot: int, *, urgent: bool) -> int:
@@ -235,7 +278,7 @@ class ExpertRunner:
         try:
             request = self._lane.page_in(self.memory.owner(key), self._page(key, slot), urgent=urgent)
         except BaseException:
-            self.memory.unclaim(key, slot)
+            self.memory.give_back(key, slot)
             raise
         self.memory.loading(request, key, slot, awaited=urgent)
         return request

@@ -170,7 +170,7 @@ class _Scheduler:
         while left or reading:
             while left and len(reading) < FILLING * self._spec.workers:
                 key = left.pop(0)
-                if (slot := self._memory.claim(key)) is not None:
+                if (slot := self._memory.free_slot(key)) is not None:
                     reading.add(self._runner.read(key, slot, urgent=True))
             if reading:
                 answer = self._lane.collect((), reading, "reading experts")

@@ -5,7 +5,7 @@ Not in here: how the choice of a victim is made (`policies`), and carrying it ou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -125,6 +125,10 @@ class ExpertMemory:
         """Whether every expert has its slot for good."""
         return self._policy is None
 
+    def class_of(self, key: int) -> int:
+        """Return the class of slots that an expert needs."""
+        return int(self._class_of[key])
+
     def owner(self, key: int) -> int:
         """Return the worker that reads an expert in."""
         return int(self._owner[key])
@@ -132,6 +136,11 @@ class ExpertMemory:
     def ready(self, key: int) -> bool:
         """Return whether an expert can be computed now."""
         return bool(self._ready[key])
+
+    @property
+    def requests(self) -> list[int]:
+        """The requests under which experts are on their way."""
+        return list(self._loads)
 
     def request_of(self, key: int) -> int | None:
         """Return the request under which an expert is on its way."""
@@ -166,46 +175,51 @@ class ExpertMemory:
         """Start a step: what the one before used is not to give way to what is only foreseen."""
         self._step += 1
 
-    def release(self, keys: Iterable[int]) -> None:
-        """Say that the current event no longer needs these experts."""
-        self._pinned.difference_update(keys)
+    def pin(self, key: int) -> None:
+        """Keep an expert until `end`, or until it is taken."""
+        self._pinned.add(key)
 
     def end(self) -> None:
         """End the event: everything may give way again."""
         self._pinned.clear()
 
-    def claim(self, key: int, prefer: Collection[int] = (), *, foreseen: bool = False) -> int | None:
-        """Return a slot for `key`: a free one, that of one of `prefer`, or the policy's victim, or None.
+    def free_slot(self, key: int) -> int | None:
+        """Return a slot for `key` that nobody has, None if there is none."""
+        free = self._free[int(self._class_of[key])]
+        return free.pop() if free else None
 
-        Who gives way is not in the arena afterwards. For a foreseen expert nobody does who was used in this
-        step or the one before.
+    def victim(self, key: int, *, foreseen: bool = False) -> int:
+        """Return the expert that is to give way to `key`, be it still on its way; -1 for none.
+
+        For a foreseen expert nobody gives way who was used in this step or the one before. What has been read
+        so far does not count: the choice must be the same whatever the disk does.
         """
-        kind = int(self._class_of[key])
-        if self._free[kind]:
-            return self._free[kind].pop()
-        for other in prefer:
-            if self._ready[other] and self._class_of[other] == kind and other not in self._pinned:
-                return self._remove(other)
         if self._policy is None:
-            return None
-        candidates = self._ready & (self._class_of == kind)
+            return -1
+        candidates = self.resident & (self._class_of == self._class_of[key])
         if foreseen:
             candidates &= self._used < self._step - 1
         if self._pinned:
             candidates[list(self._pinned)] = 0
-        victim = self._policy.victim(candidates)
-        return None if victim < 0 else self._remove(victim)
+        return self._policy.victim(candidates)
+
+    def take(self, victim: int) -> int:
+        """Take a complete expert out of its slot and return that."""
+        self._pinned.discard(victim)
+        return self._remove(victim)
 
     def loading(self, request: int, key: int, slot: int, *, awaited: bool) -> None:
         """Note that `request` reads an expert into a slot that was claimed for it."""
         self._place(key, slot)
+        if not awaited:
+            self._used[key] = self._step
         self._loads[request] = Load(key=key, slot=slot, worker=self.owner(key), awaited=awaited)
         self._on_way[key] = request
         if self._policy is not None:
             self._policy.admitted(key)
 
-    def unclaim(self, key: int, slot: int) -> None:
-        """Give a claimed slot back: the request could not be sent."""
+    def give_back(self, key: int, slot: int) -> None:
+        """Give a slot back that was meant for `key`: the request could not be sent."""
         self._free[int(self._class_of[key])].append(slot)
 
     def loaded(self, request: int) -> Load | None:

@@ -41,6 +41,8 @@ class LocalLane:
         self.pages = 0
         self.waited_ns = 0
         self._seq = 0
+        self.shuffle: np.random.Generator | None = None
+        """In which order answers come; None: in that of the requests."""
         self._answers: list[Computed | Loaded] = []
 
     def compute(self, batch: WorkerBatch) -> int:
@@ -72,7 +74,8 @@ class LocalLane:
         return self._seq
 
     def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
-        return self._answers.pop(0)
+        at = 0 if self.shuffle is None else int(self.shuffle.integers(len(self._answers)))
+        return self._answers.pop(at)
 
     def give_up(self) -> None:
         self._answers = [answer for answer in self._answers if isinstance(answer, Loaded)]
@@ -121,7 +124,7 @@ class LocalEngine:
         self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)
         self.runner = ExpertRunner(plan, self.file, self.lane, self.memory)
         for key in self.memory.missing(range(plan.num_experts)):
-            slot = self.memory.claim(key)
+            slot = self.memory.free_slot(key)
             assert slot is not None
             self.runner.read(key, slot, urgent=True)
             self.runner.take_loaded(self.lane.collect((), (), ""))  # type: ignore[arg-type]

@@ -42,8 +42,9 @@ class Stage:
         gc.collect()
 
     def read(self, key: int) -> None:
-        slot = self.memory.claim(key)
-        assert slot is not None
+        slot = self.memory.free_slot(key)
+        if slot is None:
+            slot = self.memory.take(self.memory.victim(key))
         self.memory.loading(key, key, slot, awaited=True)
         self.publish(key, slot)
         self.memory.loaded(key)
@@ -105,7 +106,7 @@ def test_it_waits_for_what_is_being_read(stage: Stage) -> None:
     stage.resize(79)
     stage.resize(80)
     (key,) = stage.memory.missing(range(80))
-    slot = stage.memory.claim(key)
+    slot = stage.memory.free_slot(key)
     assert slot == 79
     stage.memory.loading(7, key, slot, awaited=False)
     stage.resizer.ask(Resize(nonce=1, limits=[40]))
