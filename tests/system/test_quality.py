@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from sterna.runtime.calibration import Stored
-from sterna.runtime.config import SETTINGS
 from sterna.runtime.results import Result
 
 from .conftest import Serve
@@ -26,7 +25,6 @@ TALE = (
     "itself, who had seen so much, wondered whenever it shone upon her face."
 )
 SCORED: Request = {"prompt": TALE, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": True}
-halved = pytest.mark.skipif("resident_experts" not in SETTINGS, reason="all experts stay in memory yet")
 
 
 def facts_hold(result: Result, epsilon: float) -> None:
@@ -62,7 +60,6 @@ def test_stepped_prompt_takes_a_step_for_each_token(shared: Daemon) -> None:
     assert steps(SCORED | {"stepped": True}) == len(scored.prompt_token_ids)
 
 
-@halved
 def test_budget_with_half_the_experts(serve: Serve, shared: Daemon) -> None:
     plain = sampled(1, 48) | {"logprobs": 2}
     exact = run_alone(shared.url, [plain])[0]
@@ -83,7 +80,21 @@ def test_budget_with_half_the_experts(serve: Serve, shared: Daemon) -> None:
     assert lossy.routing.events == 5 * 47  # layers, and tokens after the first
 
 
-@halved
+def test_a_budget_gives_the_same_bytes_with_any_number_of_workers(serve: Serve) -> None:
+    """From the same start: which expert is in memory, also a foreseen one, depends on the requests alone."""
+    found = []
+    for workers in ("1", "2"):
+        daemon = serve(
+            "--workers", workers, "--resident-experts", "50%", "--prefetch", "on",
+            "--routing", "budget", "--quality-budget", "3%",
+        )  # fmt: skip
+        results = run_alone(daemon.url, [sampled(number, max_tokens=60) for number in range(3)])
+        found.append([(essence(result), result.routing) for result in results])
+        daemon.stop()
+    assert found[0] == found[1]
+    assert any(routing is not None and routing.swaps for _, routing in found[0])
+
+
 def test_bound_holds_though_the_scheduler_dies(serve: Serve) -> None:
     daemon = serve("--resident-experts", "50%")
     request = sampled(2, 200) | {"lost_mass": 0.05}
@@ -117,7 +128,6 @@ def test_perplexity_command(shared: Daemon) -> None:
     assert "scoring, exact" in done.stderr
 
 
-@halved
 def test_interrupted_calibration_keeps_what_was_measured() -> None:
     with tempfile.TemporaryDirectory(prefix="st-") as folder:
         home = Path(folder)
