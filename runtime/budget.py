@@ -162,7 +162,7 @@ def fixed_rows(
         + 4 * shape.streams * shape.context,
         "workers": wants.workers
         * (WORKER + compiled + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
-        "staging": wants.workers * IO_THREADS * largest_read,
+        "staging": wants.workers * IO_THREADS * (largest_read + _converted_nbytes(plan)),
     }
     kv = shape.layers * shape.layer_nbytes
     return {
@@ -173,6 +173,12 @@ def fixed_rows(
         "streams": _whole_pages(shape.layout().nbytes) - kv,
         "headers": slots_at(plan.num_experts) if headers is None else headers,
     }
+
+
+def _converted_nbytes(plan: ModelPlan) -> int:
+    """Return a thread's buffers for converting a matrix that is read in: the result, 16 rows of floats."""
+    held = [m.shape for tiers in plan.tiers.values() for matrices in tiers[1:] for m in matrices]
+    return max((m.nbytes + 64 * m.columns for m in held), default=0) if plan.assignment else 0
 
 
 def _whole_pages(nbytes: int) -> int:
@@ -295,10 +301,13 @@ def _choose_shape(
 
 
 def least_slots(plan: ModelPlan, most: Sequence[tuple[int, int]]) -> list[int]:
-    """Return how many slots of each class one token needs: its layers' experts, and one to read into."""
-    sizes = list(plan.expert_nbytes.values())
+    """Return how many slots of each class one token needs: its layers' experts, and one to read into.
+
+    Where experts of a layer differ in size, each class gets its part of them.
+    """
+    sizes, h = plan.slot_nbytes(), plan.hyper
     return [
-        min(count, sizes.count(nbytes) * plan.hyper.experts_used + 1) if count else 0
+        min(count, -(-int((sizes == nbytes).sum()) * h.experts_used // h.experts) + 1) if count else 0
         for count, nbytes in most
     ]
 

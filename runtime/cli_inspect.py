@@ -24,14 +24,20 @@ from .render import grid, table
     default="auto",
     help="As of `serve` [auto].",
 )
-def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any) -> int:  # noqa: ANN401 - checked by click
+@click.option(
+    "--precision",
+    type=click.Choice(SETTINGS["precision"].choices),
+    default="off",
+    help="As of `serve` [off].",
+)
+def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any, precision: Any) -> int:  # noqa: ANN401 - checked by click
     """Tell what MODEL, a GGUF file, holds and how it would be kept in memory.
 
     Without MODEL, the embedded one.
     """
     from .inspect_model import describe
 
-    facts = describe(Path(model) if model else embedded_model(), ternary, activations)
+    facts = describe(Path(model) if model else embedded_model(), ternary, activations, precision)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return 0

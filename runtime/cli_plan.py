@@ -22,6 +22,7 @@ _PLANNED = (
     "max_batch_tokens",
     "workers",
     "ternary",
+    "precision",
 )
 
 
@@ -90,6 +91,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"all in memory with {format_size(facts['whole_budget_bytes'])}",
         f"experts           {experts['slots']} of {experts['total']} ({experts['share']:.1%}); "
         f"by worker {', '.join(map(str, experts['of_workers']))}",
+        *_precisions(facts),
         "settings          " + ", ".join(f"{name} {value}" for name, value in facts["settings"].items()),
         *(f"note              {note}" for note in facts["notes"]),
         f"hit rate          {_band(told['hit_rate'], '{:.1%}')} ({told['prior']})",
@@ -103,6 +105,18 @@ def _text(facts: dict[str, Any]) -> str:
     rows = [(name, f"{nbytes / 2**20:.1f}") for name, nbytes in facts["used_bytes"].items()]
     rows.append(("total", f"{facts['used_total_bytes'] / 2**20:.1f}"))
     return "\n".join([*lines, "", grid(("memory", "MiB"), rows)])
+
+
+def _precisions(facts: dict[str, Any]) -> list[str]:
+    """Return lines on experts held in fewer bits than the file, none where that was not asked for."""
+    if not facts["precision"]:
+        return []
+    held = [
+        f"{name} {row['experts']} ({format_size(row['bytes'])})"
+        for name, row in facts["experts"]["by_precision"].items()
+        if row["experts"]
+    ]
+    return [f"precision         {facts['precision']}", f"held as           {', '.join(held)}"]
 
 
 def _band(values: list[float], form: str, scale: float = 1.0) -> str:

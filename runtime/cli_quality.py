@@ -43,6 +43,7 @@ _SETTINGS = (
     "threads",
     "ternary",
     "activations",
+    "precision",
     "step_timeout_s",
     "start_timeout_s",
 )

@@ -24,6 +24,7 @@ Preset = Literal["auto", "raspberry-pi-5", "mobile", "desktop", "wasm-browser", 
 Routing = Literal["exact", "budget"]
 Switch = Literal["auto", "off"]
 Prefetch = Literal["auto", "off", "on"]
+Precision = Literal["off", "default", "memory-constrained", "quality-focused"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SYSTEM_CONFIG_DIR = Path("/etc/sterna")
@@ -86,6 +87,7 @@ class Config:
     routing: Routing = "exact"
     quality_budget: str = "0.5%"
     prefetch: Prefetch = "auto"
+    precision: Precision = "off"
     lane: Lane = "auto"
     trace: Path | None = None
     log_level: LogLevel = "info"
@@ -160,6 +162,11 @@ SETTINGS: dict[str, Setting] = {
     "quality_budget": Setting("Perplexity that routing by budget may cost [0.5%]", "percent", 0, 10),
     "prefetch": Setting(
         "Read experts before they are needed [auto]", "choice", choices=("auto", "off", "on")
+    ),
+    "precision": Setting(
+        "Hold rarely used experts in fewer bits than the file [off]",
+        "choice",
+        choices=("off", "default", "memory-constrained", "quality-focused"),
     ),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
     "trace": Setting("Write which experts each token goes to into this new CSV file [none]", "path"),

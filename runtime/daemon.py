@@ -123,7 +123,8 @@ class Daemon:
             self._on_progress("kernels", progress.done, progress.total)
 
         notify("STATUS=compiling kernels")
-        request = Warm(arguments={"kinds": sorted(self.model.plan.kinds)})
+        plan = self.model.plan
+        request = Warm(arguments={"kinds": sorted(plan.kinds), "conversion": bool(plan.assignment)})
         await self.supervisor.warm(warmed, self._config.start_timeout_s, request)
         self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
         self.engine.on_lost = self._on_lost

@@ -116,6 +116,8 @@ class EngineLink:
             max_batch_tokens=self._model.wants.max_batch_tokens,
             threads=self._config.threads,
             storage=self._model.plan.storage,
+            precisions=list(self._model.plan.precisions),
+            assignment=list(self._model.plan.assignment),
             prefetch=self._config.prefetch,
             step_timeout_s=self._config.step_timeout_s,
             start_timeout_s=self._config.start_timeout_s,

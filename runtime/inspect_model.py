@@ -10,18 +10,24 @@ from typing import Any
 from ..shm.errors import OutOfResources
 from ..workers.checkpoint.formats import activation_kind, is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufFile
-from .config import Activations, Config, Ternary
-from .model_choice import UNLIMITED, Choices, ModelChoice, wants_of, weights_nbytes
+from .config import Activations, Config, Precision, Ternary
+from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
 from .room import choose_budget, own_nbytes, read_room
 
 
-def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "auto") -> dict[str, Any]:
+def describe(
+    path: Path,
+    ternary: Ternary = "auto",
+    activations: Activations = "auto",
+    precision: Precision = "off",
+) -> dict[str, Any]:
     """Return the facts about the file at `path` as plain values; bytes where a name ends in _bytes.
 
     Raises the errors of the file.
     """
     with GgufFile.open(path) as file:
-        choice, fit = _choose(file, ternary, activations)
+        used = known_counts(Config(precision=precision), path)
+        choice, fit = _choose(Choices(file, ternary, activations, precision, used))
         plan = choice.plan
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
@@ -66,14 +72,14 @@ def describe(path: Path, ternary: Ternary = "auto", activations: Activations = "
             },
             "ternary": choice.ternary,
             "activations": choice.activations,
+            **({"precision": choice.precision} if choice.precision else {}),
             "activation_error": None if choice.error is None else asdict(choice.error),
         }
 
 
-def _choose(file: GgufFile, ternary: Ternary, activations: Activations) -> tuple[ModelChoice, str]:
+def _choose(choices: Choices) -> tuple[ModelChoice, str]:
     """Return the choice for the memory there is now, and whether all experts fit into it."""
     wants = wants_of(Config())
-    choices = Choices(file, ternary, activations)
     try:
         choice = choices.within(choose_budget(None, "auto", read_room(), own_nbytes()).nbytes, wants)
         return choice, choice.decision.why

@@ -15,7 +15,7 @@ from ..workers.checkpoint.gguf import GgufFile
 from .budget import SlotDecision, decide
 from .config import Config, embedded_model
 from .messages import ModelFacts
-from .model_choice import choose, wants_of
+from .model_choice import choose, known_counts, wants_of
 from .room import choose_budget, own_nbytes, read_room
 from .sizes import format_size
 from .tokenizer import Tokenizer
@@ -40,11 +40,22 @@ class LoadedModel:
             self.id = model_id(str(self.path))
             self.budget = choose_budget(config.memory_nbytes, config.preset, read_room(), own_nbytes())
             wants = wants_of(config)
-            choice = choose(file, self.budget.nbytes, wants, config.ternary, config.activations)
+            counts = known_counts(config, self.path)
+            choice = choose(
+                file,
+                self.budget.nbytes,
+                wants,
+                config.ternary,
+                config.activations,
+                config.precision,
+                counts,
+            )
             self.plan, self.largest_read = choice.plan, choice.largest_read
             self.decision = self._at_start = choice.decision
             self.wants = self.decision.settled(wants)
             log.info("model.held ternary=%r activations=%r", choice.ternary, choice.activations)
+            if choice.precision:
+                log.info("model.precision experts=%r", choice.precision)
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
             name = file.get("general.name", str, Path(self.path).stem)
         self._log_decision()

@@ -6,17 +6,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from ..scheduler.model.plan import ModelPlan
 from ..scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
+from ..scheduler.residency.precision_plan import preset_precisions
+from ..scheduler.residency.saved_counts import read_counts
+from ..scheduler.spec import model_id
 from ..shm.errors import ConfigError, OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.formats import Storage
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.user_cache import user_cache
 from .budget import SlotDecision, Wants, decide
-from .config import Activations, Config, Ternary
+from .config import Activations, Config, Precision, Ternary
+from .precision_choice import assign, can_convert
 from .sizes import format_size
 
 UNLIMITED = 2**62
@@ -26,7 +32,8 @@ UNLIMITED = 2**62
 class ModelChoice:
     """A plan, how memory is spent on it, and one line each on how weights and activations are held.
 
-    largest_read: bytes of the largest expert in the file.
+    largest_read: bytes of the largest expert in the file; precision: a line on experts that are held in fewer
+    bits than the file has, "" if that was not asked for.
     """
 
     plan: ModelPlan
@@ -35,6 +42,7 @@ class ModelChoice:
     activations: str
     error: ActivationError | None
     largest_read: int
+    precision: str = ""
 
 
 def default_workers() -> int:
@@ -77,13 +85,23 @@ def read_nbytes(file: GgufFile, plan: ModelPlan) -> dict[int, int]:
 class Choices:
     """What can be chosen for one open file; each plan is made at most once, the file stays the caller's.
 
-    ternary, activations: as the settings say, "auto" is decided here.
+    ternary, activations, precision: as the settings say, "auto" is decided here; counts: how often each
+    expert was used, if that is known: see `residency.saved_counts`.
     """
 
-    def __init__(self, file: GgufFile, ternary: Ternary = "auto", activations: Activations = "auto") -> None:
+    def __init__(
+        self,
+        file: GgufFile,
+        ternary: Ternary = "auto",
+        activations: Activations = "auto",
+        precision: Precision = "off",
+        counts: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         """Raises ModelFileError."""
         self._file = file
         self._ternary = ternary
+        self._precision = precision
+        self._counts = counts
         self._error = measure_activations(file) if activations == "auto" else None
         self._per_token, self._activations_why = _per_token(activations, self._error)
         self._plans: dict[bool, ModelPlan] = {}
@@ -93,8 +111,29 @@ class Choices:
     def _plan(self, *, small: bool) -> ModelPlan:
         if small not in self._plans:
             storage = Storage(small=small, per_token=self._per_token)
-            self._plans[small] = ModelPlan.from_file(self._file, storage)
+            plan = ModelPlan.from_file(self._file, storage)
+            if self._precision != "off":
+                several = ModelPlan.from_file(self._file, storage, preset_precisions(self._precision))
+                plan = several if can_convert(several) else plan
+            self._plans[small] = plan
         return self._plans[small]
+
+    def _decide(
+        self, plan: ModelPlan, wants: Wants, budget: int, largest: int
+    ) -> tuple[ModelPlan, SlotDecision]:
+        """Return `decide`'s answer, and the plan with the precisions of experts if it has several."""
+        if len(plan.precisions) == 1:
+            return plan, decide(plan, wants, budget, largest)
+        return assign(plan, self._precision, self._counts, wants, budget, largest)
+
+    def _precision_why(self, plan: ModelPlan) -> str:
+        if self._precision == "off":
+            return ""
+        if not plan.assignment:
+            return f"{self._precision} changes nothing: experts are ternary or no larger in the file"
+        held = ", ".join(f"{name} {count}" for name, (count, _) in plan.by_precision().items() if count)
+        why = "by counts of use" if self._counts is not None else "without counts of use"
+        return f"{self._precision}, {why}: {held}"
 
     def within(self, budget: int, wants: Wants) -> ModelChoice:
         """Return what fits into `budget` bytes best.
@@ -110,7 +149,8 @@ class Choices:
             )
         largest = max(self.reads.values(), default=0)
         if self._ternary != "auto":
-            decision, why = decide(plan, wants, budget, largest), f"{self._ternary} bits, as set"
+            plan, decision = self._decide(plan, wants, budget, largest)
+            why = f"{self._ternary} bits, as set"
         else:
             plan, decision, why = self._by_size(budget, wants, largest)
         return ModelChoice(
@@ -120,33 +160,45 @@ class Choices:
             activations=self._activations_why,
             error=self._error,
             largest_read=largest,
+            precision=self._precision_why(plan),
         )
 
     def _by_size(self, budget: int, wants: Wants, largest: int) -> tuple[ModelPlan, SlotDecision, str]:
         """Take 2 bits where everything fits, else 1.6, with which more experts fit; and say why."""
-        wide = self._plan(small=False)
+        wide = held = self._plan(small=False)
         refusal = decision = None
         try:
-            decision = decide(wide, wants, budget, largest)
+            held, decision = self._decide(wide, wants, budget, largest)
         except OutOfResources as error:
             refusal = error
         if decision is not None and decision.fits_all:
-            return wide, decision, "2 bits: fits in memory"
+            return held, decision, "2 bits: fits in memory"
         small = self._plan(small=True)
         needed = weights_nbytes(wide)
         if weights_nbytes(small) < needed:
             why = f"1.6 bits: {format_size(needed)} at 2 bits do not fit in {format_size(budget)}"
-            return small, decide(small, wants, budget, largest), why
+            return *self._decide(small, wants, budget, largest), why
         if decision is None:
             raise refusal or OutOfResources("no plan fits")
-        return wide, decision, f"2 bits: {decision.why}"
+        return held, decision, f"2 bits: {decision.why}"
 
 
 def choose(
-    file: GgufFile, budget: int, wants: Wants, ternary: Ternary = "auto", activations: Activations = "auto"
+    file: GgufFile,
+    budget: int,
+    wants: Wants,
+    ternary: Ternary = "auto",
+    activations: Activations = "auto",
+    precision: Precision = "off",
+    counts: npt.NDArray[np.float64] | None = None,
 ) -> ModelChoice:
     """Plan `file` as the settings say within `budget` bytes; raises what `Choices` does."""
-    return Choices(file, ternary, activations).within(budget, wants)
+    return Choices(file, ternary, activations, precision, counts).within(budget, wants)
+
+
+def known_counts(config: Config, path: Path) -> npt.NDArray[np.float64] | None:
+    """Return how often each expert of the model at `path` was used, if that is asked for and known."""
+    return None if config.precision == "off" else read_counts(str(user_cache()), model_id(str(path)))
 
 
 def _per_token(setting: Activations, error: ActivationError | None) -> tuple[bool, str]:

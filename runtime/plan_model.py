@@ -24,7 +24,7 @@ from ..workers.checkpoint.gguf import GgufFile
 from ..workers.ownership import owners
 from .budget import BudgetTooSmall, SlotDecision, Wants
 from .config import Config, embedded_model
-from .model_choice import UNLIMITED, Choices, ModelChoice, wants_of
+from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
 from .room import choose_budget, own_nbytes, read_room
 
 # Hit rate of LRU, exact routing, one answer at a time, by the share of experts kept. Measured on traces of
@@ -63,7 +63,8 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
     wants = wants_of(config)
     refusal = None
     with GgufFile.open(path) as file:
-        choices = Choices(file, config.ternary, config.activations)
+        counts = known_counts(config, path)
+        choices = Choices(file, config.ternary, config.activations, config.precision, counts)
         unlimited = choices.within(UNLIMITED, replace(wants, resident="auto"))
         smallest = _smallest(choices, wants)
         try:
@@ -92,6 +93,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
         "used_bytes": decision.rows,
         "used_total_bytes": decision.total,
         "ternary": choice.ternary,
+        "precision": choice.precision,
         "forecast": forecast(choice.plan, decision, choices.reads, rates),
     }
 
@@ -114,6 +116,14 @@ def _experts(choice: ModelChoice, workers: int) -> dict[str, Any]:
         "share": round(decision.share, 4),
         "slot_bytes": [nbytes for _, nbytes in decision.classes],
         "of_workers": [round(count * decision.share) for count in owned],
+        "by_precision": by_precision(plan),
+    }
+
+
+def by_precision(plan: ModelPlan) -> dict[str, dict[str, int]]:
+    """Return how many experts are held in each precision, and the bytes of slots for all of them."""
+    return {
+        name: {"experts": count, "bytes": nbytes} for name, (count, nbytes) in plan.by_precision().items()
     }
 
 
@@ -130,7 +140,7 @@ def forecast(plan: ModelPlan, decision: SlotDecision, reads: dict[int, int], rat
     """
     used = plan.hyper.experts_used
     asked = used * sum(reads.values())
-    slots = used * sum(plan.expert_nbytes.values())
+    slots = used * int(plan.slot_nbytes().sum()) / max(1, plan.hyper.experts)
     embedding = plan.dense["token_embd"].nbytes
     compute_s = (plan.dense_nbytes - embedding + slots) / rates.memory
     exchange_s = EXCHANGE_S * len(plan.hyper.moe_layers)

@@ -11,6 +11,7 @@ import psutil
 import sterna
 
 from ..scheduler.messages import Stats
+from .plan_model import by_precision
 
 if TYPE_CHECKING:
     from .daemon import Daemon
@@ -76,6 +77,7 @@ def _experts(daemon: Daemon, engine: Stats | None) -> dict[str, Any]:
         "slots": decision.num_slots,
         "share": round(decision.share, 4),
         "slot_mib": round(decision.rows["slots"] / MIB, 1),
+        "by_precision": by_precision(daemon.model.plan),
     }
     if engine is None:
         return report

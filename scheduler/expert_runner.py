@@ -54,34 +54,38 @@ class Counts:
 
 @dataclass(slots=True)
 class _Event:
+    """One layer of one step; a place is an expert's in its `Division`.
+
+    computing: request: places, tokens, ranks; loading: request: place; after: place: that of the expert that
+    gets its slot once it is computed; held: request: the place that gets the slot it reads into.
+    """
+
     layer: int
     rows: Rows
     count: int
     groups: ExpertGroups
     ends: list[int]
     y: npt.NDArray[np.float32]
-    computing: dict[int, tuple[list[int], Indices, Indices]] = field(
-        default_factory=dict
-    )  # request: places, ...
-    loading: dict[int, int] = field(default_factory=dict)  # request: place
-    after: dict[int, int] = field(
-        default_factory=dict
-    )  # place: the one that gets its slot when it is computed
-    held: dict[int, int] = field(default_factory=dict)  # request: the place that gets what it reads into
+    computing: dict[int, tuple[list[int], Indices, Indices]] = field(default_factory=dict)
+    loading: dict[int, int] = field(default_factory=dict)
+    after: dict[int, int] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
 
 
 class Division:
-    """The experts of one layer in the order (owner, id): each worker's are neighbours.
+    """The experts of one layer in the order (owner, precision, id): what makes a batch are neighbours.
 
-    place: int32 (experts,), an expert's place in that order; experts: the inverse; worker: who owns it.
+    place: int32 (experts,), an expert's place in that order; experts: the inverse; batch: of each place the
+    worker that owns the expert and the precision it is held in.
     """
 
-    def __init__(self, owner: Sequence[int]) -> None:
+    def __init__(self, owner: Sequence[int], precision: Sequence[int]) -> None:
         count = len(owner)
-        self.experts = sorted(range(count), key=lambda expert: (owner[expert], expert))
+        of_expert = list(zip(owner, precision, strict=True))
+        self.experts = sorted(range(count), key=lambda expert: (*of_expert[expert], expert))
         self.place = np.empty(count, np.int32)
         self.place[self.experts] = np.arange(count)
-        self.worker = [owner[expert] for expert in self.experts]
+        self.batch = [of_expert[expert] for expert in self.experts]
 
 
 class ExpertRunner:
@@ -96,9 +100,10 @@ class ExpertRunner:
         self.counts = Counts(np.zeros((len(h.moe_layers), 2), np.int64))
         self.latency = LatencyHistogram()
         self._event: _Event | None = None
+        keys = {layer: [plan.key_of(layer, expert) for expert in range(h.experts)] for layer in h.moe_layers}
         self.divisions = {
-            layer: Division([memory.owner(plan.key_of(layer, expert)) for expert in range(h.experts)])
-            for layer in h.moe_layers
+            layer: Division([memory.owner(key) for key in of_layer], list(map(plan.precision_of, of_layer)))
+            for layer, of_layer in keys.items()
         }
 
     def run(
@@ -155,10 +160,10 @@ class ExpertRunner:
         counts.hits += hits
         counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(places), hits)
         self._find_slots(event, missing, here)
-        worker = self.divisions[event.layer].worker
+        batch = self.divisions[event.layer].batch
         first = 0
         for i in range(1, len(here) + 1):
-            if i == len(here) or worker[here[i]] != worker[here[first]]:
+            if i == len(here) or batch[here[i]] != batch[here[first]]:
                 self._compute(event, here[first:i])
                 first = i
 
@@ -291,10 +296,11 @@ class ExpertRunner:
 
     def _page(self, key: int, slot: int) -> ExpertPage:
         layer, expert = divmod(key, self.plan.hyper.experts)
-        return self.plan.expert_page(self._file, layer + self.plan.hyper.dense_layers, expert, slot)
+        first, precision = self.plan.hyper.dense_layers, self.plan.precision_of(key)
+        return self.plan.expert_page(self._file, layer + first, expert, slot, precision)
 
     def _compute(self, event: _Event, places: list[int]) -> None:
-        """Send the experts at `places`, all of one worker, as one batch."""
+        """Send the experts at `places`, all of one worker and precision, as one batch."""
         ends, groups = event.ends, event.groups
         first, last = ends[places[0]], ends[places[-1] + 1]
         starts = [0]
@@ -305,12 +311,13 @@ class ExpertRunner:
             picked = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in places])
             tokens, ranks = groups.tokens[picked], groups.ranks[picked]
         division = self.divisions[event.layer]
-        kind = self.plan.expert_activation(event.layer)
+        worker, precision = division.batch[places[0]]
+        kind = self.plan.expert_activation(event.layer, precision)
         needed, index = _needed(tokens, event.count)
         batch = WorkerBatch(
-            worker=division.worker[places[0]],
+            worker=worker,
             layer=event.layer,
-            precision=0,
+            precision=precision,
             kind=int(kind),
             experts=[division.experts[place] for place in places],
             slots=[int(self.memory.slot_of[self._key(event, place)]) for place in places],

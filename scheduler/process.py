@@ -102,7 +102,8 @@ class _Scheduler:
         self._file = GgufFile.open(spec.model_path)
         if model_id(spec.model_path) != spec.model_id:
             raise ModelFileError(f"{spec.model_path}: the file was changed while it was loaded")
-        self._plan = plan = ModelPlan.from_file(self._file, spec.storage)
+        plan = ModelPlan.from_file(self._file, spec.storage, tuple(spec.precisions))
+        self._plan = plan = plan.assigned(spec.assignment)
         dense = Arena.attach("dense", self._fds["dense"]).bytes
         with GgufFile.open(spec.model_path) as file:  # a mapping that goes, and all pages read through it
             fill_dense(plan, file, dense, lambda done, total: self._progress("weights", done, total))
@@ -116,7 +117,8 @@ class _Scheduler:
         layers = len(plan.hyper.moe_layers)
         policy: Policy | None = None
         self._counts = SavedCounts(spec.cache_dir, spec.model_id)
-        if sum(spec.limits) < plan.num_experts:
+        # With precisions also to count what is used, for the assignment of the next start.
+        if sum(spec.limits) < plan.num_experts or plan.assignment:
             policy = new_policy(plan.num_experts, layers)
             self._counts.load(policy)
         self._memory = ExpertMemory(plan, slots, spec.slots, owned, policy)

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from ..workers import selftest
+from ..workers.checkpoint import convert
 from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.packing import matrix_entry
 from ..workers.checkpoint.types import TYPES_BY_NAME
@@ -38,11 +39,13 @@ ALL_KINDS = tuple(
 )
 
 
-def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Callable[[], None]]]:
+def steps(
+    kinds: Sequence[tuple[str, int]] = ALL_KINDS, conversion: bool = False
+) -> list[tuple[str, Callable[[], None]]]:
     """Return (name, function) pairs; running each once makes every later call start at once.
 
     kinds: the (file type, format) of the matrices that will be packed and multiplied. Each is also
-    tested: a wrong kernel raises InternalError.
+    tested: a wrong kernel raises InternalError. conversion: whether experts are converted when read in.
     """
     return [
         ("quantise activations", selftest.check_quantize),
@@ -56,6 +59,7 @@ def steps(kinds: Sequence[tuple[str, int]] = ALL_KINDS) -> list[tuple[str, Calla
         ("attention", _attention),
         ("routing", _routing),
         ("residency", _residency),
+        *([("conversion", convert.warm)] if conversion else []),
     ]
 
 

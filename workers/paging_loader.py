@@ -1,4 +1,4 @@
-"""Bringing one expert from the model file into its slot: read, pack, compare, publish.
+"""Bringing one expert from the model file into its slot: read, convert, pack, compare, publish.
 
 Not in here: in which order and by which thread (`paging`). Holds a clock: reads are timed.
 """
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from ..shm.errors import InternalError, ModelFileError, ModelReadError
 from ..shm.slots import SlotTable
+from .checkpoint.convert import Converter
 from .checkpoint.formats import Format, MatrixShape
 from .checkpoint.packing import pack_matrix
-from .checkpoint.types import TENSOR_TYPES
+from .checkpoint.tiers import conversion
+from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType
 from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging
@@ -66,6 +68,7 @@ class ExpertLoader:
         self._slots = slots
         self._checksums = checksums
         self._publishing = threading.Lock()
+        self._of_thread = threading.local()
 
     def load(self, page: ExpertPage, staging: Staging) -> tuple[int, int]:
         """Have `page.slot` hold the expert; return as `finish`, (0, 0) when it does already.
@@ -98,11 +101,20 @@ class ExpertLoader:
         read_ns = time.perf_counter_ns() - begin_ns
         error = None
         try:
-            base = self._slots.at(page.slot)
-            pack_matrix(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.memory, base + at)
+            self._pack(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.at(page.slot) + at)
         except ModelFileError as refused:  # counts only if the checksum says that these are the file's bytes
             error = ModelFileError(f"{slab.tensor}: expert {page.expert}: {refused}")
         return Part(digest(raw), slab.nbytes, read_ns, error)
+
+    def _pack(self, raw: Bytes, file_type: TensorType, matrix: MatrixShape, at: int) -> None:
+        """Pack a slab's bytes to byte `at` of the arena, converted if the slot holds less than the file."""
+        target = conversion(file_type, matrix.form)
+        if target is not None:
+            if not hasattr(self._of_thread, "converter"):
+                self._of_thread.converter = Converter()
+            convert = self._of_thread.converter.convert
+            raw, file_type = convert(raw, file_type, matrix.rows, matrix.columns, target), target
+        pack_matrix(raw, file_type, matrix, self._slots.memory, at)
 
     def finish(self, page: ExpertPage, parts: Sequence[Part], staging: Staging) -> tuple[int, int]:
         """Compare checksums and publish the slot; return (bytes read, ns that threads spent on reading).

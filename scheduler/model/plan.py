@@ -6,7 +6,11 @@ addresses has to travel between them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from ...shm.errors import ConfigError, ModelFileError
 from ...shm.layout import align
@@ -65,6 +69,8 @@ class ModelPlan:
     storage: Storage
     precisions: tuple[str, ...] = (FILE_PRECISION,)
     """What experts may be held as: "file", then names of `tiers.TARGETS`; a precision is an index."""
+    assignment: tuple[int, ...] = ()
+    """The precision of each expert by key, see `assigned`; empty: all as the file has them."""
     dense: dict[str, DenseTensor] = field(default_factory=dict)
     dense_nbytes: int = 0
     experts: dict[int, tuple[ExpertMatrix, ...]] = field(default_factory=dict)
@@ -118,14 +124,48 @@ class ModelPlan:
         """Return the number of an expert among all routed ones: layer after layer."""
         return (layer - self.hyper.dense_layers) * self.hyper.experts + expert
 
+    def assigned(self, assignment: Sequence[int]) -> ModelPlan:
+        """Return this plan with the precision of each expert, by key; empty: all as the file has them.
+
+        Raises ConfigError for another number of experts or a precision that there is not.
+        """
+        if assignment and len(assignment) != self.num_experts:
+            raise ConfigError(f"precisions of {len(assignment)} experts for {self.num_experts}")
+        if assignment and not 0 <= min(assignment) <= max(assignment) < len(self.precisions):
+            raise ConfigError(
+                f"precisions {min(assignment)} to {max(assignment)}: there are {len(self.precisions)}"
+            )
+        return replace(self, assignment=tuple(assignment))
+
+    def precision_of(self, key: int) -> int:
+        """Return the precision in which an expert is held."""
+        return self.assignment[key] if self.assignment else 0
+
+    def slot_nbytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of the slot of each expert, int64 (experts of all layers,)."""
+        sizes = np.array(list(self.precision_nbytes.values()), np.int64).reshape(-1, len(self.precisions))
+        by_key = np.repeat(sizes, self.hyper.experts, axis=0)
+        return np.take_along_axis(by_key, self._precisions()[:, np.newaxis], axis=1)[:, 0]
+
+    def _precisions(self) -> npt.NDArray[np.int64]:
+        return np.array(self.assignment or (0,) * self.num_experts, np.int64)
+
     def slot_sizes(self) -> list[int]:
-        """Return the sizes of slots that layers and precisions need, smallest first: a class each."""
+        """Return the sizes of slots that layers and precisions need, smallest first."""
         return sorted({nbytes for sizes in self.precision_nbytes.values() for nbytes in sizes})
 
     def all_slots(self) -> list[tuple[int, int]]:
-        """Return the classes of slots, as `shm.slots.SlotClasses`, for all routed experts as they are."""
-        sizes = list(self.expert_nbytes.values())
-        return [(sizes.count(nbytes) * self.hyper.experts, nbytes) for nbytes in sorted(set(sizes))]
+        """Return the classes of slots, as `shm.slots.SlotClasses`, for all routed experts as assigned."""
+        sizes, counts = np.unique(self.slot_nbytes(), return_counts=True)
+        return list(zip(counts.tolist(), sizes.tolist(), strict=True))
+
+    def by_precision(self) -> dict[str, tuple[int, int]]:
+        """Return of each precision how many experts it has, and the bytes of slots for all of them."""
+        precisions, nbytes = self._precisions(), self.slot_nbytes()
+        return {
+            name: (int((precisions == i).sum()), int(nbytes[precisions == i].sum()))
+            for i, name in enumerate(self.precisions)
+        }
 
     def expert_activation(self, layer: int, precision: int = 0) -> ActivationKind:
         """Return what the experts of `layer` read when they are held in `precision`."""

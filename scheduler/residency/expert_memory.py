@@ -43,7 +43,10 @@ class ExpertMemory:
         owners: Mapping[tuple[int, int], int],
         policy: Policy | None,
     ) -> None:
-        """Take over what lies in the slots. `policy` may be None when there is a slot for every expert."""
+        """Take over what lies in the slots. `policy` may be None when there is a slot for every expert.
+
+        It may also be there to count: what was used decides about precisions at the next start.
+        """
         self._plan = plan
         self._slots = slots
         self._policy = policy
@@ -55,8 +58,8 @@ class ExpertMemory:
         for (layer, expert), worker in owners.items():
             self._owner[plan.key_of(layer, expert)] = worker
         sizes = [nbytes for _, nbytes in classes]
-        of_layer = [sizes.index(nbytes) for nbytes in plan.expert_nbytes.values()]
-        self._class_of = np.repeat(np.array(of_layer, np.int32), plan.hyper.experts)
+        self._class_of = np.array([sizes.index(nbytes) for nbytes in plan.slot_nbytes().tolist()], np.int32)
+        self._holds_all = policy is None or slots.num_slots >= plan.num_experts
         self._ends = [0, *accumulate(count for count, _ in classes)]
         self.limits = [count for count, _ in classes]
         self._key_of = np.full(slots.num_slots, -1, np.int32)
@@ -69,12 +72,13 @@ class ExpertMemory:
         self._adopt()
 
     def _adopt(self) -> None:
-        headers = self._slots.headers
+        headers, plan = self._slots.headers, self._plan
         for slot in range(self._slots.num_slots):
             layer, expert = int(headers["layer"][slot]), int(headers["expert"][slot])
             if self._slots.holds(slot, layer, expert):
-                key = self._plan.key_of(layer, expert)
-                if self.slot_of[key] >= 0:  # cannot be, but one of two is as good as the other
+                key = plan.key_of(layer, expert)
+                # That it is there twice cannot be, but one of two is as good as the other.
+                if self.slot_of[key] >= 0 or headers["precision"][slot] != plan.precision_of(key):
                     self._slots.clear(slot)
                 else:
                     self._place(key, slot)
@@ -117,13 +121,13 @@ class ExpertMemory:
 
     @property
     def policy(self) -> Policy | None:
-        """Who decides who gives way; None while there is a slot for every expert."""
+        """Who decides who gives way; may be None while there is a slot for every expert."""
         return self._policy
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert has its slot for good."""
-        return self._policy is None
+        return self._holds_all
 
     def class_of(self, key: int) -> int:
         """Return the class of slots that an expert needs."""
@@ -267,5 +271,6 @@ class ExpertMemory:
                 if self._key_of[slot] < 0:
                     gone.append(slot)
         self.limits = list(limits)
+        self._holds_all = self._holds_all and sum(limits) >= self.num_experts
         self._find_free()
         return gone

@@ -1,9 +1,12 @@
 """The precision in which each expert of a model is held, chosen under a byte budget. No numba.
 
-What a class loses is measured on the model's own weights, in model/precision_errors.py.
+What a class loses is taken from a table here, or measured on the model's own weights by
+model/precision_errors.py, which needs numba.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +16,9 @@ from ...workers.checkpoint.tiers import FILE_PRECISION
 from ..model.plan import ModelPlan
 from .precision import PRECISION_PRESETS, PrecisionConfig
 from .precision_budget import PrecisionAllocator
+
+TYPICAL_ERRORS: Final = {"Q5_K": 0.0013, "Q4_K": 0.0051, "Q3_K": 0.0209, "Q2_K": 0.071, "TQ2_0": 0.19}
+"""Squared error / squares of Gaussian weights held as each type of `tiers.TARGETS`: see test_encode.py."""
 
 
 def preset_config(preset: str) -> PrecisionConfig:
@@ -25,6 +31,21 @@ def preset_config(preset: str) -> PrecisionConfig:
 def preset_precisions(preset: str) -> tuple[str, ...]:
     """Return the `precisions` with which a plan is made for a preset; raises ConfigError."""
     return (FILE_PRECISION, *dict.fromkeys(preset_config(preset).formats))
+
+
+def typical_errors(plan: ModelPlan) -> npt.NDArray[np.float64]:
+    """Return errors as `model.precision_errors.measure` does, from the table: a matrix that stays loses 0."""
+    return np.array(
+        [
+            [
+                sum(TYPICAL_ERRORS[name] for a, b in zip(held, tiers[0], strict=True) if a.shape != b.shape)
+                / len(held)
+                for name, held in zip(plan.precisions, tiers, strict=True)
+            ]
+            for tiers in plan.tiers.values()
+        ],
+        np.float64,
+    ).reshape(len(plan.tiers), len(plan.precisions))
 
 
 class ExpertPrecisions:

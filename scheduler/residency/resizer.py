@@ -56,7 +56,7 @@ class Resizer:
         except OutOfResources as error:
             self._asked = None
             return self._answer(asked, str(error))
-        if memory.holds_all and sum(asked.limits) < memory.num_experts:
+        if memory.policy is None and sum(asked.limits) < memory.num_experts:
             memory.use_policy(new_policy(memory.num_experts, memory.num_layers))
         memory.resize(asked.limits)
         if memory.num_loading:

@@ -7,11 +7,16 @@ import os
 import zipfile
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from .policies import Policy
+if TYPE_CHECKING:  # the daemon reads counts, and must not load numba
+    from .policies import Policy
+
+COUNT_ROW = 1
+"""Of the saved table; `workers/kernels/eviction.py` has it as COUNT."""
 
 
 class SavedCounts:
@@ -19,8 +24,7 @@ class SavedCounts:
 
     def __init__(self, cache_dir: str, model_id: tuple[int, int, int, int]) -> None:
         """`cache_dir` "" keeps nothing."""
-        digest = blake2b(repr(model_id).encode(), digest_size=12).hexdigest()
-        self._path = Path(cache_dir) / "counts" / f"{digest}.npz" if cache_dir else None
+        self._path = _path(cache_dir, model_id) if cache_dir else None
 
     def load(self, policy: Policy) -> None:
         """Give `policy` what was saved, if anything was."""
@@ -41,6 +45,23 @@ class SavedCounts:
             with part.open("wb") as file:
                 np.savez(file, **policy.save())  # type: ignore[arg-type]
             part.replace(self._path)
+
+
+def read_counts(cache_dir: str, model_id: tuple[int, int, int, int]) -> npt.NDArray[np.float64] | None:
+    """Return how often each expert was used, float64 (experts,) by key, None if not known. No numba."""
+    if not cache_dir:
+        return None
+    with contextlib.suppress(OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile):
+        with np.load(_path(cache_dir, model_id), allow_pickle=False) as saved:
+            counts = np.asarray(saved["table"][COUNT_ROW], np.float64)
+        if counts.ndim == 1 and np.isfinite(counts).all() and (counts >= 0).all():
+            return counts
+    return None
+
+
+def _path(cache_dir: str, model_id: tuple[int, int, int, int]) -> Path:
+    digest = blake2b(repr(model_id).encode(), digest_size=12).hexdigest()
+    return Path(cache_dir) / "counts" / f"{digest}.npz"
 
 
 def reading_order(policy: Policy | None, layers: int, experts: int) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sterna.runtime.budget import spread
 from sterna.runtime.config import embedded_model
 from sterna.scheduler import state as st
 from sterna.scheduler.crew import Crew
@@ -25,6 +26,7 @@ from sterna.shm.errors import SternaError
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.tiers import FILE_PRECISION
 from sterna.workers.messages import Compute, Configure, ExpertPage, PageIn
 from sterna.workers.ownership import owners
 from sterna.workers.serve import ExpertWorker
@@ -60,7 +62,9 @@ class LocalLane:
         )
         frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
         _, rows = self.workers[batch.worker].compute(message, frames)
-        self._answers.append(Computed(seq=self._seq, rows=rows.copy()))
+        # Read-only, as what comes through a socket: numba compiles anew for each array type.
+        copied = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape)
+        self._answers.append(Computed(seq=self._seq, rows=copied))
         return self._seq
 
     def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
@@ -108,12 +112,16 @@ class LocalEngine:
         resident: int = 0,
         prefetch: str = "off",
         log: Callable[[ModelPlan], RoutingLog] | None = None,
+        precisions: tuple[str, ...] = (FILE_PRECISION,),
+        assignment: Sequence[int] = (),
     ) -> None:
-        """`resident`: how many experts have a slot, 0 for all."""
+        """`resident`: how many experts have a slot, 0 for all; `assignment`: each one's of `precisions`."""
         self.file = GgufFile.open(path or embedded_model())
-        self.plan = ModelPlan.from_file(self.file, storage)
-        plan = self.plan
-        classes = [(resident, *plan.slot_sizes())] if resident else plan.all_slots()
+        self.plan = plan = ModelPlan.from_file(self.file, storage, precisions).assigned(assignment)
+        classes = plan.all_slots()
+        if resident:
+            counts = spread(plan, classes, resident) if assignment else [resident]
+            classes = [(count, nbytes) for count, (_, nbytes) in zip(counts, classes, strict=True)]
         self.slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
         pool = [ExpertWorker(self.slots, self.file.fd) for _ in range(workers)]
         for worker in pool:

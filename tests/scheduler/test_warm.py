@@ -8,7 +8,10 @@ from pathlib import Path
 
 import sterna.workers.kernels as kernels
 from sterna.scheduler import warm
+from sterna.scheduler.model.plan import ModelPlan
+from sterna.workers.checkpoint.gguf import GgufFile
 
+from . import altered_model as altered
 from .local_engine import LocalEngine
 
 
@@ -19,6 +22,21 @@ def _signatures() -> dict[str, int]:
             if hasattr(value, "nopython_signatures"):
                 found[f"{module.name}.{name}"] = len(value.nopython_signatures)
     return found
+
+
+def test_converting_experts_compiles_nothing(tmp_path: Path) -> None:
+    path = altered.write(tmp_path / "q8.gguf", change=altered.converted(altered.EXPERTS, altered.exact_q8))
+    precisions = ("file", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
+    with GgufFile.open(path) as file:
+        kinds = sorted(ModelPlan.from_file(file, precisions=precisions).kinds)
+    for _, step in warm.steps(kinds, conversion=True):
+        step()
+    before = _signatures()
+    assignment = [key % 5 for key in range(80)]
+    engine = LocalEngine(path, workers=2, resident=40, precisions=precisions, assignment=assignment)
+    engine.run([list(range(1, 40)), [5, 6, 7]], 3)
+    compiled = {name: count - before[name] for name, count in _signatures().items() if count != before[name]}
+    assert compiled == {}
 
 
 def test_a_warm_engine_compiles_nothing() -> None:
