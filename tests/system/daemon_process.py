@@ -183,7 +183,8 @@ class Daemon:
             wait_until(
                 lambda: not processes_in(self.folder), 3.0, f"no process left: {left_behind(self.folder)}"
             )
-            assert left_behind(self.folder) == []
+            left = left_behind(self.folder)
+            assert not left, left
         finally:
             for process in processes_in(self.folder):
                 process.kill()

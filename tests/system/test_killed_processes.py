@@ -49,7 +49,9 @@ def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
     return kill
 
 
-@pytest.mark.parametrize(("workers", "resident"), [(1, "100%"), (2, "100%"), (2, "25%")])
+@pytest.mark.parametrize(
+    ("workers", "resident"), [pytest.param(1, "100%", marks=pytest.mark.slow), (2, "100%"), (2, "25%")]
+)
 def test_killed_worker_costs_no_token(serve: Serve, shared: Daemon, workers: int, resident: str) -> None:
     """With a quarter of the experts in memory most kills hit a worker that is reading one."""
     daemon = serve("--workers", str(workers), "--resident-experts", resident)
@@ -70,7 +72,7 @@ def test_killed_idle_worker_is_replaced(serve: Serve) -> None:
     assert run_alone(daemon.url, requests(1, 16))[0].text == expected[0].text
 
 
-@pytest.mark.parametrize("resident", ["100%", "25%"])
+@pytest.mark.parametrize("resident", ["100%", pytest.param("25%", marks=pytest.mark.slow)])
 def test_killed_scheduler_costs_no_token(serve: Serve, resident: str) -> None:
     daemon = serve("--workers", "2", "--resident-experts", resident)
     expected = run_together(daemon.url, requests(4))

@@ -48,7 +48,7 @@ def expected(shared: Daemon) -> list[bytes]:
     return answers(shared)
 
 
-@pytest.mark.parametrize(("share", "slots"), [("50%", 40), ("25%", 20)])
+@pytest.mark.parametrize(("share", "slots"), [pytest.param("50%", 40, marks=pytest.mark.slow), ("25%", 20)])
 def test_what_is_used_stays_within_a_tight_budget(
     serve: Serve, expected: list[bytes], share: str, slots: int
 ) -> None:

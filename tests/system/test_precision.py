@@ -26,6 +26,7 @@ def plan(path: Path, *arguments: str) -> dict[str, Any]:
     return facts
 
 
+@pytest.mark.slow
 def test_killed_processes_change_no_byte(serve: Serve, tmp_path: Path) -> None:
     path = gc.copy_model(tmp_path / "model.gguf", gc.experts_as(Type.Q8_0))
     whole = plan(path, "--memory", "1GiB")

@@ -69,7 +69,10 @@ def report(target: str) -> Report:
     return Report(**json.loads(process.stdout))
 
 
-@pytest.fixture(params=TARGETS)
+# Of two alike targets one is left to the slow tests.
+@pytest.fixture(
+    params=[pytest.param(each, marks=pytest.mark.slow) if each == "avxvnni" else each for each in TARGETS]
+)
 def checked(request: pytest.FixtureRequest) -> Report:
     """The report of each target that runs here; the others are skipped with the reason."""
     reason = missing(request.param)
