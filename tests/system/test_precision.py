@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gguf import GGMLQuantizationType as Type
 
 from . import gguf_copy as gc
