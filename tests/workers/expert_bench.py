@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 from pathlib import Path
@@ -95,6 +96,9 @@ class Bench:
         self.worker.loader.file.close()
         self.file.close()
         self.arena.close()
+        # The mapping has a descriptor of its own, which goes with the last array over it.
+        self.__dict__.clear()
+        gc.collect()
 
 
 def answers(pager: Pager, count: int) -> list[Paged | Trouble]:

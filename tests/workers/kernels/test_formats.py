@@ -182,8 +182,8 @@ def test_smallest_and_largest_powers_of_mxfp4() -> None:
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-43)
 
 
-# They compile for half a minute each; avxvnni shares all but the dot product with avx2, and test_targets looks
-# at both.
+# They compile for half a minute each, avxvnni shares all but the dot product with avx2, and test_targets
+# looks at both.
 @pytest.mark.parametrize(
     "target",
     [pytest.param(each, marks=pytest.mark.slow) if each in {"avxvnni", "avx2"} else each for each in TARGETS],
