@@ -54,6 +54,7 @@ def kernels_kept_between_runs(monkeypatch: pytest.MonkeyPatch, root: Path) -> No
     assert len(list(root.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_refused_target_gives_way_to_one_that_passes_the_self_test(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:

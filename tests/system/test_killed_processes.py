@@ -98,6 +98,7 @@ def test_requests_that_come_while_the_scheduler_is_replaced_are_answered_once(se
     assert found == expected
 
 
+@pytest.mark.slow
 def test_cancelling_while_the_scheduler_is_replaced(serve: Serve) -> None:
     daemon = serve("--workers", "1")
     with daemon.client() as client, client.generate(stream=True, **sampled(0, 400)) as stream:

@@ -95,6 +95,7 @@ def test_a_budget_gives_the_same_bytes_with_any_number_of_workers(serve: Serve) 
     assert any(routing is not None and routing.swaps for _, routing in found[0])
 
 
+@pytest.mark.slow
 def test_bound_holds_though_the_scheduler_dies(serve: Serve) -> None:
     daemon = serve("--resident-experts", "50%")
     request = sampled(2, 200) | {"lost_mass": 0.05}
@@ -128,6 +129,7 @@ def test_perplexity_command(shared: Daemon) -> None:
     assert "scoring, exact" in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_calibration_keeps_what_was_measured() -> None:
     with tempfile.TemporaryDirectory(prefix="st-") as folder:
         home = Path(folder)

@@ -64,6 +64,7 @@ def test_new_requests_are_refused_while_the_running_finish(serve: Serve) -> None
     assert daemon.wait() == 0
 
 
+@pytest.mark.slow
 def test_waiting_answers_are_finished_too(serve: Serve) -> None:
     daemon = serve("--max-num-seqs", "1")
     results: list[Result] = []
@@ -141,6 +142,7 @@ def test_drain_by_a_client_stops_the_daemon(serve: Serve) -> None:
             client.status()
 
 
+@pytest.mark.slow
 def test_drain_and_signal_together(serve: Serve) -> None:
     daemon = serve()
     with daemon.client() as client, daemon.client() as other:
