@@ -26,6 +26,7 @@ from .cli_simulate import simulate
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, routing_line, statistics, table
 from .terminate import EXIT_SIGTERM, exit_on_sigterm
+from .text_input import read_text
 
 if TYPE_CHECKING:
     from .client import Client, Stream
@@ -260,15 +261,7 @@ def _json(value: object, indent: int | None = None) -> str:
 
 
 def _read_stdin() -> str:
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
-    if len(data) > MAX_STDIN_BYTES:
-        raise UsageError(f"stdin: expected at most {MAX_STDIN_BYTES} bytes, found more")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise UsageError(
-            f"stdin: expected UTF-8 text, found the byte {data[e.start]:#04x} at {e.start}"
-        ) from None
+    return read_text(sys.stdin.buffer, "stdin", MAX_STDIN_BYTES)
 
 
 def _exit_with_parent(parent_pid: int) -> None:

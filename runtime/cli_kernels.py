@@ -21,6 +21,7 @@ import click
 
 from ..shm.errors import StartFailed, UsageError
 from .start_progress import StartProgress
+from .terminate import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ..workers.checkpoint.formats import Format
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 Kinds: TypeAlias = Sequence[tuple[str, int]]
 
-EXIT_SIGTERM = 143
 WARM_TIMEOUT_S = 1800.0  # a small board compiles for minutes
 _PROOF = "finding the instructions that work here"
 MAX_THREADS, MAX_TOKENS, MAX_EXTENT = 1024, 4096, 1 << 20
@@ -49,7 +49,7 @@ def warm(as_json: bool, timeout: float) -> int:
 
     Kernels are kept where the daemon looks for them; a second call finds all of them there.
     """
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    exit_on_sigterm()
     began = time.monotonic()
     environment, new, steps = _warm(timeout, None)
     seconds = time.monotonic() - began
@@ -110,7 +110,7 @@ def kernels(
     With --llama-cpp also the ratio to its dot products, measured in turns on the same CPU. DIR holds
     its program test-quantize-perf, or bin/ or build/bin/ with it.
     """
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    exit_on_sigterm()
     extents = _shapes(shapes)
     counts = tuple(sorted({_integer("--tokens", text, MAX_TOKENS) for text in tokens.split(",")}))
     cpus = len(os.sched_getaffinity(0))
@@ -270,8 +270,3 @@ def _print_report(report: dict[str, Any]) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    # As an exception, so that a terminal gets its cursor back and the peer's program ends.
-    raise SystemExit(EXIT_SIGTERM)

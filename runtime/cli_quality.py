@@ -20,6 +20,7 @@ from ..shm.errors import StartFailed, UsageError
 from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
 from .render import grid, table
 from .terminate import exit_on_sigterm
+from .text_input import read_text
 
 if TYPE_CHECKING:
     from .calibration import Point, Table
@@ -319,17 +320,9 @@ def _model_path(model: str) -> Path:
 def _read_text(path: str) -> str:
     try:
         with Path(path).open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
+            return read_text(file, path, MAX_TEXT_BYTES)
     except OSError as e:
         raise UsageError(f"{path}: {e.strerror}") from None
-    if len(data) > MAX_TEXT_BYTES:
-        raise UsageError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes, found more")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise UsageError(
-            f"{path}: expected UTF-8 text, found the byte {data[e.start]:#04x} at {e.start}"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -48,7 +48,6 @@ class Counts:
     hits: int = 0  # of them in memory at the start of the event
     fetched: int = 0
     fetched_bytes: int = 0
-    late: int = 0  # foreseen, but not there yet when they were needed
     foreseen: int = 0  # asked for before they were needed
 
 
@@ -155,7 +154,6 @@ class ExpertRunner:
         counts.events += 1
         counts.logical += event.ends[-1]
         counts.distinct += len(places)
-        counts.late += len(event.loading)
         hits = len(here) + len(event.loading)
         counts.hits += hits
         counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(places), hits)

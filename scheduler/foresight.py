@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workers.kernels.norms import rms_rows
-from ..workers.kernels.routing import SIGMOID
 from .dense import DenseWeights, Linear, Rows
 from .expert_runner import ExpertRunner
 from .model.plan import ModelPlan
 from .residency.predictor import ExpertPredictor
 from .residency.prefetch_meter import PrefetchMeter
 from .residency.prefetch_trial import PrefetchTrial
+from .router import probabilities
 
 MOST = 2
 MAX_TOKENS = 8
@@ -120,11 +120,7 @@ class Foresight:
         rms_rows(x, h.d_model, self._norms[layer], np.float32(h.eps), count, h.d_model, self._rows.x)
         self._rows.changed()
         self._gates[layer].apply(self._rows, self._index, count, self._logits)
-        logits = self._logits[:count, : h.experts].astype(np.float64)
-        if h.gating == SIGMOID:
-            p = 1.0 / (1.0 + np.exp(-logits))
-        else:
-            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p = probabilities(self._logits[:count, : h.experts], h.gating)
         ranked = p + self._biases[layer]
         kept = np.sort(ranked, axis=1)[:, -h.experts_used, None]
         mass = np.where(ranked >= kept, p, 0.0)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import SternaError
-from ..workers.messages import ExpertPage
+from ..workers.messages import Compute, ExpertPage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,19 @@ class WorkerBatch:
     starts: list[int]
     rows: npt.NDArray[np.int32]
     activations: tuple[npt.NDArray[np.generic], ...]
+
+    def request(self, seq: int) -> Compute:
+        """Return the message that asks for this batch under the number `seq`."""
+        return Compute(
+            seq=seq,
+            layer=self.layer,
+            precision=self.precision,
+            kind=self.kind,
+            tokens=len(self.activations[0]),
+            experts=self.experts,
+            slots=self.slots,
+            starts=self.starts,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

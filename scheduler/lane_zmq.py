@@ -22,7 +22,6 @@ import zmq
 from ..shm.errors import InternalError, ProtocolError, WorkerLost, error_of
 from ..workers.framing import join
 from ..workers.messages import (
-    Compute,
     Configure,
     ExpertPage,
     Hello,
@@ -130,17 +129,7 @@ class ZmqLane:
     def compute(self, batch: WorkerBatch) -> int:
         """See `Lane.compute`."""
         self._seq += 1
-        request = Compute(
-            seq=self._seq,
-            layer=batch.layer,
-            precision=batch.precision,
-            kind=batch.kind,
-            tokens=len(batch.activations[0]),
-            experts=batch.experts,
-            slots=batch.slots,
-            starts=batch.starts,
-        )
-        self._send(batch.worker, [encode(request), join((*batch.activations, batch.rows))])
+        self._send(batch.worker, [encode(batch.request(self._seq)), join((*batch.activations, batch.rows))])
         self._computing[self._seq] = (batch.worker, batch.starts[-1])
         return self._seq
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError
-from ..workers.kernels.routing import route_resident, route_top_k
+from ..workers.kernels.routing import SIGMOID, route_resident, route_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,18 @@ class RouterConfig:
     bonus: float = 1.0
     share: float = 1 / 32
     limit: float = 256.0
+
+
+def probabilities(logits: npt.NDArray[np.float32], gating: int) -> npt.NDArray[np.float64]:
+    """Return the gate's probabilities of rows of logits (tokens, experts)."""
+    values = logits.astype(np.float64)
+    p: npt.NDArray[np.float64]
+    if gating == SIGMOID:
+        p = 1.0 / (1.0 + np.exp(-values))
+    else:
+        p = np.exp(values - values.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+    return p
 
 
 class Router:

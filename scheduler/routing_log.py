@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import NotPermitted
-from ..workers.kernels.routing import SIGMOID
 from .model.plan import ModelPlan
 from .residency.trace import Routes
 from .residency.trace_writer import RoutedEvent, TraceHead, TraceWriter
+from .router import probabilities
 
 
 class RoutingLog:
@@ -65,13 +65,7 @@ class RoutingLog:
         logits: float32 (tokens, experts); ranked: int32 (tokens, >= k); the scores are those that rank.
         """
         h, k = self._h, self._h.experts_used
-        values = logits.astype(np.float64)
-        if h.gating == SIGMOID:
-            p = 1.0 / (1.0 + np.exp(-values))
-        else:
-            p = np.exp(values - values.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-        scores = (p + bias).astype(np.float32)
+        scores = (probabilities(logits, h.gating) + bias).astype(np.float32)
         others = np.full((len(selected), k), -1, np.int32)
         found = ranked[:, k : 2 * k]
         others[:, : found.shape[1]] = found

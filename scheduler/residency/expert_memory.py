@@ -19,20 +19,18 @@ from .policies import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """An expert on its way into a slot; `awaited`: somebody asked for it, it was not foreseen."""
+    """An expert on its way into its slot, and the worker that reads it."""
 
     key: int
-    slot: int
     worker: int
-    awaited: bool
 
 
 class ExpertMemory:
     """The slots of the arena as the scheduler uses them. A key is `ModelPlan.key_of`.
 
-    slot_of: int32 (experts of all layers,), -1 for an expert without a slot; resident: uint8, 1 for one
-    that has
-    a slot, be it still on its way: what the router is told, so that its choice does not depend on the disk.
+    slot_of: int32 (experts of all layers,), -1 for an expert without a slot; resident: uint8, 1 for one that
+    has a slot, be it still on its way: what the router is told, so that its choice does not depend on the
+    disk.
     """
 
     def __init__(
@@ -217,7 +215,7 @@ class ExpertMemory:
         self._place(key, slot)
         if not awaited:
             self._used[key] = self._step
-        self._loads[request] = Load(key=key, slot=slot, worker=self.owner(key), awaited=awaited)
+        self._loads[request] = Load(key=key, worker=self.owner(key))
         self._on_way[key] = request
         if self._policy is not None:
             self._policy.admitted(key)

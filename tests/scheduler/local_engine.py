@@ -27,7 +27,7 @@ from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.tiers import FILE_PRECISION
-from sterna.workers.messages import Compute, Configure, ExpertPage, PageIn
+from sterna.workers.messages import Configure, ExpertPage, PageIn
 from sterna.workers.ownership import owners
 from sterna.workers.serve import ExpertWorker
 
@@ -50,18 +50,8 @@ class LocalLane:
     def compute(self, batch: WorkerBatch) -> int:
         self.batches += 1
         self._seq += 1
-        message = Compute(
-            seq=self._seq,
-            layer=batch.layer,
-            precision=batch.precision,
-            kind=batch.kind,
-            tokens=len(batch.activations[0]),
-            experts=batch.experts,
-            slots=batch.slots,
-            starts=batch.starts,
-        )
         frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
-        _, rows = self.workers[batch.worker].compute(message, frames)
+        _, rows = self.workers[batch.worker].compute(batch.request(self._seq), frames)
         # Read-only, as what comes through a socket: numba compiles anew for each array type.
         copied = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape)
         self._answers.append(Computed(seq=self._seq, rows=copied))
