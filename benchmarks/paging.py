@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.checkpoint.gguf import GgufFile
@@ -68,7 +68,7 @@ class Model:
 def of_file(path: Path) -> Model:
     """Return the experts of a GGUF file."""
     file = GgufFile.open(path)
-    plan = ModelPlan.from_file(file)
+    plan = read_plan(file)
     pages = [plan.expert_page(file, layer, e, 0) for layer in plan.experts for e in range(plan.hyper.experts)]
     return Model(
         fd=os.open(path, os.O_RDONLY),

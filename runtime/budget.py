@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..scheduler.kv import StreamShape
+from ..scheduler.model.hyper import GroupedAttention, LatentAttention
 from ..scheduler.model.plan import ModelPlan
 from ..shm.errors import ConfigError, OutOfResources
 from ..shm.slots import arena_nbytes, slots_at
@@ -61,6 +62,7 @@ class Wants:
     context: int = 0
     resident: str = "auto"
     compiles: bool = False
+    value_nbytes: int = 2  # of the cache: 2 float16, 4 float32
 
 
 class BudgetTooSmall(OutOfResources):
@@ -120,19 +122,27 @@ class SlotDecision:
 def batch_nbytes(plan: ModelPlan, tokens: int, threads: int) -> int:
     """Return the scheduler's buffers for steps of `tokens` tokens.
 
-    The sum of what `scheduler.model.deepseek2`, `dense` and `mixture` allocate: float32 rows, their int8 form
+    The sum of what `scheduler.model.decoder`, `dense` and `mixture` allocate: float32 rows, their int8 form
     (1.25 bytes a value with scales) and scratch of 1.4 bytes a value in each thread. Measured with 128 and
     with 512 tokens 2 and 4 % above that sum, hence the factor.
     """
     h = plan.hyper
-    heads = h.heads * (h.nope + h.kv_rank + h.v_dim)
-    rows = (5.25 + 1.4 * threads) * (h.d_model + h.q_rank + heads)
-    floats = 4 * (2 * h.d_model + h.q_rank + h.heads * (h.nope + h.rope + h.kv_rank) + 2 * h.cache_width)
+    attended, floats = _attention_values(h.attention)
+    rows = (5.25 + 1.4 * threads) * (h.d_model + attended)
+    floats = 4 * (2 * h.d_model + floats)
     mixture = 8 * h.experts_used * h.d_model  # its outputs, and the frame that they come in
-    widths = {h.d_ff_dense if h.dense_layers else 0, h.d_ff_expert * h.shared_experts}  # layers take turns
+    widths = {h.d_ff_dense if h.dense_layers else 0, h.d_ff_shared}  # layers take turns
     feed_forward = sum(9.25 * width + 1.4 * threads * max(width, h.d_model) for width in widths if width)
     logits = 32 * 4 * plan.vocab_size  # engine.LOGIT_ROWS
     return int(1.05 * tokens * (rows + floats + mixture + feed_forward)) + logits
+
+
+def _attention_values(a: LatentAttention | GroupedAttention) -> tuple[int, int]:
+    """Return how many values a token needs in rows that are quantised, and in others."""
+    if isinstance(a, GroupedAttention):
+        return a.heads * a.head, a.heads * a.head + a.cache_width
+    rows = a.q_rank + a.heads * (a.nope + a.kv_rank + a.v_dim)
+    return rows, a.q_rank + a.heads * (a.nope + a.rope + a.kv_rank) + 2 * a.cache_width
 
 
 def worker_nbytes(plan: ModelPlan, tokens: int, workers: int) -> int:
@@ -269,7 +279,11 @@ def _shapes(plan: ModelPlan, wants: Wants) -> Iterator[StreamShape]:
     streams = wants.streams or DEFAULT_STREAMS
     while True:
         yield StreamShape(
-            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
+            layers=plan.hyper.layers,
+            width=plan.hyper.cache_width,
+            streams=streams,
+            context=context,
+            value_nbytes=wants.value_nbytes,
         )
         if not wants.streams and streams > 1:
             streams //= 2

@@ -18,6 +18,7 @@ from . import sizes
 from .sockets import check_url, default_socket_url
 
 Lane = Literal["auto", "zmq"]
+CacheType = Literal["f16", "f32"]
 Ternary = Literal["auto", "2", "1.6"]
 Activations = Literal["auto", "block", "token"]
 Preset = Literal["auto", "raspberry-pi-5", "mobile", "desktop", "wasm-browser", "custom"]
@@ -88,6 +89,7 @@ class Config:
     quality_budget: str = "0.5%"
     prefetch: Prefetch = "auto"
     precision: Precision = "off"
+    cache_type: CacheType = "f16"
     lane: Lane = "auto"
     trace: Path | None = None
     log_level: LogLevel = "info"
@@ -167,6 +169,9 @@ SETTINGS: dict[str, Setting] = {
         "Hold rarely used experts in fewer bits than the file [off]",
         "choice",
         choices=("off", "default", "memory-constrained", "quality-focused"),
+    ),
+    "cache_type": Setting(
+        "Numbers that keys and values of past tokens are kept as [f16]", "choice", choices=("f16", "f32")
     ),
     "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
     "trace": Setting("Write which experts each token goes to into this new CSV file [none]", "path"),

@@ -113,6 +113,7 @@ class EngineLink:
             context=self._model.context,
             limits=self._model.limits,
             streams=self._model.streams_shape.streams,
+            value_nbytes=self._model.streams_shape.value_nbytes,
             max_batch_tokens=self._model.wants.max_batch_tokens,
             threads=self._config.threads,
             storage=self._model.plan.storage,

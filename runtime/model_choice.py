@@ -11,6 +11,7 @@ import numpy.typing as npt
 import psutil
 
 from ..scheduler.model.plan import ModelPlan
+from ..scheduler.model.planner import read_plan
 from ..scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
 from ..scheduler.residency.precision_plan import preset_precisions
 from ..scheduler.residency.saved_counts import read_counts
@@ -60,6 +61,7 @@ def wants_of(config: Config) -> Wants:
         context=config.ctx_size,
         resident=config.resident_experts,
         compiles=not _has_kernels(),
+        value_nbytes=4 if config.cache_type == "f32" else 2,
     )
 
 
@@ -111,9 +113,9 @@ class Choices:
     def _plan(self, *, small: bool) -> ModelPlan:
         if small not in self._plans:
             storage = Storage(small=small, per_token=self._per_token)
-            plan = ModelPlan.from_file(self._file, storage)
+            plan = read_plan(self._file, storage)
             if self._precision != "off":
-                several = ModelPlan.from_file(self._file, storage, preset_precisions(self._precision))
+                several = read_plan(self._file, storage, preset_precisions(self._precision))
                 plan = several if can_convert(several) else plan
             self._plans[small] = plan
         return self._plans[small]

@@ -11,19 +11,23 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from ..shm.errors import InternalError
 from ..shm.layout import align
+from ..workers.activation import Activation
 from ..workers.checkpoint.bitnet_types import TILED, find_tiling
 from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.packing import matrix_entry, pack_matrix
-from ..workers.checkpoint.types import dequantize
+from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.dense import multiply_heads, shared_feed_forward
 from ..workers.kernels.products import scratch_nbytes
 from .crew import Crew
+from .model.hyper import LatentAttention
 from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
+_NO_NORM = np.zeros(0, np.float32)
 
 
 def fill_dense(
@@ -35,7 +39,10 @@ def fill_dense(
     weights = memory[DENSE_HEADER_NBYTES:]
     for done, entry in enumerate(plan.dense.values(), 1):
         raw = file.data(entry.tensor)
-        if entry.shape is not None:
+        if entry.kind in ("keys", "values") and entry.shape is not None:
+            part, kind = _part(plan, entry, raw)
+            pack_matrix(part, kind, entry.shape, weights, entry.at)
+        elif entry.shape is not None:
             kind, rows, columns = entry.tensor.type, entry.shape.rows, entry.shape.columns
             tiling = find_tiling(file, kind.name, rows, columns) if kind.name in TILED else None
             pack_matrix(raw, kind, entry.shape, weights, entry.at, tiling)
@@ -46,6 +53,28 @@ def fill_dense(
             weights[entry.at : entry.at + entry.nbytes] = raw
         progress(done, len(plan.dense))
     memory[0] = _COMPLETE
+
+
+MiddleNorm = tuple[npt.NDArray[np.float32], float]
+"""Weights (d_ff,) and epsilon of an RMS norm."""
+
+
+def _part(
+    plan: ModelPlan, entry: DenseTensor, raw: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.uint8], TensorType]:
+    """Cut the heads' values out of `attn_kv_b`, or their keys, transposed; return bytes and type."""
+    a = plan.hyper.attention
+    if not isinstance(a, LatentAttention):
+        raise InternalError(f"{entry.tensor.name}: only latent attention has joined keys and values")
+    file_type = entry.tensor.type
+    if entry.kind == "values":
+        rows = raw.reshape(a.heads, a.nope + a.v_dim, -1)[:, a.nope :]
+        # Read-only like a file's bytes: numba compiles a function anew for each array type.
+        return np.frombuffer(rows.tobytes(), np.uint8), file_type
+    values = dequantize(file_type, raw, entry.tensor.shape).reshape(a.heads, a.nope + a.v_dim, a.kv_rank)
+    width = np.float32 if file_type.name == "F32" else np.float16
+    keys = values[:, : a.nope].swapaxes(1, 2).astype(width)
+    return np.frombuffer(keys.tobytes(), np.uint8), TYPES_BY_NAME["F32" if width is np.float32 else "F16"]
 
 
 class Rows:
@@ -137,7 +166,14 @@ class FeedForward:
     """
 
     def __init__(
-        self, gate: Linear, up: Linear, down: Linear, buffers: FeedForwardBuffers, crew: Crew
+        self,
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+        buffers: FeedForwardBuffers,
+        crew: Crew,
+        activation: Activation,
+        norm: MiddleNorm | None,
     ) -> None:
         self._weights = gate.weights
         self._crew = crew
@@ -146,11 +182,14 @@ class FeedForward:
         self._matrices = np.array([gate.entry, up.entry, down.entry], np.int64)
         self._sizes = np.array([gate.sizes, up.sizes, down.sizes], np.int64)
         self._buffers = buffers
+        self._activation = int(activation)
+        weight, eps = norm or (_NO_NORM, 0.0)
+        self._norm, self._eps = weight, np.float32(eps)
 
     def apply(
         self, rows: Rows, index: npt.NDArray[np.int32], count: int, out: npt.NDArray[np.float32]
     ) -> None:
-        """Write down(silu(gate x) * up x) of the first `count` rows to `out` (count, d_model).
+        """Write down(norm(activation(gate x, up x))) of the first `count` rows to `out` (count, d_model).
 
         `index` is int32 (1, capacity): 0, 1, 2, ...
         """
@@ -158,8 +197,8 @@ class FeedForward:
         b, m, crew = self._buffers, self._buffers.middle, self._crew
         shared_feed_forward(
             crew.board, crew.heads_job, crew.middle_job, self._weights, self._matrices, self._sizes,
-            self._d_model, self._d_ff, rows.x, q.q, q.scales, q.sums, index, count, b.gate, b.up, m.q,
-            m.scales, m.sums, b.scratch, out,
+            self._d_model, self._d_ff, self._activation, self._norm, self._eps, rows.x, q.q, q.scales, q.sums,
+            index, count, b.gate, b.up, m.q, m.scales, m.sums, b.scratch, out,
         )  # fmt: skip
 
 
@@ -183,14 +222,25 @@ class DenseWeights:
             raise KeyError(f"{key} is not a matrix")
         return Linear(self._weights, entry.shape, entry.at, self.crew, heads)
 
-    def feed_forward(self, gate: str, up: str, down: str, capacity: int) -> FeedForward:
-        """Return the network of three matrices, for `capacity` tokens; networks of a width share buffers."""
+    def feed_forward(
+        self,
+        gate: str,
+        up: str,
+        down: str,
+        capacity: int,
+        activation: Activation = Activation.SILU,
+        norm: MiddleNorm | None = None,
+    ) -> FeedForward:
+        """Return the network of three matrices, for `capacity` tokens; networks of a width share buffers.
+
+        norm: (weights, epsilon) of an RMS norm of the middle, before it is quantised for `down`.
+        """
         first, last = self.linear(gate), self.linear(down)
         d_ff, d_model = first.shape.rows, first.shape.columns
         key = (capacity, d_model, d_ff, last.kind.block(d_ff))
         if key not in self._buffers:
             self._buffers[key] = FeedForwardBuffers(*key, self.crew.threads)
-        return FeedForward(first, self.linear(up), last, self._buffers[key], self.crew)
+        return FeedForward(first, self.linear(up), last, self._buffers[key], self.crew, activation, norm)
 
     def vector(self, key: str) -> npt.NDArray[np.float32]:
         """Return the float32 vector `key`."""

@@ -18,7 +18,8 @@ from .foresight import Foresight
 from .kv import StreamMemory
 from .messages import RoutingReport, StreamStep, Submit
 from .mixture import Mixture
-from .model.deepseek2 import Deepseek2, TokenBatch
+from .model.batch import TokenBatch
+from .model.decoder import Decoder
 from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
 from .routing_log import RoutingLog
@@ -54,7 +55,7 @@ class Engine:
         weights = DenseWeights(plan, dense, crew)
         self._plan = plan
         self._streams = streams
-        self._model = Deepseek2(plan, weights, streams, max_batch_tokens)
+        self._model = Decoder(plan, weights, streams, max_batch_tokens)
         self._log = log
         self._ledger = QualityLedger(streams.shape.streams)
         self._mixture = Mixture(plan, weights, runner, self._ledger, max_batch_tokens, prefetch, log)

@@ -31,7 +31,7 @@ def expert_stats(runner: ExpertRunner, foresight: Foresight, workers: int) -> Ex
         needed_per_slot=counts.distinct * len(h.moe_layers) / (counts.events * slots)
         if counts.events
         else 0.0,
-        cycle_guard=slots / cycle,
+        cycle_guard=slots / cycle if cycle else 0.0,
         layer_hit_rates=[round(hits / distinct, 4) if distinct else 0.0 for distinct, hits in layers],
         foreseen=counts.foreseen,
         foreseen_used=foresight.meter.useful,

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workers.kernels.norms import rms_rows
-from .dense import DenseWeights, Linear, Rows
+from .dense import DenseWeights, Rows
 from .expert_runner import ExpertRunner
+from .gate import Gate
 from .model.plan import ModelPlan
 from .residency.predictor import ExpertPredictor
 from .residency.prefetch_meter import PrefetchMeter
@@ -31,7 +32,7 @@ class Foresight:
         self,
         plan: ModelPlan,
         dense: DenseWeights,
-        gates: dict[int, Linear],
+        gates: dict[int, Gate],
         biases: dict[int, npt.NDArray[np.float32]],
         runner: ExpertRunner,
         mode: str,

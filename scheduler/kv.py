@@ -1,6 +1,6 @@
 """Stream memory: the KV cache in blocks, each stream's block table, tokens and committed length.
 
-    kv       uint8, per layer [blocks][block_size][width] float16: normalised latent, rotated key
+    kv       uint8, per layer [blocks][block_size][width] float16 or float32: latent and key, or keys and values
     tables   int32 (streams, blocks per stream): which blocks hold positions 0, 1, 2, ...
     tokens   int32 (streams, context): prompt, then answer
     records  one per stream: request key, committed length, prompt length, generation
@@ -40,6 +40,7 @@ class StreamShape:
     streams: int
     context: int
     block_size: int = 16
+    value_nbytes: int = 2  # float16; 4: float32
 
     @property
     def blocks_per_stream(self) -> int:
@@ -54,7 +55,7 @@ class StreamShape:
     @property
     def layer_nbytes(self) -> int:
         """Bytes of one layer's cache."""
-        return self.num_blocks * self.block_size * self.width * 2
+        return self.num_blocks * self.block_size * self.width * self.value_nbytes
 
     def layout(self) -> Layout:
         """Return the layout of the arena."""

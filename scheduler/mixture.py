@@ -11,9 +11,10 @@ from ..shm.errors import InternalError
 from ..workers.kernels.norms import first_bad_row
 from ..workers.kernels.routing import combine
 from .batch import MoeBatchScheduler
-from .dense import DenseWeights, Linear, Rows
+from .dense import DenseWeights, Rows
 from .expert_runner import ExpertRunner
 from .foresight import Foresight
+from .gate import Gate
 from .model.plan import ModelPlan
 from .residency.quality import QualityLedger
 from .router import Router, RouterConfig
@@ -24,7 +25,7 @@ EXACT_LAYERS = 16
 
 
 class Mixture:
-    """Computes routed experts through the lane; callable as `Deepseek2.forward` expects."""
+    """Computes routed experts through the lane; callable as `Decoder.forward` expects."""
 
     def __init__(
         self,
@@ -40,9 +41,7 @@ class Mixture:
         self._runner = runner
         self._ledger = ledger
         self._log = log
-        self._gates: dict[int, Linear] = {
-            layer: dense.linear(f"{layer}.ffn_gate_inp") for layer in h.moe_layers
-        }
+        self._gates = {layer: Gate(dense, layer) for layer in h.moe_layers}
         none = np.zeros(h.experts, np.float32)
         self._biases = {
             layer: dense.vector(f"{layer}.exp_probs_b") if dense.has(f"{layer}.exp_probs_b") else none
@@ -54,7 +53,10 @@ class Mixture:
                 top_k=h.experts_used,
                 gating=h.gating,
                 normalise=h.weights_norm,
-                scale=h.weights_scale,
+                # What a layer adds is scaled in some models: the weights take that on, too.
+                scale=h.weights_scale * h.residual_scale,
+                groups=h.groups,
+                groups_used=h.groups_used,
                 window=max(2 * h.experts_used, 8),
                 keep=1 if h.experts_used <= 2 else 2,
             ),

@@ -33,7 +33,7 @@ from .expert_runner import ExpertRunner
 from .kv import StreamMemory, StreamShape
 from .lane import Loaded
 from .lane_zmq import ZmqLane
-from .model.plan import ModelPlan
+from .model.planner import read_plan
 from .residency.expert_memory import ExpertMemory
 from .residency.policies import Policy, new_policy
 from .residency.resizer import Resizer
@@ -102,7 +102,7 @@ class _Scheduler:
         self._file = GgufFile.open(spec.model_path)
         if model_id(spec.model_path) != spec.model_id:
             raise ModelFileError(f"{spec.model_path}: the file was changed while it was loaded")
-        plan = ModelPlan.from_file(self._file, spec.storage, tuple(spec.precisions))
+        plan = read_plan(self._file, spec.storage, tuple(spec.precisions))
         self._plan = plan = plan.assigned(spec.assignment)
         dense = Arena.attach("dense", self._fds["dense"]).bytes
         with GgufFile.open(spec.model_path) as file:  # a mapping that goes, and all pages read through it
@@ -110,7 +110,11 @@ class _Scheduler:
         weights = Arena.attach("weights", self._fds["weights"])
         slots = SlotTable(weights.bytes, spec.slots)
         shape = StreamShape(
-            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=spec.streams, context=spec.context
+            layers=plan.hyper.layers,
+            width=plan.hyper.cache_width,
+            streams=spec.streams,
+            context=spec.context,
+            value_nbytes=spec.value_nbytes,
         )
         self._streams = StreamMemory(shape, Arena.attach("streams", self._fds["streams"]).bytes)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * spec.workers)

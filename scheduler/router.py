@@ -26,6 +26,8 @@ class RouterConfig:
     gating: int
     normalise: bool
     scale: float
+    groups: int = 1
+    groups_used: int = 1
     window: int = 0
     keep: int = 1
     bonus: float = 1.0

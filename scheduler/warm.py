@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from ..workers import selftest
+from ..workers.activation import Activation
 from ..workers.checkpoint import convert
 from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.packing import matrix_entry
@@ -27,6 +28,7 @@ _ARENA = np.zeros(1 << 20, np.uint8)
 _SCRATCH = np.zeros(1 << 14, np.uint8)
 _INDEX = np.zeros(1, np.int32)
 _ROWS = np.zeros((1, 256), np.float32)
+_NOTHING = np.zeros(0, np.float32)
 
 
 # Every file type that has a kernel of its own, with its format.
@@ -87,8 +89,8 @@ def _feed_forward() -> None:
     crew = Crew(1)
     dense.shared_feed_forward(
         crew.board, crew.heads_job, crew.middle_job, _ARENA, np.array([_matrix(256)] * 3, np.int64),
-        np.zeros((3, 2), np.int64), 256, 256, _ROWS, q.q, q.scales, q.sums, _INDEX.reshape(1, 1), 1, gate,
-        up, q.q, q.scales, q.sums, _SCRATCH, out,
+        np.zeros((3, 2), np.int64), 256, 256, int(Activation.SILU), _NOTHING, np.float32(0.0), _ROWS, q.q,
+        q.scales, q.sums, _INDEX.reshape(1, 1), 1, gate, up, q.q, q.scales, q.sums, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -96,8 +98,8 @@ def _experts() -> None:
     q, m = QuantizedRows.allocate(1, 256, 256), QuantizedRows.allocate(1, 256, 32)
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     ffn.expert_batch(
-        _ARENA, np.array([[_matrix(256)] * 3], np.int64), np.array([0, 1], np.int64), _INDEX, 256, 256,
-        _ROWS, q.q, q.scales, q.sums, gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
+        _ARENA, np.array([[_matrix(256)] * 3], np.int64), np.full((1, 3), -1, np.int64),
+        np.array([0, 1], np.int64), _INDEX, 256, 256, int(Activation.SILU), _ROWS, q.q, q.scales, q.sums, gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -111,7 +113,11 @@ def _norms() -> None:
     table = np.zeros((1, 16), np.float32)
     norms.rms_rows(_ROWS, 256, one, np.float32(1e-6), 1, 256, out)
     norms.rope_pairs(out.reshape(-1), 0, 256, 1, 0, 16, _INDEX, table, table, 1)
-    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, _ARENA, 0)
+    norms.rope_halves(out.reshape(-1), 0, 256, 1, 0, 16, _INDEX, table, table, 1)
+    norms.add_vector(out, one, 1, 256)
+    norms.add_scaled_rows(out, out, np.float32(1.0), 1, 256)
+    norms.scale_rows(out, np.float32(1.0), 1, 256)
+    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, _ARENA, 0, 2)
     norms.add_rows(out, out, 1, 256)
     norms.first_bad_row(out, 1, 256)
 
@@ -121,7 +127,13 @@ def _attention() -> None:
     scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 48))
     attention.latent_attention(
         Crew(1).board, job_address(attention.latent_chunk), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
-        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        _ARENA, 0, 2, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        places.astype(np.int64), np.zeros((1, 32), np.float32),
+    )  # fmt: skip
+    scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 32))
+    attention.grouped_attention(
+        Crew(1).board, job_address(attention.grouped_chunk), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
+        _ARENA, 0, 2, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 

@@ -26,12 +26,15 @@ class Hello(LaneMessage, frozen=True, kw_only=True):
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
     """The experts of one layer, in each precision that they may be held in; the first is the file's own.
 
-    precisions: for each, gate, up, down as (format, rows, columns, byte offset in the slot).
+    precisions: for each, gate, up, down as (format, rows, columns, byte offset in the slot), then, if the
+    experts have them, the biases of these as (F32, length, 1, byte offset); activation: see
+    `workers.activation`.
     """
 
     d_model: int
     d_ff: int
     precisions: list[list[tuple[int, int, int, int]]]
+    activation: int = 0
 
 
 class Configure(LaneMessage, frozen=True, kw_only=True):
@@ -76,7 +79,10 @@ class FileSlab(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
-    """One expert, the slot and precision it goes to, and where gate, up and down lie in the file."""
+    """One expert, the slot and precision it goes to, and where in the file the parts lie.
+
+    slabs: in the order of the layer's `precisions`: gate, up, down, then their biases if there are any.
+    """
 
     layer: int
     expert: int

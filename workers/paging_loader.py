@@ -10,29 +10,55 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..shm.errors import InternalError, ModelFileError, ModelReadError
 from ..shm.slots import SlotTable
+from .activation import Activation
 from .checkpoint.convert import Converter
 from .checkpoint.formats import Format, MatrixShape
 from .checkpoint.packing import pack_matrix
 from .checkpoint.tiers import conversion
-from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType
+from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType, dequantize
 from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging
 
 
+MATRICES = 3
+"""Gate, up and down, the first parts of an expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """One layer's experts: for each precision gate, up, down with their byte offsets within a slot."""
+    """One layer's experts: for each precision gate, up, down with their byte offsets within a slot.
+
+    The biases of these, if there are any, come behind them: columns of float32.
+    """
 
     d_model: int
     d_ff: int
     precisions: tuple[tuple[tuple[MatrixShape, int], ...], ...]
+    activation: Activation
+
+    def __post_init__(self) -> None:
+        """Raises InternalError for parts whose sizes do not fit each other: the kernels check nothing."""
+        d, f = self.d_model, self.d_ff
+        matrices = [(f, d), (f, d), (d, f)]
+        biases = [(Format.F32, f, 1), (Format.F32, f, 1), (Format.F32, d, 1)]
+        for parts in self.precisions:
+            shapes = [shape for shape, _ in parts]
+            sizes = [(shape.rows, shape.columns) for shape in shapes[:MATRICES]]
+            behind = [(shape.form, shape.rows, shape.columns) for shape in shapes[MATRICES:]]
+            if sizes != matrices or behind not in ([], biases):
+                raise InternalError(f"experts of {d} and {f} values: parts of {sizes} and biases {behind}")
 
 
 def shapes_of(message: Configure) -> dict[int, ExpertShape]:
-    """Return the shape of each layer's experts."""
+    """Return the shape of each layer's experts.
+
+    Raises InternalError for parts that do not fit each other, and for an activation that there is not.
+    """
     shapes = {}
     for layer, shape in message.layers.items():
         precisions = tuple(
@@ -42,7 +68,10 @@ def shapes_of(message: Configure) -> dict[int, ExpertShape]:
             )
             for matrices in shape.precisions
         )
-        shapes[layer] = ExpertShape(shape.d_model, shape.d_ff, precisions)
+        if shape.activation not in iter(Activation):
+            raise InternalError(f"layer {layer}: there is no activation {shape.activation}")
+        activation = Activation(shape.activation)
+        shapes[layer] = ExpertShape(shape.d_model, shape.d_ff, precisions, activation)
     return shapes
 
 
@@ -108,6 +137,12 @@ class ExpertLoader:
 
     def _pack(self, raw: Bytes, file_type: TensorType, matrix: MatrixShape, at: int) -> None:
         """Pack a slab's bytes to byte `at` of the arena, converted if the slot holds less than the file."""
+        if matrix.columns == 1:  # a bias, float32 in any precision and whatever the file has
+            raw = dequantize(file_type, raw, (1, matrix.rows)).reshape(-1).view(np.uint8)
+            end = at + matrix.nbytes
+            self._slots.memory[at : at + len(raw)] = raw
+            self._slots.memory[at + len(raw) : end] = 0
+            return
         target = conversion(file_type, matrix.form)
         if target is not None:
             if not hasattr(self._of_thread, "converter"):

@@ -22,12 +22,15 @@ from .kernels.ffn import expert_batch
 from .kernels.products import scratch_nbytes
 from .kernels.routing import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn
-from .paging_loader import ExpertLoader, ExpertShape, shapes_of
+from .paging_loader import MATRICES, ExpertLoader, ExpertShape, shapes_of
 from .reading import ModelFile, Staging
 
 _NO_X = np.zeros((1, 1), np.float32)
 _NO_Q = np.zeros((1, 1), np.int8)
 _NO_SUMS = np.zeros((1, 1), np.int32)
+
+_Places = tuple[list[tuple[int, int, int, int, int]], list[int]]
+"""Entries of gate, up and down, as `kernels.ffn` names them, and the bytes of their biases, -1: none."""
 
 
 class _Scratch:
@@ -59,7 +62,7 @@ class ExpertWorker:
         self._slots = slots
         self._staging = Staging()
         self._scratch = _Scratch()
-        self._places: dict[tuple[int, int, int], list[tuple[int, int, int, int, int]]] = {}
+        self._places: dict[tuple[int, int, int], _Places] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
@@ -85,9 +88,10 @@ class ExpertWorker:
         x, q, scales, sums = _activations(message, frames[:-1], shape.d_model)
         s = self._scratch
         s.fit(pairs, shape.d_model, shape.d_ff)
+        matrices, biases = self._parts(message, shape)
         expert_batch(
-            self._slots.memory, self._matrices(message, shape), starts, rows, shape.d_model, shape.d_ff,
-            x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.scratch, s.out,
+            self._slots.memory, matrices, biases, starts, rows, shape.d_model, shape.d_ff,
+            int(shape.activation), x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.scratch, s.out,
         )  # fmt: skip
         busy_ns = time.perf_counter_ns() - begin_ns
         return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]
@@ -107,23 +111,27 @@ class ExpertWorker:
             raise InternalError(f"layer {layer} was never configured")
         return self.loader.layers[layer]
 
-    def _matrices(self, message: Compute, shape: ExpertShape) -> npt.NDArray[np.int64]:
-        table = np.empty((len(message.experts), 3, 5), np.int64)
+    def _parts(
+        self, message: Compute, shape: ExpertShape
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        matrices = np.empty((len(message.experts), MATRICES, 5), np.int64)
+        biases = np.empty((len(message.experts), MATRICES), np.int64)
         for i, (expert, slot) in enumerate(zip(message.experts, message.slots, strict=True)):
             in_range = 0 <= slot < self._slots.num_slots
             if not in_range or not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
-            table[i] = self._places_in(message, slot, shape)
-        return table
+            matrices[i], biases[i] = self._places_in(message, slot, shape)
+        return matrices, biases
 
-    def _places_in(
-        self, message: Compute, slot: int, shape: ExpertShape
-    ) -> list[tuple[int, int, int, int, int]]:
-        """Return the entries of gate, up, down in a slot; remembered."""
+    def _places_in(self, message: Compute, slot: int, shape: ExpertShape) -> _Places:
+        """Return where an expert's parts lie in a slot; remembered."""
         key = (message.layer, message.precision, slot)
         if key not in self._places:
-            base, matrices = self._slots.at(slot), shape.precisions[message.precision]
-            self._places[key] = [matrix_entry(matrix, base + at) for matrix, at in matrices]
+            base, parts = self._slots.at(slot), shape.precisions[message.precision]
+            self._places[key] = (
+                [matrix_entry(matrix, base + at) for matrix, at in parts[:MATRICES]],
+                [base + at for _, at in parts[MATRICES:]] or [-1] * MATRICES,
+            )
         return self._places[key]
 
 

@@ -1,183 +1,209 @@
-"""Hyperparameters of the `deepseek2` family from GGUF metadata, checked; no tensors, no numba."""
+"""What a model is: sizes and constants, the same for all families. No tensors, no numba.
+
+Each family's file says how its keys become these; `family` finds the file. What a family has beyond others
+(biases, norms of heads, sinks, scales) is a field here, so that the planner and the decoder know fields and
+no families.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...shm.errors import ModelFileError
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.activation import Activation
 
-ARCHITECTURES = ("deepseek2",)
-SOFTMAX, SIGMOID = 1, 2
+SOFTMAX, SIGMOID, SOFTMAX_SELECTED = 1, 2, 3
+"""Values of `expert_gating_func`; 3: softmax over the logits of the selected experts."""
+
+Rule = tuple[str, object, bool, str]  # key, found, whether it fits, what was expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hyperparameters:
-    """Sizes and constants of one model; all lengths in elements."""
+class Rotation:
+    """Rotary embedding of the first or last `dims` values of a head (RoFormer; scaling as in YaRN).
 
-    architecture: str
-    layers: int
-    d_model: int
-    d_ff_dense: int
+    halves: pairs are (i, i + dims / 2), not neighbours; factor: how much longer than `original_context` the
+    context was made, 1 for none; yarn: scale slow pairs only, between the two betas, whose pairs are rounded
+    to whole ones if `whole`; magnitude: factor of cosine and sine.
+    """
+
+    dims: int
+    base: float
+    halves: bool
+    factor: float = 1.0
+    yarn: bool = False
+    original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    whole: bool = True
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Sizes of latent attention (MLA), computed absorbed: all heads read one latent of `kv_rank`.
+
+    q_rank: 0 without a low-rank query; joined: the file holds k_b and v_b in one `attn_kv_b`, as files
+    written before April 2025 do; scale: factor of the scores.
+    """
+
     heads: int
-    q_rank: int  # 0: no low-rank query (attn_q instead of attn_q_a, attn_q_b)
+    q_rank: int
     kv_rank: int
     nope: int
     rope: int
     v_dim: int
-    eps: float
-    rope_base: float
-    dense_layers: int
-    experts: int
-    experts_used: int
-    shared_experts: int
-    d_ff_expert: int
-    weights_scale: float
-    weights_norm: bool
-    gating: int
-    context_length: int
+    scale: float
+    joined: bool = False
 
     @property
     def cache_width(self) -> int:
         """Values cached per token and layer: latent and rotated key."""
         return self.kv_rank + self.rope
 
+    def rules(self) -> Iterator[Rule]:
+        """Yield what the kernels need of the sizes."""
+        yield "attention.kv_lora_rank", self.kv_rank, _multiple(self.kv_rank, 32), "a positive multiple of 32"
+        yield "attention.q_lora_rank", self.q_rank, self.q_rank % 16 == 0, "a multiple of 16"
+        key = self.nope + self.rope
+        yield "attention.key_length_mla", key, _multiple(self.nope, 16), "rope + a positive multiple of 16"
+        yield (
+            "attention.value_length_mla",
+            self.v_dim,
+            _multiple(self.v_dim, 16),
+            "a positive multiple of 16",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedAttention:
+    """Sizes of grouped-query attention: heads / kv_heads queries share a key and a value of `head` values.
+
+    biased, output_biased: biases of q, k, v and of the output; norm: RMS norm of queries and keys, "head" by
+    head, "row" over all heads, "" none; sinks: one more logit a head in the softmax, without a value;
+    windows: for each layer how many positions a token sees, 0 for all; sub_norm: RMS norm of what the heads
+    give (bitnet).
+    """
+
+    heads: int
+    kv_heads: int
+    head: int
+    scale: float
+    windows: tuple[int, ...]
+    biased: bool = False
+    output_biased: bool = False
+    norm: str = ""
+    sinks: bool = False
+    sub_norm: bool = False
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached per token and layer: keys, then values."""
+        return 2 * self.kv_heads * self.head
+
+    def rules(self) -> Iterator[Rule]:
+        """Yield what the kernels need of the sizes."""
+        fits = 1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0
+        yield "attention.head_count_kv", self.kv_heads, fits, f"a divisor of {self.heads} heads"
+        yield "attention.key_length", self.head, _multiple(self.head, 16), "a positive multiple of 16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """Sizes and constants of one model; all lengths in elements.
+
+    dense_layers: the first layers, without experts, `layers` of a dense model; experts and all about them 0
+    then. d_ff_shared: width of the shared experts together, 0 without; shared_gated: their sum is scaled by
+    the sigmoid of a product of its own; groups, groups_used: experts are chosen from so many of so many
+    groups; expert_biased, router_biased: biases of expert matrices and of the router; ffn_norm: role of the
+    norm in front of the feed-forward; ffn_sub_norm: RMS norm of its middle; the scales are factors of
+    embeddings, of what a layer adds, and of logits.
+    """
+
+    architecture: str
+    layers: int
+    d_model: int
+    eps: float
+    context_length: int
+    attention: LatentAttention | GroupedAttention
+    rotation: Rotation
+    d_ff_dense: int
+    dense_layers: int
+    experts: int = 0
+    experts_used: int = 0
+    d_ff_expert: int = 0
+    d_ff_shared: int = 0
+    shared_gated: bool = False
+    weights_scale: float = 1.0
+    weights_norm: bool = False
+    gating: int = SOFTMAX
+    groups: int = 1
+    groups_used: int = 1
+    expert_biased: bool = False
+    router_biased: bool = False
+    activation: Activation = Activation.SILU
+    ffn_norm: str = "ffn_norm"
+    ffn_sub_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached per token and layer."""
+        return self.attention.cache_width
+
     @property
     def moe_layers(self) -> range:
         """The layers that have experts."""
         return range(self.dense_layers, self.layers)
 
-    @classmethod
-    def from_gguf(cls, file: GgufFile) -> Hyperparameters:
-        """Read and cross-check the keys of spec section 4.2.
-
-        Raises ModelFileError naming file and key for what is missing, misshapen or not supported.
-        """
-        architecture = file.require("general.architecture", str)
-        if architecture not in ARCHITECTURES:
-            raise ModelFileError(
-                f"{file.label}: general.architecture is {architecture!r}; "
-                f"supported: {', '.join(ARCHITECTURES)}"
-            )
-        _refuse_unsupported(file, architecture)
-        read = _Keys(file, architecture)
-        rope = read.int("rope.dimension_count")
-        hyper = cls(
-            architecture=architecture,
-            layers=read.int("block_count") - read.int("nextn_predict_layers", 0),
-            d_model=read.int("embedding_length"),
-            d_ff_dense=read.int("feed_forward_length"),
-            heads=read.int("attention.head_count"),
-            q_rank=read.int("attention.q_lora_rank", 0),
-            kv_rank=read.int("attention.kv_lora_rank"),
-            nope=read.int("attention.key_length_mla") - rope,
-            rope=rope,
-            v_dim=read.int("attention.value_length_mla"),
-            eps=read.float("attention.layer_norm_rms_epsilon"),
-            rope_base=read.float("rope.freq_base"),
-            dense_layers=read.int("leading_dense_block_count", 0),
-            experts=read.int("expert_count"),
-            experts_used=read.int("expert_used_count"),
-            shared_experts=read.int("expert_shared_count", 0),
-            d_ff_expert=read.int("expert_feed_forward_length"),
-            weights_scale=read.float("expert_weights_scale", 1.0),
-            weights_norm=file.get(f"{architecture}.expert_weights_norm", bool, False),
-            gating=_gating(file, read),
-            context_length=read.int("context_length"),
-        )
-        hyper.check(file.label)
-        return hyper
-
     def check(self, source: str) -> None:
         """Raise ModelFileError when sizes contradict each other or the kernels' multiples."""
-        sixteen, thirty_two = "a positive multiple of 16", "a positive multiple of 32"
-        rules = (
-            ("block_count", self.layers, 1 <= self.layers <= 1024, "1..1024"),
-            (
-                "leading_dense_block_count",
-                self.dense_layers,
-                self.dense_layers <= self.layers,
-                "<= block_count",
-            ),
-            ("embedding_length", self.d_model, _multiple(self.d_model, 32), thirty_two),
-            ("feed_forward_length", self.d_ff_dense, _multiple(self.d_ff_dense, 16), sixteen),
-            ("attention.head_count", self.heads, 1 <= self.heads <= 1024, "1..1024"),
-            ("attention.kv_lora_rank", self.kv_rank, _multiple(self.kv_rank, 32), thirty_two),
-            ("attention.q_lora_rank", self.q_rank, self.q_rank % 16 == 0, "a multiple of 16"),
-            ("rope.dimension_count", self.rope, _multiple(self.rope, 16), sixteen),
-            (
-                "attention.key_length_mla",
-                self.nope + self.rope,
-                _multiple(self.nope, 16),
-                f"rope + {sixteen}",
-            ),
-            ("attention.value_length_mla", self.v_dim, _multiple(self.v_dim, 16), sixteen),
-            ("attention.layer_norm_rms_epsilon", self.eps, 0.0 < self.eps < 1.0, "between 0 and 1"),
-            ("rope.freq_base", self.rope_base, 0.0 < self.rope_base < 1e12, "positive"),
-            ("expert_count", self.experts, 1 <= self.experts <= 4096, "1..4096"),
-            (
-                "expert_used_count",
-                self.experts_used,
-                1 <= self.experts_used <= self.experts,
-                "1..expert_count",
-            ),
-            ("expert_shared_count", self.shared_experts, self.shared_experts <= 64, "0..64"),
-            ("expert_feed_forward_length", self.d_ff_expert, _multiple(self.d_ff_expert, 16), sixteen),
-            (
-                "expert_gating_func",
-                self.gating,
-                self.gating in (SOFTMAX, SIGMOID),
-                "1 (softmax) or 2 (sigmoid)",
-            ),
-            ("context_length", self.context_length, self.context_length > 0, "positive"),
-        )
-        for key, found, fits, expected in rules:
+        for key, found, fits, expected in self._rules():
             if not fits:
                 raise ModelFileError(f"{source}: {self.architecture}.{key} is {found}, expected {expected}")
+
+    def _rules(self) -> Iterator[Rule]:
+        yield "block_count", self.layers, 1 <= self.layers <= 1024, "1..1024"
+        fits = 0 <= self.dense_layers <= self.layers
+        yield "leading_dense_block_count", self.dense_layers, fits, "<= block_count"
+        yield "embedding_length", self.d_model, _multiple(self.d_model, 32), "a positive multiple of 32"
+        if self.dense_layers:
+            width = self.d_ff_dense
+            yield "feed_forward_length", width, _multiple(width, 16), "a positive multiple of 16"
+        heads = self.attention.heads
+        yield "attention.head_count", heads, 1 <= heads <= 1024, "1..1024"
+        yield from self._rotation_rules()
+        yield from self.attention.rules()
+        fits = 0.0 < self.eps < 1.0
+        yield "attention.layer_norm_rms_epsilon", self.eps, fits, "between 0 and 1"
+        yield "context_length", self.context_length, self.context_length > 0, "positive"
+        if self.dense_layers < self.layers:
+            yield from self._expert_rules()
+
+    def _rotation_rules(self) -> Iterator[Rule]:
+        r = self.rotation
+        yield "rope.dimension_count", r.dims, _multiple(r.dims, 16), "a positive multiple of 16"
+        yield "rope.freq_base", r.base, 0.0 < r.base < 1e12, "positive"
+        yield "rope.scaling.factor", r.factor, 1.0 <= r.factor <= 1e6, "1 or more"
+
+    def _expert_rules(self) -> Iterator[Rule]:
+        yield "expert_count", self.experts, 1 <= self.experts <= 4096, "1..4096"
+        fits = 1 <= self.experts_used <= self.experts
+        yield "expert_used_count", self.experts_used, fits, "1..expert_count"
+        width = self.d_ff_expert
+        yield "expert_feed_forward_length", width, _multiple(width, 16), "a positive multiple of 16"
+        yield "expert_shared_feed_forward_length", self.d_ff_shared, self.d_ff_shared % 16 == 0, "16 times"
+        kinds = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
+        yield "expert_gating_func", self.gating, self.gating in kinds, "1, 2 or 3"
+        fits = self.groups >= 1 and self.experts % self.groups == 0
+        yield "expert_group_count", self.groups, fits, f"a divisor of {self.experts} experts"
+        enough = 1 <= self.groups_used <= self.groups
+        enough = enough and self.groups_used * (self.experts // self.groups) >= self.experts_used
+        yield "expert_group_used_count", self.groups_used, enough, "groups that hold the experts used"
 
 
 def _multiple(value: int, of: int) -> bool:
     return value > 0 and value % of == 0
-
-
-class _Keys:
-    """Reads `<architecture>.*` keys; an unsigned value that is absent may have a default."""
-
-    def __init__(self, file: GgufFile, prefix: str) -> None:
-        self._file = file
-        self._prefix = prefix
-
-    def int(self, key: str, default: int | None = None) -> int:
-        name = f"{self._prefix}.{key}"
-        return self._file.require(name, int) if default is None else self._file.get(name, int, default)
-
-    def float(self, key: str, default: float | None = None) -> float:
-        name = f"{self._prefix}.{key}"
-        return self._file.require(name, float) if default is None else self._file.get(name, float, default)
-
-
-def _gating(file: GgufFile, read: _Keys) -> int:
-    """Return the gating function; early GLM-4.7-Flash files lack the key (spec section 4.2)."""
-    layers, vocabulary = read.int("block_count"), read.int("vocab_size", 0)
-    glm = layers in (47, 48) and vocabulary == 154880
-    return read.int("expert_gating_func", SIGMOID if glm else SOFTMAX)
-
-
-def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
-    scaling = file.get(f"{architecture}.rope.scaling.type", str, "none")
-    if scaling not in ("none", ""):
-        raise ModelFileError(
-            f"{file.label}: {architecture}.rope.scaling.type is {scaling!r}; "
-            "only unscaled rotation is supported yet"
-        )
-    groups = file.get(f"{architecture}.expert_group_count", int, 1)
-    if groups > 1:
-        raise ModelFileError(
-            f"{file.label}: {architecture}.expert_group_count is {groups}; "
-            "expert groups are not supported yet"
-        )
-    if f"{architecture}.attention.key_length_mla" not in file.metadata:
-        raise ModelFileError(
-            f"{file.label}: {architecture}.attention.key_length_mla is missing: the file keeps attn_kv_b "
-            "in one piece; convert it with a llama.cpp of April 2025 or later"
-        )

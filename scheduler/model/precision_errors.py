@@ -11,7 +11,7 @@ from ...workers.checkpoint import names
 from ...workers.checkpoint.convert import Converter
 from ...workers.checkpoint.gguf import GgufFile
 from ...workers.checkpoint.tiers import conversion
-from .plan import ModelPlan
+from .plan import PROJECTIONS, ModelPlan
 
 SAMPLED_ROWS = 64
 """Rows of each sampled matrix: 64 rows of 2048 weights give the error within about 1 %."""
@@ -28,11 +28,11 @@ def measure(file: GgufFile, plan: ModelPlan, experts: int = 2) -> npt.NDArray[np
     picked = range(0, total, max(1, total // max(1, min(experts, total))))
     found = np.zeros((len(plan.tiers), len(plan.precisions)), np.float64)
     for at, (layer, tiers) in enumerate(plan.tiers.items()):
-        for precision, matrices in enumerate(tiers):
+        for precision in range(len(tiers)):
             errors = [
                 _error(file, plan, converter, layer, expert, precision, i)
                 for expert in picked
-                for i in range(len(matrices))
+                for i in range(len(PROJECTIONS))
             ]
             found[at, precision] = float(np.mean(errors))
     return found

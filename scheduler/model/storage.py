@@ -17,7 +17,7 @@ from ...workers.checkpoint.bitnet_types import TILED, find_tiling
 from ...workers.checkpoint.formats import ROW_SCALED
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.types import dequantize, ternary_matrix
-from .hyper import Hyperparameters
+from .family import read_hyperparameters
 
 F32 = npt.NDArray[np.float32]
 
@@ -49,7 +49,7 @@ def measure_activations(file: GgufFile) -> ActivationError | None:
 
     None when the file has none. Raises ModelFileError for a matrix that cannot be decoded.
     """
-    hyper = Hyperparameters.from_gguf(file)
+    hyper = read_hyperparameters(file)
     chosen = [
         tensor
         for tensor in file.tensors.values()

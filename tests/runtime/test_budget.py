@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sterna.runtime.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
 from sterna.shm.slots import arena_nbytes
 from sterna.workers.checkpoint.gguf import GgufFile
@@ -28,7 +29,7 @@ READ = 2_433_024
 def flash(tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
     path = write_flash(tmp_path_factory.mktemp("m") / "flash.gguf", layers=8)
     with GgufFile.open(path) as file:
-        return ModelPlan.from_file(file)
+        return read_plan(file)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
         other={5: Type.Q4_K, 6: Type.Q4_K, 7: Type.Q4_K},
     )
     with GgufFile.open(path) as file:
-        return ModelPlan.from_file(file)
+        return read_plan(file)
 
 
 def check(plan: ModelPlan, decision: SlotDecision, most: list[tuple[int, int]]) -> None:
@@ -124,7 +125,7 @@ def test_classes_get_slots_in_proportion(mixed: ModelPlan) -> None:
 
 def test_a_number_of_experts_as_set() -> None:
     with GgufFile.open(embedded_model()) as file:
-        plan = ModelPlan.from_file(file)
+        plan = read_plan(file)
     for text, slots in (("50%", 40), ("25%", 20), ("11", 11), ("100%", 80), ("auto", 80)):
         decision = decide(plan, Wants(workers=1, threads=1, max_batch_tokens=64, resident=text), 2**32, READ)
         assert (decision.num_slots, decision.fits_all) == (slots, True)

@@ -18,7 +18,7 @@ import zmq
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.lane_zmq import ZmqLane
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.gguf import GgufFile
@@ -44,7 +44,7 @@ class Stage:
         path = folder / "model.gguf"
         shutil.copyfile(embedded_model(), path)
         self.file = GgufFile.open(path)
-        self.plan = ModelPlan.from_file(self.file)
+        self.plan = read_plan(self.file)
         plan = self.plan
         self.arena = Arena.create("weights", arena_nbytes(plan.all_slots()))
         self.slots = SlotTable(self.arena.bytes, plan.all_slots())

@@ -19,6 +19,7 @@ from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.messages import RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import new_policy
 from sterna.scheduler.routing_log import RoutingLog
@@ -104,10 +105,11 @@ class LocalEngine:
         log: Callable[[ModelPlan], RoutingLog] | None = None,
         precisions: tuple[str, ...] = (FILE_PRECISION,),
         assignment: Sequence[int] = (),
+        value_nbytes: int = 2,
     ) -> None:
         """`resident`: how many experts have a slot, 0 for all; `assignment`: each one's of `precisions`."""
         self.file = GgufFile.open(path or embedded_model())
-        self.plan = plan = ModelPlan.from_file(self.file, storage, precisions).assigned(assignment)
+        self.plan = plan = read_plan(self.file, storage, precisions).assigned(assignment)
         classes = plan.all_slots()
         if resident:
             counts = spread(plan, classes, resident) if assignment else [resident]
@@ -129,7 +131,11 @@ class LocalEngine:
         dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
         fill_dense(plan, self.file, dense, lambda done, total: None)
         shape = StreamShape(
-            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=streams, context=context
+            layers=plan.hyper.layers,
+            width=plan.hyper.cache_width,
+            streams=streams,
+            context=context,
+            value_nbytes=value_nbytes,
         )
         self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
         self.log = None if log is None else log(plan)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf import GGUFValueType as Kind
 
 from sterna.scheduler import state as st
 from sterna.scheduler.messages import Sampling, Submit
@@ -237,7 +238,7 @@ def test_softmax_gating_and_no_shared_expert_run(tmp_path: Path) -> None:
     """Another model than the trained one: it need only differ and stay finite."""
     path = altered.write(
         tmp_path / "m.gguf",
-        keys={"deepseek2.expert_gating_func": None, "deepseek2.expert_shared_count": None},
+        keys={"deepseek2.expert_gating_func": None, "deepseek2.expert_shared_count": (0, Kind.UINT32)},
         change=lambda name, tensor: None if "shexp" in name else tensor,
     )
     found = run_file(path)

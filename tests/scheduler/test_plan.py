@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 
 from sterna.runtime.config import embedded_model
-from sterna.scheduler.model.hyper import SIGMOID, SOFTMAX, Hyperparameters
+from sterna.scheduler.model.family import read_hyperparameters
+from sterna.scheduler.model.hyper import SIGMOID, SOFTMAX, Hyperparameters, LatentAttention
 from sterna.scheduler.model.plan import DENSE_HEADER_NBYTES, ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.formats import ActivationKind, Format
 from sterna.workers.checkpoint.gguf import GgufFile
@@ -30,12 +32,12 @@ def file() -> Iterator[GgufFile]:
 
 @pytest.fixture(scope="module")
 def plan(file: GgufFile) -> ModelPlan:
-    return ModelPlan.from_file(file)
+    return read_plan(file)
 
 
 def plan_of(path: Path) -> ModelPlan:
     with GgufFile.open(path) as opened:
-        return ModelPlan.from_file(opened)
+        return read_plan(opened)
 
 
 def refusal(path: Path) -> str:
@@ -53,14 +55,16 @@ def refusal(path: Path) -> str:
 
 def test_hyperparameters_are_those_of_the_file(plan: ModelPlan) -> None:
     h = plan.hyper
-    assert (h.layers, h.d_model, h.d_ff_dense, h.heads) == (6, 256, 768, 4)
-    assert (h.q_rank, h.kv_rank, h.nope, h.rope, h.v_dim) == (256, 128, 32, 32, 64)
-    assert (h.experts, h.experts_used, h.shared_experts, h.d_ff_expert) == (16, 2, 1, 256)
+    a = h.attention
+    assert isinstance(a, LatentAttention)
+    assert (h.layers, h.d_model, h.d_ff_dense, a.heads) == (6, 256, 768, 4)
+    assert (a.q_rank, a.kv_rank, a.nope, a.rope, a.v_dim) == (256, 128, 32, 32, 64)
+    assert (h.experts, h.experts_used, h.d_ff_shared, h.d_ff_expert) == (16, 2, 256, 256)
     assert (h.dense_layers, list(h.moe_layers)) == (1, [1, 2, 3, 4, 5])
     assert (h.gating, h.weights_norm, h.context_length) == (SIGMOID, True, 512)
     assert h.weights_scale == pytest.approx(1.8)
     assert h.eps == pytest.approx(1e-6)
-    assert h.rope_base == 10_000.0
+    assert h.rotation.base == 10_000.0
     assert h.cache_width == 160
     assert plan.vocab_size == 2048
 
@@ -131,7 +135,7 @@ KEYS = {
     "embedding_length": ((255, Kind.UINT32), "deepseek2.embedding_length is 255"),
     "expert_count": ((17, Kind.UINT32), "blk.1.ffn_gate_inp.weight"),
     "expert_used_count": ((17, Kind.UINT32), "deepseek2.expert_used_count is 17"),
-    "expert_gating_func": ((3, Kind.UINT32), "deepseek2.expert_gating_func is 3"),
+    "expert_gating_func": ((4, Kind.UINT32), "deepseek2.expert_gating_func is 4"),
     "leading_dense_block_count": ((7, Kind.UINT32), "deepseek2.leading_dense_block_count is 7"),
     "block_count": ((7, Kind.UINT32), "blk.6.attn_norm.weight"),
     "expert_feed_forward_length": ((512, Kind.UINT32), "blk.1.ffn_gate_shexp.weight"),
@@ -141,8 +145,8 @@ KEYS = {
     "attention.layer_norm_rms_epsilon": ((0.0, Kind.FLOAT32), "layer_norm_rms_epsilon is 0.0"),
     "rope.freq_base": ((-1.0, Kind.FLOAT32), "rope.freq_base is -1.0"),
     "rope.dimension_count": ((24, Kind.UINT32), "rope.dimension_count is 24"),
-    "rope.scaling.type": (("yarn", Kind.STRING), "deepseek2.rope.scaling.type is 'yarn'"),
-    "expert_group_count": ((8, Kind.UINT32), "deepseek2.expert_group_count is 8"),
+    "rope.scaling.type": (("longrope", Kind.STRING), "deepseek2.rope.scaling.type is 'longrope'"),
+    "expert_group_count": ((8, Kind.UINT32), "deepseek2.expert_group_used_count"),
     "context_length": ((0, Kind.UINT32), "deepseek2.context_length is 0"),
 }
 
@@ -165,7 +169,7 @@ REQUIRED = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
     "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla",
     "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "expert_count",
-    "expert_used_count", "expert_feed_forward_length",
+    "expert_used_count", "expert_feed_forward_length", "expert_shared_count", "attention.q_lora_rank",
 )  # fmt: skip
 
 
@@ -207,7 +211,7 @@ def hyper_of(path: Path, **keys: int | None) -> Hyperparameters:
         f"deepseek2.{key}": None if value is None else (value, Kind.UINT32) for key, value in keys.items()
     }
     with GgufFile.open(altered.write(path, keys=changed)) as opened:
-        return Hyperparameters.from_gguf(opened)
+        return read_hyperparameters(opened)
 
 
 @pytest.mark.parametrize(
@@ -289,10 +293,12 @@ def test_a_type_that_nothing_decodes_is_named(tmp_path: Path) -> None:
     assert "type I8 cannot be computed with or decoded" in text
 
 
-def test_a_legacy_file_with_kv_b_in_one_piece_says_what_to_do(tmp_path: Path) -> None:
-    text = refusal(altered.write(tmp_path / "m.gguf", keys={"deepseek2.attention.key_length_mla": None}))
-    assert "attn_kv_b" in text
-    assert "convert" in text
+def test_a_tensor_that_would_change_the_model_is_refused(tmp_path: Path) -> None:
+    """A bias that was left out would be another model; what is only a table may be there."""
+    bias = (np.ones(256, np.float32), Type.F32)
+    text = refusal(altered.write(tmp_path / "m.gguf", extra={"blk.2.attn_output.bias": bias}))
+    assert "blk.2.attn_output.bias" in text
+    plan_of(altered.write(tmp_path / "n.gguf", extra={"blk.2.attn_rot_embd.weight": bias}))
 
 
 def test_single_and_merged_expert_tensors_are_found(tmp_path: Path) -> None:
@@ -309,7 +315,7 @@ def test_single_and_merged_expert_tensors_are_found(tmp_path: Path) -> None:
         tmp_path / "model.gguf", change=lambda name, tensor: None if name in gone else tensor, extra=extra
     )
     with GgufFile.open(path) as other, GgufFile.open(embedded_model()) as first:
-        plans = (ModelPlan.from_file(other), ModelPlan.from_file(first))
+        plans = (read_plan(other), read_plan(first))
         for layer in (2, 3):
             for expert in (0, 7, 15):
                 pages = (

@@ -13,7 +13,7 @@ from gguf.quants import quantize
 
 from sterna.runtime.config import embedded_model
 from sterna.runtime.tokenizer import Tokenizer
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint.convert import Converter
@@ -151,7 +151,7 @@ def test_ternary_experts_stay_as_they_are(prompt: list[int]) -> None:
 
 def test_assignments_are_checked(path: Path) -> None:
     with GgufFile.open(path) as file:
-        plan = ModelPlan.from_file(file, precisions=PRECISIONS)
+        plan = read_plan(file, precisions=PRECISIONS)
         with pytest.raises(ConfigError, match="precisions of 79 experts for 80"):
             plan.assigned([0] * 79)
         with pytest.raises(ConfigError, match="precisions 0 to 4: there are 4"):

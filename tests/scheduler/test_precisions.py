@@ -12,6 +12,7 @@ from gguf.quants import quantize
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.model.precision_errors import measure
 from sterna.scheduler.residency.precision import PRECISION_PRESETS
 from sterna.scheduler.residency.precision_plan import (
@@ -50,11 +51,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GgufFile]:
 
 @pytest.fixture(scope="module")
 def plan(file: GgufFile) -> ModelPlan:
-    return ModelPlan.from_file(file, precisions=PRECISIONS)
+    return read_plan(file, precisions=PRECISIONS)
 
 
 def test_precision_zero_is_the_plan_of_the_file(file: GgufFile, plan: ModelPlan) -> None:
-    plain = ModelPlan.from_file(file)
+    plain = read_plan(file)
     assert plain.precisions == ("file",)
     assert plan.experts == plain.experts
     assert plan.expert_nbytes == plain.expert_nbytes
@@ -105,11 +106,11 @@ def test_a_worker_knows_the_conversion_from_shape_and_slab(file: GgufFile, plan:
 
 def test_a_ternary_model_stays_as_it_is() -> None:
     with GgufFile.open(embedded_model()) as opened:
-        plan = ModelPlan.from_file(opened, precisions=PRECISIONS)
+        plan = read_plan(opened, precisions=PRECISIONS)
         for layer, matrices in plan.tiers.items():
             assert set(matrices) == {plan.experts[layer]}
             assert set(plan.precision_nbytes[layer]) == {plan.expert_nbytes[layer]}
-        assert plan.slot_sizes() == ModelPlan.from_file(opened).slot_sizes()
+        assert plan.slot_sizes() == read_plan(opened).slot_sizes()
         assert not measure(opened, plan).any()
 
 
@@ -124,7 +125,7 @@ def test_gate_and_up_read_the_same_activations(tmp_path: Path) -> None:
         return tensor
 
     with GgufFile.open(altered.write(tmp_path / "mixed.gguf", change=change)) as opened:
-        plan = ModelPlan.from_file(opened, precisions=("file", "Q4_K", "Q3_K"))
+        plan = read_plan(opened, precisions=("file", "Q4_K", "Q3_K"))
     for own, four, three in plan.tiers.values():
         assert four == own
         assert [m.shape.form for m in three] == [Format.Q3_K, Format.Q3_K, own[2].shape.form]
@@ -136,7 +137,7 @@ def test_gate_and_up_read_the_same_activations(tmp_path: Path) -> None:
 )
 def test_unknown_precisions_are_refused(file: GgufFile, precisions: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="expected file, then any of Q5_K"):
-        ModelPlan.from_file(file, precisions=precisions)
+        read_plan(file, precisions=precisions)
 
 
 # ---- allocation ----
@@ -156,7 +157,7 @@ def test_errors_are_measured_on_the_models_weights(file: GgufFile, plan: ModelPl
 
 @pytest.mark.parametrize("preset", PRECISION_PRESETS)
 def test_a_budget_is_kept_and_used_for_the_experts_in_use(file: GgufFile, preset: str) -> None:
-    plan = ModelPlan.from_file(file, precisions=preset_precisions(preset))
+    plan = read_plan(file, precisions=preset_precisions(preset))
     errors = measure(file, plan)
     counts = np.random.default_rng(4).zipf(1.5, plan.num_experts).astype(np.float64)
     counts[7] = counts.max() * 2
@@ -191,7 +192,7 @@ def test_hot_experts_are_not_held_finer_than_in_the_file(tmp_path: Path) -> None
         return tensor
 
     with GgufFile.open(altered.write(tmp_path / "q3.gguf", change=change)) as opened:
-        plan = ModelPlan.from_file(opened, precisions=preset_precisions("default"))
+        plan = read_plan(opened, precisions=preset_precisions("default"))
     errors = np.tile([0.0, 0.0, 0.0, 0.1], (5, 1))
     assert (precision_plan(plan, np.ones(80), 10**9, "default", errors) == 0).all()
     least = sum(16 * sizes[3] for sizes in plan.precision_nbytes.values())
@@ -199,7 +200,7 @@ def test_hot_experts_are_not_held_finer_than_in_the_file(tmp_path: Path) -> None
 
 
 def test_settled_experts_do_not_take_turns(file: GgufFile) -> None:
-    plan = ModelPlan.from_file(file, precisions=preset_precisions("default"))
+    plan = read_plan(file, precisions=preset_precisions("default"))
     precisions = ExpertPrecisions(plan, "default", measure(file, plan))
     counts = np.full(plan.num_experts, 100.0)
     budget = precisions.allocator.smallest_bytes + 40 * 8192

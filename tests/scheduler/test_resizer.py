@@ -10,7 +10,7 @@ import pytest
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.messages import Resize, Resized
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.resizer import Resizer
 from sterna.shm.arena import Arena
@@ -25,7 +25,7 @@ class Stage:
 
     def __init__(self) -> None:
         with GgufFile.open(embedded_model()) as file:
-            self.plan = ModelPlan.from_file(file)
+            self.plan = read_plan(file)
         self.classes = self.plan.all_slots()
         self.arena = Arena.create("weights", arena_nbytes(self.classes))
         self.slots = SlotTable(self.arena.bytes, self.classes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sterna.workers.kernels as kernels
 from sterna.scheduler import warm
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.workers.checkpoint.gguf import GgufFile
 
 from . import altered_model as altered
@@ -28,7 +28,7 @@ def test_converting_experts_compiles_nothing(tmp_path: Path) -> None:
     path = altered.write(tmp_path / "q8.gguf", change=altered.converted(altered.EXPERTS, altered.exact_q8))
     precisions = ("file", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
     with GgufFile.open(path) as file:
-        kinds = sorted(ModelPlan.from_file(file, precisions=precisions).kinds)
+        kinds = sorted(read_plan(file, precisions=precisions).kinds)
     for _, step in warm.steps(kinds, conversion=True):
         step()
     before = _signatures()

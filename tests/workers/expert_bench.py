@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sterna.scheduler.model.plan import ModelPlan
+from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import Format, MatrixShape
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, path: Path, slots: int | None = None) -> None:
         self.file = GgufFile.open(path)
-        self.plan = ModelPlan.from_file(self.file)
+        self.plan = read_plan(self.file)
         (size,) = self.plan.slot_sizes()
         classes = [(slots or self.plan.num_experts, size)]
         self.arena = Arena.create("weights", arena_nbytes(classes))

@@ -20,6 +20,7 @@ _MODEL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "token_embd": ("token_embd.weight", "model.embed_tokens.weight"),
         "output_norm": ("output_norm.weight", "model.norm.weight"),
         "output": ("output.weight", "lm_head.weight"),
+        "rope_freqs": ("rope_freqs.weight",),
     }
 )
 
@@ -28,7 +29,19 @@ _LAYER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "attn_norm": ("attn_norm.weight", "input_layernorm.weight"),
         "ffn_norm": ("ffn_norm.weight", "post_attention_layernorm.weight"),
+        "post_attention_norm": ("post_attention_norm.weight", "post_attention_layernorm.weight"),
         "attn_q": ("attn_q.weight", "self_attn.q_proj.weight"),
+        "attn_k": ("attn_k.weight", "self_attn.k_proj.weight"),
+        "attn_v": ("attn_v.weight", "self_attn.v_proj.weight"),
+        "attn_q_bias": ("attn_q.bias", "self_attn.q_proj.bias"),
+        "attn_k_bias": ("attn_k.bias", "self_attn.k_proj.bias"),
+        "attn_v_bias": ("attn_v.bias", "self_attn.v_proj.bias"),
+        "attn_output_bias": ("attn_output.bias", "self_attn.o_proj.bias"),
+        "attn_q_norm": ("attn_q_norm.weight", "self_attn.q_norm.weight"),
+        "attn_k_norm": ("attn_k_norm.weight", "self_attn.k_norm.weight"),
+        "attn_sinks": ("attn_sinks.weight", "self_attn.sinks"),
+        "attn_sub_norm": ("attn_sub_norm.weight", "self_attn.attn_sub_norm.weight"),
+        "ffn_sub_norm": ("ffn_sub_norm.weight", "mlp.ffn_sub_norm.weight"),
         "attn_q_a": ("attn_q_a.weight", "self_attn.q_a_proj.weight"),
         "attn_q_a_norm": ("attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"),
         "attn_q_b": ("attn_q_b.weight", "self_attn.q_b_proj.weight"),
@@ -42,6 +55,8 @@ _LAYER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "ffn_up": ("ffn_up.weight", "mlp.up_proj.weight"),
         "ffn_down": ("ffn_down.weight", "mlp.down_proj.weight"),
         "ffn_gate_inp": ("ffn_gate_inp.weight", "mlp.gate.weight"),
+        "ffn_gate_inp_bias": ("ffn_gate_inp.bias", "mlp.router.bias"),
+        "ffn_gate_inp_shexp": ("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"),
         "exp_probs_b": ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
         "ffn_gate_exps": ("ffn_gate_exps.weight", "mlp.experts.gate_proj.weight", "mlp.experts.gate_proj"),
         "ffn_up_exps": ("ffn_up_exps.weight", "mlp.experts.up_proj.weight", "mlp.experts.up_proj"),
@@ -51,6 +66,9 @@ _LAYER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "mlp.experts.gate_up_proj.weight",
             "mlp.experts.gate_up_proj",
         ),
+        "ffn_gate_exps_bias": ("ffn_gate_exps.bias",),
+        "ffn_up_exps_bias": ("ffn_up_exps.bias",),
+        "ffn_down_exps_bias": ("ffn_down_exps.bias",),
         "ffn_gate_shexp": ("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"),
         "ffn_up_shexp": ("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"),
         "ffn_down_shexp": ("ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"),
@@ -151,6 +169,13 @@ def expert_slab(
     _checked(file, info, (outer, height, cols))
     nbytes = info.nbytes // parts
     return Slab(offset=info.offset + part * nbytes, nbytes=nbytes, type=info.type, tensor=info.name)
+
+
+def expert_vector(file: GgufFile, role: str, layer: int, expert: int, num_experts: int, length: int) -> Slab:
+    """Return where one expert's row of a bias (num_experts, length) lies; ModelFileError as `require`."""
+    info = require(file, role, (num_experts, length), layer)
+    nbytes = info.nbytes // num_experts
+    return Slab(offset=info.offset + expert * nbytes, nbytes=nbytes, type=info.type, tensor=info.name)
 
 
 def _missing(file: GgufFile, names: tuple[str, ...]) -> Exception:

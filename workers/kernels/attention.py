@@ -1,11 +1,11 @@
-"""Attention over the latent cache (absorbed MLA): one latent row serves all heads.
+"""Attention over a paged cache: absorbed MLA, where one latent row serves all heads, and grouped queries.
 
-Queries and softmax weights are rounded to float16, the cache's own precision: llama.cpp does so too,
-and near ties between experts then fall the same way.
+Queries and softmax weights are rounded to float16 where the cache is: llama.cpp does so too, and near ties
+between experts then fall the same way. A float32 cache rounds nothing.
 
-Each token reads the positions 0..p of its own stream in order, so that its bits do not depend on
-who else is in the batch, how its prompt was cut into chunks or how many threads there are. Four heads at
-a time share each row that is read.
+Each token reads the positions 0..p of its own stream (or the last of them, in a window) in order, so that
+its bits do not depend on who else is in the batch, how its prompt was cut into chunks or how many threads
+there are. Four heads at a time share each row that is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba import types
 
 from .calls import borrower, lend
 from .crew import ARGUMENTS, run, threads_for
-from .kernel import kernel
+from .kernel import inner, kernel
 from .simd.mathematics import exp_f32
 from .simd.ops import (
     add_f32,
@@ -44,15 +44,22 @@ _scale = borrower(types.float32)
 
 
 @kernel
-def softmax(scores, at, count):
-    """Turn scores[at : at + count] into weights that sum to 1; pads to a multiple of 16 with zeros."""
+def softmax(scores, at, count, sink, size):
+    """Turn scores[at : at + count] into weights; pads to a multiple of 16 with zeros.
+
+    sink: one more score, that takes its share of the sum of 1 and has no value; -inf: none. size: 2 rounds
+    the weights to float16.
+    """
     padded = (count + 15) // 16 * 16
     for i in range(count, padded):
         scores[at + i] = scores[at]
     top = load_f32(scores, 4 * at)
     for i in range(16, padded, 16):
         top = max_f32(load_f32(scores, 4 * (at + i)), top)
-    peak = splat_f32(largest_f32(top))
+    largest = largest_f32(top)
+    if sink > largest:
+        largest = sink
+    peak = splat_f32(largest)
     for i in range(0, padded, 16):
         store_f32(scores, 4 * (at + i), exp_f32(sub_f32(load_f32(scores, 4 * (at + i)), peak)))
     for i in range(count, padded):
@@ -60,70 +67,95 @@ def softmax(scores, at, count):
     total = zero_f32()
     for i in range(0, padded, 16):
         total = add_f32(total, load_f32(scores, 4 * (at + i)))
-    inverse = splat_f32(np.float32(1.0) / sum_f32(total))
+    # Without a sink this adds 1e-38 to a sum of at least 1: nothing.
+    extra = largest_f32(exp_f32(sub_f32(splat_f32(sink), peak)))
+    inverse = splat_f32(np.float32(1.0) / (sum_f32(total) + extra))
     for i in range(0, padded, 16):
-        store_f32(scores, 4 * (at + i), round_f16(mul_f32(load_f32(scores, 4 * (at + i)), inverse)))
+        v = mul_f32(load_f32(scores, 4 * (at + i)), inverse)
+        store_f32(scores, 4 * (at + i), round_f16(v) if size == 2 else v)
 
 
-@kernel
-def _scores(q, width, cache, places, shift, length, scale, scores, step):
-    """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
+def _scores_of(load, nbytes):
+    """Return the kernel that multiplies with keys of `nbytes` bytes a value, read by `load`."""
 
-    q: float32 scratch, four rows of `width` rounded to float16; key p at byte places[p] + shift.
-    """
-    for p in range(length):
+    @inner
+    def scores_of(q, width, cache, places, shift, length, scale, scores, step):
+        """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
+
+        q: float32 scratch, four rows of `width`; key p at byte places[p] + shift.
+        """
+        for p in range(length):
+            a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+            for i in range(0, width, 16):
+                v = load(cache, places[p] + shift + nbytes * i)
+                a = fma_f32(v, load_f32(q, 4 * i), a)
+                b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
+                c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
+                d = fma_f32(v, load_f32(q, 4 * (i + 3 * width)), d)
+            scores[p] = sum_f32(a) * scale
+            scores[step + p] = sum_f32(b) * scale
+            scores[2 * step + p] = sum_f32(c) * scale
+            scores[3 * step + p] = sum_f32(d) * scale
+
+    return scores_of
+
+
+def _weigh_of(load):
+    """Return the kernel that sums values read by `load`."""
+
+    @inner
+    def weigh_of(scores, step, cache, places, shift, length, out, out_at, out_step):
+        """Sum sixteen columns of the values with four heads' weights; head j goes to out_at + j * out_step."""
         a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-        for i in range(0, width, 16):
-            v = load_f16(cache, places[p] + shift + 2 * i)
-            a = fma_f32(v, load_f32(q, 4 * i), a)
-            b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
-            c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
-            d = fma_f32(v, load_f32(q, 4 * (i + 3 * width)), d)
-        scores[p] = sum_f32(a) * scale
-        scores[step + p] = sum_f32(b) * scale
-        scores[2 * step + p] = sum_f32(c) * scale
-        scores[3 * step + p] = sum_f32(d) * scale
+        for p in range(length):
+            v = load(cache, places[p] + shift)
+            a = fma_f32(v, splat_f32(scores[p]), a)
+            b = fma_f32(v, splat_f32(scores[step + p]), b)
+            c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
+            d = fma_f32(v, splat_f32(scores[3 * step + p]), d)
+        store_f32(out, 4 * out_at, a)
+        store_f32(out, 4 * (out_at + out_step), b)
+        store_f32(out, 4 * (out_at + 2 * out_step), c)
+        store_f32(out, 4 * (out_at + 3 * out_step), d)
+
+    return weigh_of
+
+
+_scores_f16, _scores_f32 = _scores_of(load_f16, 2), _scores_of(load_f32, 4)
+_weigh_f16, _weigh_f32 = _weigh_of(load_f16), _weigh_of(load_f32)
 
 
 @kernel
-def _weigh(scores, step, cache, places, shift, length, out, out_at, out_step):
-    """Sum sixteen columns of the values with four heads' weights; head j goes to out_at + j * out_step."""
-    a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-    for p in range(length):
-        v = load_f16(cache, places[p] + shift)
-        a = fma_f32(v, splat_f32(scores[p]), a)
-        b = fma_f32(v, splat_f32(scores[step + p]), b)
-        c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
-        d = fma_f32(v, splat_f32(scores[3 * step + p]), d)
-    store_f32(out, 4 * out_at, a)
-    store_f32(out, 4 * (out_at + out_step), b)
-    store_f32(out, 4 * (out_at + 2 * out_step), c)
-    store_f32(out, 4 * (out_at + 3 * out_step), d)
-
-
-@kernel
-def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, cache, places, keys, values,
-          length, scratch, context, out, t):  # fmt: skip
+def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, sinks, cache, size, places,
+          keys, values, length, scratch, context, out, t):  # fmt: skip
     """Compute four heads of token t from `first` on; beyond `last` they repeat it.
 
     A query is `rank` elements of q and `width` - `rank` of q_more, head h at more_at + h * more_step; a key
-    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values.
+    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values, of `size` bytes each.
+    sinks: empty, or one for each head.
     """
     for j in range(_HEADS):
         h = min(first + j, last)
         for i in range(0, rank, 16):
-            v = round_f16(load_f32(q, 4 * ((t * heads + h) * rank + i)))
-            store_f32(scratch, 4 * (j * width + i), v)
+            v = load_f32(q, 4 * ((t * heads + h) * rank + i))
+            store_f32(scratch, 4 * (j * width + i), round_f16(v) if size == 2 else v)
         for i in range(0, width - rank, 16):
-            v = round_f16(load_f32(q_more, 4 * (more_at + h * more_step + i)))
-            store_f32(scratch, 4 * (j * width + rank + i), v)
+            v = load_f32(q_more, 4 * (more_at + h * more_step + i))
+            store_f32(scratch, 4 * (j * width + rank + i), round_f16(v) if size == 2 else v)
     scores = scratch[_HEADS * width :]
-    _scores(scratch, width, cache, places, keys, length, scale, scores, context)
+    if size == 2:
+        _scores_f16(scratch, width, cache, places, keys, length, scale, scores, context)
+    else:
+        _scores_f32(scratch, width, cache, places, keys, length, scale, scores, context)
     for j in range(_HEADS):
-        softmax(scores, j * context, length)
+        h = min(first + j, last)
+        softmax(scores, j * context, length, sinks[h] if len(sinks) else np.float32(-np.inf), size)
     sums = scores[_HEADS * context :]
     for i in range(0, rank, 16):
-        _weigh(scores, context, cache, places, values + 2 * i, length, sums, i, rank)
+        if size == 2:
+            _weigh_f16(scores, context, cache, places, values + 2 * i, length, sums, i, rank)
+        else:
+            _weigh_f32(scores, context, cache, places, values + 4 * i, length, sums, i, rank)
     for j in range(_HEADS):
         h = min(first + j, last)
         for i in range(0, rank, 16):
@@ -131,10 +163,11 @@ def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale,
 
 
 @kernel
-def _find_rows(tables, slot, block, length, cache_at, row_nbytes, places):
-    """Write where the rows of positions 0..length - 1 lie in the cache."""
+def _find_rows(tables, slot, block, first, length, cache_at, row_nbytes, places):
+    """Write where the rows of `length` positions from `first` on lie in the cache."""
     for p in range(length):
-        place = np.int64(tables[slot, p // block]) * block + p % block
+        position = first + p
+        place = np.int64(tables[slot, position // block]) * block + position % block
         places[p] = cache_at + place * row_nbytes
 
 
@@ -148,7 +181,7 @@ def latent_chunk(board, chunk, thread):
     scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
     n = board[ARGUMENTS + 10 :]
     rope_at, rope_step, rope_head_step, heads, rank, width = n[0], n[1], n[2], n[3], n[4], n[5]
-    cache_at, block, count, chunks, context = n[6], n[7], n[8], n[9], n[10]
+    cache_at, block, count, chunks, context, size = n[6], n[7], n[8], n[9], n[10], n[11]
     tiles = (heads + _HEADS - 1) // _HEADS
     known = -1
     length = 0
@@ -157,10 +190,10 @@ def latent_chunk(board, chunk, thread):
         if t != known:
             known = t
             length = positions[t] + 1
-            _find_rows(tables, slots[t], block, length, cache_at, width * 2, places)
+            _find_rows(tables, slots[t], block, 0, length, cache_at, width * size, places)
         _tile(
             q_latent, q_rope, rope_at + t * rope_step, rope_head_step, heads, first, heads - 1, rank, width,
-            scale, cache, places, 0, 0, length, scratch, context, out, t,
+            scale, scratch[:0], cache, size, places, 0, 0, length, scratch, context, out, t,
         )  # fmt: skip
 
 
@@ -177,14 +210,14 @@ def scratch_shapes(
 @kernel
 def latent_attention(
     board, job, q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
-    cache, cache_at, tables, slots, positions, block, count, scratch, places, out,
+    cache, cache_at, size, tables, slots, positions, block, count, scratch, places, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * (q_latent[t, h] . c + q_rope[t, h] . k)) @ c over positions 0..p.
 
     board, job: as dense.multiply_heads, the job being latent_chunk; q_latent, out: float32, head h of
     token t at element (t * heads + h) * rank; q_rope: float32 flat, head h of row t at rope_at +
-    t * rope_step + h * rope_head_step; cache: uint8 holding float16 rows of `width` = rank + rope, this
-    layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
+    t * rope_step + h * rope_head_step; cache: uint8 holding rows of `width` = rank + rope, float16 if
+    size is 2 and float32 if it is 4, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
     (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
     """
     total = 0
@@ -206,8 +239,14 @@ def latent_attention(
     n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5] = rope_at, rope_step, rope_head_step, heads, rank, width
     n[6], n[7], n[8], n[9] = cache_at, block, count, chunks
-    n[10] = places.shape[1]
+    n[10], n[11] = places.shape[1], size
     run(board, job, chunks, threads)
+
+
+@kernel
+def _seen(position, window):
+    """Return how many positions up to `position` are looked at; window 0: all."""
+    return min(position + 1, window) if window else position + 1
 
 
 @kernel
@@ -216,49 +255,47 @@ def grouped_chunk(board, chunk, thread):
     q, cache = _rows(board, ARGUMENTS), _bytes(board, ARGUMENTS + 1)
     tables, slots = _tables(board, ARGUMENTS + 2), _numbers(board, ARGUMENTS + 3)
     positions, out = _numbers(board, ARGUMENTS + 4), _rows(board, ARGUMENTS + 5)
-    scale = _scale(board, ARGUMENTS + 6)
-    scratch, places = _rows(board, ARGUMENTS + 7)[thread], _places(board, ARGUMENTS + 8)[thread]
-    n = board[ARGUMENTS + 9 :]
-    heads, shared, width, cache_at, block, count, chunks, context = (
-        n[0],
-        n[1],
-        n[2],
-        n[3],
-        n[4],
-        n[5],
-        n[6],
-        n[7],
-    )
+    scale, sinks = _scale(board, ARGUMENTS + 6), _floats(board, ARGUMENTS + 7)
+    scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
+    n = board[ARGUMENTS + 10 :]
+    heads, shared, width, cache_at, block = n[0], n[1], n[2], n[3], n[4]
+    count, chunks, context, window, size = n[5], n[6], n[7], n[8], n[9]
     group = heads // shared
     tiles = (group + _HEADS - 1) // _HEADS
     items = count * shared * tiles
     flat = q.reshape(q.size)
+    known = -1
+    length = 0
     for item in range(items * chunk // chunks, items * (chunk + 1) // chunks):
         t, head, tile = item // (shared * tiles), item // tiles % shared, item % tiles
-        length = positions[t] + 1
-        _find_rows(tables, slots[t], block, length, cache_at, 4 * shared * width, places)
+        if t != known:
+            known = t
+            length = _seen(positions[t], window)
+            start = positions[t] + 1 - length
+            _find_rows(tables, slots[t], block, start, length, cache_at, 2 * size * shared * width, places)
         first = head * group + tile * _HEADS
         _tile(
-            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, cache, places,
-            2 * head * width, 2 * (shared + head) * width, length, scratch, context, out, t,
+            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, size,
+            places, size * head * width, size * (shared + head) * width, length, scratch, context, out, t,
         )  # fmt: skip
 
 
 @kernel
 def grouped_attention(
-    board, job, q, heads, shared, width, scale, cache, cache_at, tables, slots, positions, block, count,
-    scratch, places, out,
+    board, job, q, heads, shared, width, scale, window, sinks, cache, cache_at, size, tables, slots,
+    positions, block, count, scratch, places, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * q[t, h] . k) @ v over positions 0..p: `heads` queries, `shared` keys.
 
     Grouped-query attention: heads / shared queries read the same key and value. board, job: as
-    dense.multiply_heads, the job being grouped_chunk; q, out: float32 (count, heads * width); cache:
-    uint8 holding float16 rows of all keys, then all values of a position, 2 * shared * width elements,
-    this layer from byte cache_at; the rest as latent_attention. width % 16 == 0, heads % shared == 0.
+    dense.multiply_heads, the job being grouped_chunk; q, out: float32 (count, heads * width); window: 0, or
+    how many positions a token sees, its own the last: max(0, p - window + 1)..p; sinks: float32 (heads,), one
+    more score of each head that takes part in the softmax and has no value (gpt-oss; not scaled), or (0,);
+    cache: uint8 holding rows of all keys, then all values of a position, 2 * shared * width elements; the rest as latent_attention. width % 16 == 0, heads % shared == 0.
     """
     total = 0
     for t in range(count):
-        total += positions[t] + 1
+        total += _seen(positions[t], window)
     tiles = (heads // shared + _HEADS - 1) // _HEADS
     threads = threads_for(board, total * heads * width * 8, 2)
     chunks = min(threads * 4, count * shared * tiles) if threads > 1 else 1
@@ -269,9 +306,10 @@ def grouped_attention(
     lend(board, ARGUMENTS + 4, positions)
     lend(board, ARGUMENTS + 5, out)
     lend(board, ARGUMENTS + 6, scale)
-    lend(board, ARGUMENTS + 7, scratch)
-    lend(board, ARGUMENTS + 8, places)
-    n = board[ARGUMENTS + 9 :]
+    lend(board, ARGUMENTS + 7, sinks)
+    lend(board, ARGUMENTS + 8, scratch)
+    lend(board, ARGUMENTS + 9, places)
+    n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5], n[6] = heads, shared, width, cache_at, block, count, chunks
-    n[7] = places.shape[1]
+    n[7], n[8], n[9] = places.shape[1], window, size
     run(board, job, chunks, threads)

@@ -13,10 +13,13 @@ from .calls import borrower, lend
 from .crew import ARGUMENTS, THREADS, run, threads_for
 from .ffn import gated
 from .kernel import kernel
+from .norms import rms_row
 from .products import multiply
 
 _bytes = borrower(types.Array(types.uint8, 1, "C"))
 _floats = borrower(types.Array(types.float32, 2, "C"))
+_vector = borrower(types.Array(types.float32, 1, "C"))
+_float = borrower(types.float32)
 _codes = borrower(types.Array(types.int8, 2, "C"))
 _indices = borrower(types.Array(types.int32, 2, "C"))
 
@@ -80,20 +83,24 @@ def multiply_heads(
 
 @kernel
 def middle_chunk(board, chunk, thread):
-    """Compute silu(gate) * up for one chunk of rows, and quantise them."""
+    """Compute the middle for one chunk of rows: activation, norm, quantised."""
     gate, up, q = _floats(board, ARGUMENTS), _floats(board, ARGUMENTS + 1), _codes(board, ARGUMENTS + 2)
     scales, sums = _floats(board, ARGUMENTS + 3), _indices(board, ARGUMENTS + 4)
+    norm, eps = _vector(board, ARGUMENTS + 5), _float(board, ARGUMENTS + 6)
     n = board[_NUMBERS:]
-    count, width, block, chunks = n[0], n[1], n[2], n[3]
+    count, width, block, chunks, activation = n[0], n[1], n[2], n[3], n[4]
     first, last = count * chunk // chunks, count * (chunk + 1) // chunks
-    gated(gate, up, first, last, width)
+    gated(gate, up, first, last, width, activation)
+    if len(norm):
+        for row in range(first, last):
+            rms_row(gate, row * width, norm, eps, width, gate, row * width)
     if block:
         quantize_rows(gate, first, last, width, block, q, scales, sums)
 
 
 @kernel
-def _middle(board, job, gate, up, count, width, block, q, scales, sums):
-    """gate = silu(gate) * up for `count` rows, quantised to (q, scales, sums) unless block is 0."""
+def _middle(board, job, gate, up, count, width, activation, norm, eps, block, q, scales, sums):
+    """gate = the middle of `count` rows, normed, and quantised to (q, scales, sums) unless block is 0."""
     # An element costs about as much as a hundred multiply-adds of a product.
     threads = threads_for(board, 100 * count * width, count) if count > 1 else 1
     chunks = min(threads * _CHUNKS_PER_THREAD, count) if threads > 1 else 1
@@ -102,20 +109,23 @@ def _middle(board, job, gate, up, count, width, block, q, scales, sums):
     lend(board, ARGUMENTS + 2, q)
     lend(board, ARGUMENTS + 3, scales)
     lend(board, ARGUMENTS + 4, sums)
+    lend(board, ARGUMENTS + 5, norm)
+    lend(board, ARGUMENTS + 6, eps)
     n = board[_NUMBERS:]
-    n[0], n[1], n[2], n[3] = count, width, block, chunks
+    n[0], n[1], n[2], n[3], n[4] = count, width, block, chunks, activation
     run(board, job, chunks, threads)
 
 
 @kernel
 def shared_feed_forward(
-    board, heads_job, middle_job, w, matrices, sizes, d_model, d_ff, x, q, scales, sums, index, count,
-    gate, up, hq, h_scales, h_sums, scratch, out,
+    board, heads_job, middle_job, w, matrices, sizes, d_model, d_ff, activation, norm, eps,
+    x, q, scales, sums, index, count, gate, up, hq, h_scales, h_sums, scratch, out,
 ):  # fmt: skip
-    """out[t] = down(silu(gate x[t]) * up x[t]), every step shared among the threads of `board`.
+    """out[t] = down(norm(activation(gate x[t], up x[t]))), each step shared among the threads of `board`.
 
     matrices: int64 (3, 5): gate, up, down as `ffn` names them; sizes: int64 (3, 2): bytes of their codes
-    and scales; gate, up: float32 (capacity, d_ff); hq, h_scales, h_sums: the middle quantised as down
+    and scales; activation: an int, see `workers.activation`; norm: float32 (d_ff,), the weights of an RMS
+    norm of the middle, or (0,): none; eps: its float32; gate, up: float32 (capacity, d_ff); hq, h_scales, h_sums: the middle quantised as down
     reads it, (capacity, d_ff) and (capacity, d_ff / block); index: int32 (1, capacity): 0, 1, 2, ...;
     the jobs: addresses of heads_chunk and middle_chunk; the rest as multiply_heads.
     """
@@ -127,7 +137,7 @@ def shared_feed_forward(
             x, q, scales, sums, index, count, scratch, gate if i == 0 else up,
         )  # fmt: skip
     m = matrices[2]
-    _middle(board, middle_job, gate, up, count, d_ff, m[4], hq, h_scales, h_sums)
+    _middle(board, middle_job, gate, up, count, d_ff, activation, norm, eps, m[4], hq, h_scales, h_sums)
     multiply_heads(
         board, heads_job, m[0], m[1], w, m[2], m[3], sizes[2, 0], sizes[2, 1], 1, d_model // 16, d_ff,
         gate, hq, h_scales, h_sums, index, count, scratch, out,

@@ -1,11 +1,28 @@
-"""RMS norm, rotary embedding, and the small row operations around them."""
+"""RMS norm, rotary embedding, and the small row operations around them.
+
+Each element is rounded as written (a product, then a sum), in vectors or one by one alike.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel
-from .simd.ops import load_f32, mul_f32, splat_f32, store_f16, store_f32
+from .kernel import kernel, merged
+from .simd.ops import add_f32, load_f32, mul_f32, splat_f32, store_f16, store_f32, sub_f32
+
+
+@merged
+def rms_row(x, at, weight, eps, width, out, out_at):
+    """One row of `rms_rows`, from element `at` of x to element `out_at` of out."""
+    flat = x.ravel()
+    squares = np.float64(0.0)
+    for i in range(at, at + width):
+        squares += np.float64(flat[i] * flat[i])
+    mean = np.float32(squares / width)
+    factor = splat_f32(np.float32(1.0) / np.sqrt(mean + eps))
+    for i in range(0, width, 16):
+        v = mul_f32(load_f32(x, 4 * (at + i)), factor)
+        store_f32(out, 4 * (out_at + i), mul_f32(v, load_f32(weight, 4 * i)))
 
 
 @kernel
@@ -13,18 +30,11 @@ def rms_rows(x, x_step, weight, eps, count, width, out):
     """out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight for `count` rows, `width % 16 == 0`.
 
     x: float32, row t starts at element t * x_step; out: float32 (count, width), contiguous. The
-    squares are summed in float64, as llama.cpp does: their order then does not show.
+    squares are summed in float64, as llama.cpp does: their order then does not show. Where x_step is
+    `width` out may be x; the heads of (tokens, heads * width) are count = tokens * heads such rows.
     """
-    flat = x.ravel()
     for t in range(count):
-        squares = np.float64(0.0)
-        for i in range(t * x_step, t * x_step + width):
-            squares += np.float64(flat[i] * flat[i])
-        mean = np.float32(squares / width)
-        factor = splat_f32(np.float32(1.0) / np.sqrt(mean + eps))
-        for i in range(0, width, 16):
-            v = mul_f32(load_f32(x, 4 * (t * x_step + i)), factor)
-            store_f32(out, 4 * (t * width + i), mul_f32(v, load_f32(weight, 4 * i)))
+        rms_row(x, t * x_step, weight, eps, width, out, t * width)
 
 
 @kernel
@@ -46,18 +56,51 @@ def rope_pairs(x, start, step, heads, head_step, half, positions, cosine, sine, 
 
 
 @kernel
-def store_latent(latent, rope, rope_at, rope_step, rank, width, places, count, cache, cache_at):
-    """Append each token's normalised latent and rotated key to the cache as float16.
+def rope_halves(x, start, step, heads, head_step, half, positions, cosine, sine, count):
+    """Rotate the pairs (i, i + half) of each head of each row in place; arguments as rope_pairs.
+
+    cosine, sine: rows are contiguous.
+    """
+    whole = half // 16 * 16
+    for t in range(count):
+        p = positions[t]
+        row = p * cosine.shape[1]
+        for h in range(heads):
+            at = start + t * step + h * head_step
+            for i in range(0, whole, 16):
+                c, s = load_f32(cosine, 4 * (row + i)), load_f32(sine, 4 * (row + i))
+                a, b = load_f32(x, 4 * (at + i)), load_f32(x, 4 * (at + half + i))
+                store_f32(x, 4 * (at + i), sub_f32(mul_f32(a, c), mul_f32(b, s)))
+                store_f32(x, 4 * (at + half + i), add_f32(mul_f32(a, s), mul_f32(b, c)))
+            for i in range(whole, half):
+                cs, sn = cosine[p, i], sine[p, i]
+                first, second = x[at + i], x[at + half + i]
+                x[at + i] = first * cs - second * sn
+                x[at + half + i] = first * sn + second * cs
+
+
+@merged
+def _store(cache, at, v, size):
+    if size == 2:
+        store_f16(cache, at, v)
+    else:
+        store_f32(cache, at, v)
+
+
+@kernel
+def store_latent(latent, rope, rope_at, rope_step, rank, width, places, count, cache, cache_at, size):
+    """Append each token's normalised latent and rotated key to the cache, `size` bytes a value.
 
     latent: float32 (count, rank); rope: float32 flat, row t at rope_at + t * rope_step; places: the
     token's row in this layer's cache; cache: uint8, this layer at byte cache_at, rows of `width`.
     """
     for t in range(count):
-        at = cache_at + places[t] * width * 2
+        at = cache_at + places[t] * width * size
         for i in range(0, rank, 16):
-            store_f16(cache, at + 2 * i, load_f32(latent, 4 * (t * rank + i)))
+            _store(cache, at + size * i, load_f32(latent, 4 * (t * rank + i)), size)
         for i in range(0, width - rank, 16):
-            store_f16(cache, at + 2 * (rank + i), load_f32(rope, 4 * (rope_at + t * rope_step + i)))
+            v = load_f32(rope, 4 * (rope_at + t * rope_step + i))
+            _store(cache, at + size * (rank + i), v, size)
 
 
 @kernel
@@ -67,6 +110,43 @@ def add_rows(x, y, count, width):
     fy = y.ravel()
     for i in range(count * width):
         fx[i] += fy[i]
+
+
+@kernel
+def add_vector(x, vector, count, width):
+    """x[t] += vector for `count` contiguous rows of `width` float32; vector: float32 (width,)."""
+    flat = x.ravel()
+    whole = width // 16 * 16
+    for t in range(count):
+        at = t * width
+        for i in range(0, whole, 16):
+            store_f32(x, 4 * (at + i), add_f32(load_f32(x, 4 * (at + i)), load_f32(vector, 4 * i)))
+        for i in range(whole, width):
+            flat[at + i] += vector[i]
+
+
+@kernel
+def add_scaled_rows(x, y, factor, count, width):
+    """x += factor * y for `count` rows of `width` float32, both contiguous; factor: float32."""
+    fx, fy = x.ravel(), y.ravel()
+    whole = count * width // 16 * 16
+    factors = splat_f32(factor)
+    for i in range(0, whole, 16):
+        store_f32(x, 4 * i, add_f32(load_f32(x, 4 * i), mul_f32(factors, load_f32(y, 4 * i))))
+    for i in range(whole, count * width):
+        fx[i] += factor * fy[i]
+
+
+@kernel
+def scale_rows(x, factor, count, width):
+    """x *= factor for `count` contiguous rows of `width` float32; factor: float32."""
+    flat = x.ravel()
+    whole = count * width // 16 * 16
+    factors = splat_f32(factor)
+    for i in range(0, whole, 16):
+        store_f32(x, 4 * i, mul_f32(load_f32(x, 4 * i), factors))
+    for i in range(whole, count * width):
+        flat[i] *= factor
 
 
 @kernel
@@ -80,3 +160,12 @@ def first_bad_row(x, count, width):
         if poison != poison:
             return t
     return -1
+
+
+@kernel
+def gate_rows(x, logits, step, count, width):
+    fx, fl = x.ravel(), logits.ravel()
+    for t in range(count):
+        f = np.float32(1.0 / (1.0 + np.exp(-fl[t * step])))
+        for i in range(width):
+            fx[t * width + i] *= f

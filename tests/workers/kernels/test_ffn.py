@@ -60,6 +60,7 @@ class Experts:
     arena: U8
     table: oracles.I64
     values: list[tuple[F32, F32, F32]]
+    biases: oracles.I64 | None = None
 
     @classmethod
     def make(cls, wide: int, down: int, number: int) -> Experts:
@@ -81,16 +82,30 @@ class Experts:
             values.append(tuple(value for _, value in parts))
         return cls(np.concatenate(arenas), table, values)
 
-    def run(self, x: F32, starts: list[int], rows: list[int]) -> F32:
+    def with_biases(self, seed: int) -> tuple[Experts, list[F32]]:
+        """Return the same experts with biases behind them, and these as (gate, up, down) of each."""
+        rng = np.random.default_rng(seed)
+        vectors = [
+            rng.standard_normal(width).astype(np.float32)
+            for _ in self.values
+            for width in (D_FF, D_FF, D_MODEL)
+        ]
+        ends = len(self.arena) + np.cumsum([vector.nbytes for vector in vectors])
+        starts = np.array([len(self.arena), *ends[:-1]], np.int64).reshape(-1, 3)
+        arena = np.concatenate([self.arena, *(vector.view(np.uint8) for vector in vectors)])
+        return Experts(arena, self.table, self.values, starts), vectors
+
+    def run(self, x: F32, starts: list[int], rows: list[int], activation: int = 0) -> F32:
         """Return expert_batch's output (pairs, D_MODEL); arrays are frames' as in a worker."""
         tokens = activations(x, int(self.table[0, 0, 1]))
         pairs = max(1, starts[-1])
         out = np.full((pairs + 1, D_MODEL), np.float32(7.0))
         middle = np.zeros((2, pairs, D_FF), np.float32)
         scratch = Scratch(max(D_MODEL, D_FF), pairs)
+        biases = np.full((len(self.table), 3), -1, np.int64) if self.biases is None else self.biases
         ffn.expert_batch(
-            self.arena, self.table, np.array(starts, np.int64), framed(np.array(rows, np.int32)), D_MODEL,
-            D_FF, framed(tokens.x), framed(tokens.q), framed(tokens.scales), framed(tokens.sums), middle[0],
+            self.arena, self.table, biases, np.array(starts, np.int64), framed(np.array(rows, np.int32)),
+            D_MODEL, D_FF, activation, framed(tokens.x), framed(tokens.q), framed(tokens.scales), framed(tokens.sums), middle[0],
             middle[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
             np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32),
             scratch.array, out,

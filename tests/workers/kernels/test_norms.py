@@ -74,7 +74,7 @@ def test_latents_are_stored_as_float16_in_their_places() -> None:
     latent = rng.standard_normal((count, rank)).astype(np.float32)
     rope = rng.standard_normal(5 + count * step).astype(np.float32)
     cache = np.zeros(at + 10 * width * 2, np.uint8)
-    store_latent(latent, rope, 5, step, rank, width, np.array([7, 0, 4]), count, cache, at)
+    store_latent(latent, rope, 5, step, rank, width, np.array([7, 0, 4]), count, cache, at, 2)
     rows = cache[at:].view(np.float16).reshape(10, width)
     for t, place in enumerate((7, 0, 4)):
         assert (rows[place, :rank] == latent[t].astype(np.float16)).all()

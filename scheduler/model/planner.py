@@ -1,0 +1,283 @@
+"""Finding all tensors of a model in its file, checking and placing them: a file becomes a `ModelPlan`.
+
+What a model needs is read off its hyperparameters; no family is known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from ...shm.errors import ConfigError, ModelFileError
+from ...shm.layout import align
+from ...workers.checkpoint import names
+from ...workers.checkpoint.formats import (
+    DEFAULT_STORAGE,
+    Format,
+    MatrixShape,
+    Storage,
+    activation_kind,
+    format_of,
+    kernel_type,
+)
+from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
+from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
+from .family import read_hyperparameters
+from .hyper import GroupedAttention, LatentAttention
+from .plan import BIASES, PROJECTIONS, DenseTensor, ExpertMatrix, ModelPlan
+
+HARMLESS: Final = ("rope_freqs", "attn_rot_embd", "rope_factors_", "attn_kv_b", "nextn.")
+"""Parts of names of tensors that may lie in a layer unused: tables that are computed here, other forms."""
+
+
+def read_plan(
+    file: GgufFile,
+    storage: Storage = DEFAULT_STORAGE,
+    precisions: tuple[str, ...] = (FILE_PRECISION,),
+) -> ModelPlan:
+    """Check that `file` holds every tensor of its architecture, in the right shape, and nothing unknown.
+
+    precisions: see `ModelPlan`. Raises ModelFileError naming the tensor and what was expected,
+    ConfigError for precisions that are unknown, named twice, or do not begin with "file".
+    """
+    unknown = set(precisions[1:]) - set(TARGETS)
+    if precisions[:1] != (FILE_PRECISION,) or unknown or len(set(precisions)) < len(precisions):
+        raise ConfigError(
+            f"precisions {', '.join(precisions)}: expected {FILE_PRECISION}, then any of {', '.join(TARGETS)}"
+        )
+    hyper = read_hyperparameters(file)
+    embedding = names.find(file, "token_embd")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelFileError(f"{file.label}: token_embd.weight is missing or not a matrix")
+    plan = ModelPlan(hyper=hyper, vocab_size=embedding.shape[0], storage=storage, precisions=precisions)
+    _Planner(file, plan).model()
+    return plan
+
+
+class _Planner:
+    """Adds tensor after tensor to a plan."""
+
+    def __init__(self, file: GgufFile, plan: ModelPlan) -> None:
+        self._file = file
+        self._plan = plan
+        self._used: set[str] = set()
+
+    def model(self) -> None:
+        h = self._plan.hyper
+        self._raw("token_embd", (self._plan.vocab_size, h.d_model))
+        self._vector("output_norm", h.d_model)
+        head = "output" if names.find(self._file, "output") else "token_embd"
+        self._matrix("output", (self._plan.vocab_size, h.d_model), role=head)
+        if names.find(self._file, "rope_freqs") is not None:
+            self._vector("rope_freqs", h.rotation.dims // 2)
+        for layer in range(h.layers):
+            self._vector("attn_norm", h.d_model, layer)
+            if isinstance(h.attention, LatentAttention):
+                self._latent(h.attention, layer)
+            else:
+                self._grouped(h.attention, layer)
+            self._vector("ffn_norm", h.d_model, layer, role=h.ffn_norm)
+            if layer < h.dense_layers:
+                self._feed_forward("ffn_{}", h.d_ff_dense, layer)
+                if h.ffn_sub_norm:
+                    self._vector("ffn_sub_norm", h.d_ff_dense, layer)
+            else:
+                self._mixture(layer)
+        self._refuse_unknown()
+
+    def _refuse_unknown(self) -> None:
+        """Refuse tensors that the model would have to use: a bias left out is another model."""
+        layers = [f"blk.{layer}." for layer in range(self._plan.hyper.layers)]
+        for name in self._file.tensors:
+            of_model = name.startswith(tuple(layers)) or name in ("output.bias", "cls.weight")
+            if of_model and name not in self._used and not any(part in name for part in HARMLESS):
+                raise ModelFileError(
+                    f"{self._file.label}: tensor {name!r} has no place in architecture"
+                    f" {self._plan.hyper.architecture!r} as Sterna computes it"
+                )
+
+    def _latent(self, a: LatentAttention, layer: int) -> None:
+        d_model = self._plan.hyper.d_model
+        query = a.heads * (a.nope + a.rope)
+        if a.q_rank:
+            self._matrix("attn_q_a", (a.q_rank, d_model), layer)
+            self._vector("attn_q_a_norm", a.q_rank, layer)
+            self._matrix("attn_q_b", (query, a.q_rank), layer)
+        else:
+            self._matrix("attn_q", (query, d_model), layer)
+        self._matrix("attn_kv_a_mqa", (a.cache_width, d_model), layer)
+        self._vector("attn_kv_a_norm", a.kv_rank, layer)
+        if a.joined:
+            self._parted(a, layer)
+        else:
+            self._matrix("attn_k_b", (a.heads, a.kv_rank, a.nope), layer)
+            self._matrix("attn_v_b", (a.heads, a.v_dim, a.kv_rank), layer)
+        self._matrix("attn_output", (d_model, a.heads * a.v_dim), layer)
+
+    def _parted(self, a: LatentAttention, layer: int) -> None:
+        """Place the two matrices of `attn_kv_b`; that of the keys is decoded, because it is transposed."""
+        tensor = self._found("attn_kv_b", (a.heads * (a.nope + a.v_dim), a.kv_rank), layer)
+        decoded = TYPES_BY_NAME["F32" if tensor.type.name == "F32" else "F16"]
+        shape = MatrixShape(
+            form=self._format(decoded, a.nope, tensor.name), rows=a.heads * a.kv_rank, columns=a.nope
+        )
+        self._place(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape)
+        form = self._format(tensor.type, a.kv_rank, tensor.name)
+        shape = MatrixShape(form=form, rows=a.heads * a.v_dim, columns=a.kv_rank)
+        self._place(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape)
+
+    def _grouped(self, a: GroupedAttention, layer: int) -> None:
+        d_model = self._plan.hyper.d_model
+        widths = {"q": a.heads * a.head, "k": a.kv_heads * a.head, "v": a.kv_heads * a.head}
+        for name, width in widths.items():
+            self._matrix(f"attn_{name}", (width, d_model), layer)
+            if a.biased:
+                self._vector(f"attn_{name}_bias", width, layer)
+            if a.norm and name != "v":
+                self._vector(f"attn_{name}_norm", a.head if a.norm == "head" else width, layer)
+        if a.sinks:
+            self._vector("attn_sinks", a.heads, layer)
+        if a.sub_norm:
+            self._vector("attn_sub_norm", widths["q"], layer)
+        self._matrix("attn_output", (d_model, widths["q"]), layer)
+        if a.output_biased:
+            self._vector("attn_output_bias", d_model, layer)
+
+    def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
+        d_model = self._plan.hyper.d_model
+        kinds = []
+        for name in PROJECTIONS:
+            shape = (d_model, width) if name == "down" else (width, d_model)
+            kinds.append(self._matrix(pattern.format(name), shape, layer).form)
+        self._same_activation(
+            kinds[0], kinds[1], f"{pattern.format('gate')} and {pattern.format('up')}", layer
+        )
+
+    def _mixture(self, layer: int) -> None:
+        h = self._plan.hyper
+        self._matrix("ffn_gate_inp", (h.experts, h.d_model), layer)
+        if h.router_biased:
+            self._vector("ffn_gate_inp_bias", h.experts, layer)
+        if names.find(self._file, "exp_probs_b", layer) is not None:
+            self._vector("exp_probs_b", h.experts, layer)
+        if h.d_ff_shared:
+            self._feed_forward("ffn_{}_shexp", h.d_ff_shared, layer)
+        if h.shared_gated:
+            self._matrix("ffn_gate_inp_shexp", (1, h.d_model), layer)
+        self._experts(layer)
+
+    def _experts(self, layer: int) -> None:
+        h = self._plan.hyper
+        shapes: list[MatrixShape] = []
+        types: list[TensorType | None] = []
+        for name in PROJECTIONS:
+            role = f"ffn_{name}_exps"
+            rows, columns = (h.d_model, h.d_ff_expert) if name == "down" else (h.d_ff_expert, h.d_model)
+            slabs = [
+                names.expert_slab(self._file, role, layer, expert, h.experts, rows, columns)
+                for expert in range(h.experts)
+            ]
+            self._used.update(slab.tensor for slab in slabs)
+            forms = {self._format(slab.type, columns, slab.tensor) for slab in slabs}
+            if len(forms) != 1:
+                raise ModelFileError(f"{self._file.label}: layer {layer}: experts differ in type for {role}")
+            shapes.append(MatrixShape(form=forms.pop(), rows=rows, columns=columns))
+            found = {slab.type.name: slab.type for slab in slabs}
+            types.append(slabs[0].type if len(found) == 1 else None)
+        self._same_activation(shapes[0].form, shapes[1].form, "expert gate and up", layer)
+        biases = self._expert_biases(layer) if h.expert_biased else []
+        tiers = [_placed(self._held(shapes, types, precision), biases) for precision in self._plan.precisions]
+        self._plan.tiers[layer] = tuple(matrices for matrices, _ in tiers)
+        self._plan.precision_nbytes[layer] = tuple(nbytes for _, nbytes in tiers)
+        self._plan.experts[layer] = self._plan.tiers[layer][0]
+        self._plan.expert_nbytes[layer] = self._plan.precision_nbytes[layer][0]
+
+    def _expert_biases(self, layer: int) -> list[MatrixShape]:
+        """Check the biases of gate, up and down, and return how they lie in a slot."""
+        h = self._plan.hyper
+        lengths = (h.d_ff_expert, h.d_ff_expert, h.d_model)
+        for role, length in zip(BIASES, lengths, strict=True):
+            slab = names.expert_vector(self._file, role, layer, 0, h.experts, length)
+            if slab.type.name != "F32":
+                raise ModelFileError(
+                    f"{self._file.label}: tensor {slab.tensor!r} is {slab.type.name}, expected F32"
+                )
+            self._used.add(slab.tensor)
+        return [MatrixShape(form=Format.F32, rows=length, columns=1) for length in lengths]
+
+    def _held(
+        self, own: list[MatrixShape], types: list[TensorType | None], precision: str
+    ) -> list[MatrixShape]:
+        """Return what gate, up and down become in a precision: each smaller, or as the file has it.
+
+        types: of the file, None where experts differ (they share a format, but are not converted).
+        """
+        held, kinds = list(own), {}
+        for i, (shape, file_type) in enumerate(zip(own, types, strict=True)):
+            kind = file_type and held_type(file_type, precision, shape.rows, shape.columns)
+            if kind is not None and kind is not file_type:
+                form = format_of(kind, shape.columns, self._file.label, self._plan.storage)
+                held[i], kinds[i] = replace(shape, form=form), (kernel_type(kind), form)
+        if activation_kind(held[0].form) is not activation_kind(held[1].form):
+            held[:2] = own[:2]  # they are multiplied with the same activations
+            kinds = {i: kind for i, kind in kinds.items() if i == 2}
+        self._plan.kinds.update(kinds.values())
+        return held
+
+    def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
+        if activation_kind(gate) is not activation_kind(up):
+            raise ModelFileError(
+                f"{self._file.label}: layer {layer}: {what} are {gate.name} and {up.name}; "
+                "both must read the same kind of activations"
+            )
+
+    def _matrix(
+        self, key: str, shape: tuple[int, ...], layer: int | None = None, role: str | None = None
+    ) -> MatrixShape:
+        """Place a matrix; heads of a 3-D tensor lie under each other as rows."""
+        tensor = self._found(role or key, shape, layer)
+        rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+        form = self._format(tensor.type, shape[-1], tensor.name)
+        packed = MatrixShape(form=form, rows=rows, columns=shape[-1])
+        self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
+        return packed
+
+    def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
+        form = format_of(file_type, columns, f"{self._file.label}: {tensor}", self._plan.storage)
+        self._plan.kinds.add((kernel_type(file_type), form))
+        return form
+
+    def _vector(self, key: str, length: int, layer: int | None = None, role: str | None = None) -> None:
+        tensor = self._found(role or key, (length,), layer)
+        self._place(_key(key, layer), tensor, "vector", 4 * length, None)
+
+    def _raw(self, key: str, shape: tuple[int, ...]) -> None:
+        tensor = self._found(key, shape)
+        format_of(tensor.type, shape[-1], f"{self._file.label}: {tensor.name}")
+        self._place(key, tensor, "raw", tensor.nbytes, None)
+
+    def _found(self, role: str, shape: tuple[int, ...], layer: int | None = None) -> TensorInfo:
+        tensor = names.require(self._file, role, shape, layer)
+        self._used.add(tensor.name)
+        return tensor
+
+    def _place(self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None) -> None:
+        at = self._plan.dense_nbytes
+        self._plan.dense[key] = DenseTensor(tensor=tensor, kind=kind, at=at, nbytes=nbytes, shape=shape)
+        self._plan.dense_nbytes = at + align(nbytes)
+
+
+def _placed(shapes: list[MatrixShape], biases: list[MatrixShape]) -> tuple[tuple[ExpertMatrix, ...], int]:
+    """Return gate, up and down one after the other in a slot, then biases, and the bytes of the slot."""
+    at = 0
+    matrices = []
+    roles = [*(f"ffn_{name}_exps" for name in PROJECTIONS), *BIASES]
+    for role, shape in zip(roles, [*shapes, *biases], strict=False):
+        matrices.append(ExpertMatrix(role=role, shape=shape, at=at))
+        at += shape.nbytes
+    return tuple(matrices), align(at, 4096)
+
+
+def _key(role: str, layer: int | None) -> str:
+    return role if layer is None else f"{layer}.{role}"
