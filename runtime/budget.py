@@ -112,7 +112,11 @@ class SlotDecision:
         """Return `wants` with what was chosen: a later decision must not choose again."""
         shape = self.streams
         return replace(
-            wants, streams=shape.streams, context=shape.context, max_batch_tokens=self.max_batch_tokens
+            wants,
+            workers=wants.workers if self.num_experts else 0,
+            streams=shape.streams,
+            context=shape.context,
+            max_batch_tokens=self.max_batch_tokens,
         )
 
 
@@ -151,7 +155,7 @@ def worker_nbytes(plan: ModelPlan, tokens: int, workers: int) -> int:
     Measured with 512 tokens and two workers: 55 MiB each where this says 63.
     """
     h = plan.hyper
-    pairs = tokens * h.experts_used * min(1.0, 1.5 / workers)
+    pairs = tokens * h.experts_used * min(1.0, 1.5 / max(1, workers))
     return int(pairs * (10.7 * h.d_ff_expert + 1.4 * max(h.d_ff_expert, h.d_model) + 12 * h.d_model))
 
 
@@ -212,6 +216,8 @@ def decide(
     smallest budget that works, when fewer slots are left than one token's way through all layers needs:
     below that, with the least recently used giving way, every expert would be gone when it is needed again.
     """
+    if not plan.num_experts:  # a dense model has no use for workers
+        wants = replace(wants, workers=0)
     most = plan.all_slots() if at_most is None else list(at_most)
     least = least_slots(plan, most)
     needed = sum(count * nbytes for count, (_, nbytes) in zip(least, most, strict=True))
@@ -229,7 +235,9 @@ def decide(
     counts = _distribute(most, least, room[shape])
     fits_all = counts == [count for count, _ in most]
     everything = sum(counts) == plan.num_experts
-    why = "all experts fit" if everything else f"{sum(counts)} of {plan.num_experts} experts fit"
+    why = "all experts fit" if plan.num_experts else "a dense model"
+    if not everything:
+        why = f"{sum(counts)} of {plan.num_experts} experts fit"
     wanted = resident_count(wants.resident, plan.num_experts)
     if wanted is not None and wanted < sum(counts):
         counts = _of_number(plan, most, least, wanted)
