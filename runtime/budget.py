@@ -216,8 +216,7 @@ def decide(
     smallest budget that works, when fewer slots are left than one token's way through all layers needs:
     below that, with the least recently used giving way, every expert would be gone when it is needed again.
     """
-    if not plan.num_experts:  # a dense model has no use for workers
-        wants = replace(wants, workers=0)
+    wants = wants if plan.num_experts else replace(wants, workers=0)
     most = plan.all_slots() if at_most is None else list(at_most)
     least = least_slots(plan, most)
     needed = sum(count * nbytes for count, (_, nbytes) in zip(least, most, strict=True))
@@ -286,12 +285,9 @@ def _shapes(plan: ModelPlan, wants: Wants) -> Iterator[StreamShape]:
     context = wants.context or min(MAX_DEFAULT_CONTEXT, plan.hyper.context_length)
     streams = wants.streams or DEFAULT_STREAMS
     while True:
+        h, nbytes = plan.hyper, wants.value_nbytes
         yield StreamShape(
-            layers=plan.hyper.layers,
-            width=plan.hyper.cache_width,
-            streams=streams,
-            context=context,
-            value_nbytes=wants.value_nbytes,
+            layers=h.layers, width=h.cache_width, streams=streams, context=context, value_nbytes=nbytes
         )
         if not wants.streams and streams > 1:
             streams //= 2

@@ -1,6 +1,7 @@
 """Stream memory: the KV cache in blocks, each stream's block table, tokens and committed length.
 
-    kv       uint8, per layer [blocks][block_size][width] float16 or float32: latent and key, or keys and values
+    kv       uint8, per layer [blocks][block_size][width], float16 or float32: latent and rotated key, or
+             keys and values of all heads
     tables   int32 (streams, blocks per stream): which blocks hold positions 0, 1, 2, ...
     tokens   int32 (streams, context): prompt, then answer
     records  one per stream: request key, committed length, prompt length, generation

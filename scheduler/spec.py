@@ -13,7 +13,8 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What the scheduler is told when it is forked; `model_id` is (device, inode, bytes, mtime ns).
 
     limits: how many slots of each class to use; trace: a file to record routing in, "" for none.
-    value_nbytes: of a value in the cache; precisions, assignment: as of `ModelPlan`, so that a successor finds the experts as it would hold them.
+    value_nbytes: of a value in the cache; precisions, assignment: as of `ModelPlan`: a successor finds
+    the experts as it would hold them.
     """
 
     generation: int

@@ -106,8 +106,8 @@ class LatentBlock:
         latent_attention(
             self._crew.board, self._job, self._q_latent, self._q.reshape(-1), a.nope, a.heads * head, head,
             a.heads, a.kv_rank, a.cache_width, np.float32(a.scale), self._streams.kv, layer_at,
-            self._streams.shape.value_nbytes, self._streams.tables, batch.streams, batch.positions, self._streams.shape.block_size, count,
-            self._scratch, self._places, self._context.x,
+            self._streams.shape.value_nbytes, self._streams.tables, batch.streams, batch.positions,
+            self._streams.shape.block_size, count, self._scratch, self._places, self._context.x,
         )  # fmt: skip
         self._context.changed()
         w.v_b.apply(self._context, self._head_index, count, self._values.x)

@@ -105,7 +105,7 @@ def _weigh_of(load):
 
     @inner
     def weigh_of(scores, step, cache, places, shift, length, out, out_at, out_step):
-        """Sum sixteen columns of the values with four heads' weights; head j goes to out_at + j * out_step."""
+        """Sum sixteen columns of values with four heads' weights; head j goes to out_at + j * out_step."""
         a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
         for p in range(length):
             v = load(cache, places[p] + shift)
@@ -216,9 +216,9 @@ def latent_attention(
 
     board, job: as dense.multiply_heads, the job being latent_chunk; q_latent, out: float32, head h of
     token t at element (t * heads + h) * rank; q_rope: float32 flat, head h of row t at rope_at +
-    t * rope_step + h * rope_head_step; cache: uint8 holding rows of `width` = rank + rope, float16 if
-    size is 2 and float32 if it is 4, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
-    (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
+    t * rope_step + h * rope_head_step; cache: uint8 holding rows of `width` = rank + rope, float16 if size
+    is 2 and float32 if it is 4, this layer from byte cache_at; tables: int32 (slots, blocks) block tables;
+    slots, positions: int32 (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
     """
     total = 0
     for t in range(count):
@@ -291,7 +291,8 @@ def grouped_attention(
     dense.multiply_heads, the job being grouped_chunk; q, out: float32 (count, heads * width); window: 0, or
     how many positions a token sees, its own the last: max(0, p - window + 1)..p; sinks: float32 (heads,), one
     more score of each head that takes part in the softmax and has no value (gpt-oss; not scaled), or (0,);
-    cache: uint8 holding rows of all keys, then all values of a position, 2 * shared * width elements; the rest as latent_attention. width % 16 == 0, heads % shared == 0.
+    cache: uint8 holding rows of all keys, then all values of a position, 2 * shared * width elements; the
+    rest as latent_attention. width % 16 == 0, heads % shared == 0.
     """
     total = 0
     for t in range(count):
