@@ -115,7 +115,8 @@ class _Experts:
         scratch = np.zeros(scratch_nbytes(max(d_model, d_ff), 1), np.uint8)
         self.compute = partial(
             ffn.expert_batch, arena, np.array(matrices, np.int64), np.full((count, 3), -1, np.int64),
-            np.arange(count + 1, dtype=np.int64), np.zeros(count, np.int32), d_model, d_ff, 0, x, q.q, q.scales, q.sums,
-            np.zeros((1, d_ff), np.float32), np.zeros((1, d_ff), np.float32), middle.q, middle.scales,
-            middle.sums, np.zeros(1, np.int32), scratch, np.zeros((count, d_model), np.float32),
+            np.arange(count + 1, dtype=np.int64), np.zeros(count, np.int32), d_model, d_ff, 0, x,
+            q.q, q.scales, q.sums, np.zeros((1, d_ff), np.float32), np.zeros((1, d_ff), np.float32),
+            middle.q, middle.scales, middle.sums, np.zeros(1, np.int32), scratch,
+            np.zeros((count, d_model), np.float32),
         )  # fmt: skip

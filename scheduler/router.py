@@ -8,17 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError
-from ..workers.kernels.routing import SIGMOID, route_resident, route_top_k
+from ..workers.gating import SIGMOID
+from ..workers.kernels.routing import route_resident, route_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """How scores become experts and weights (spec section 4.1, F2 and F3), and what a budget may trade.
 
-    window: how many experts are ranked where it matters, at least top_k: those that may be traded for;
-    keep: ranks that are never traded; bonus: what a trade may cost at most, as a share of the spread of the
-    token's scores; share: what the lost mass times the expert's weight may be of the credit; limit: credit
-    saved up at most, in tokens' shares.
+    gating: see `workers.gating`; groups, groups_used: experts come in groups of one size, of which only the
+    best count (DeepSeek-V2 and -V3; 1 and 1: none); window: how many experts are ranked where it matters, at
+    least top_k: those that may be traded for; keep: ranks that are never traded; bonus: what a trade may cost
+    at most, as a share of the spread of the token's scores; share: what the lost mass times the expert's
+    weight may be of the credit; limit: credit saved up at most, in tokens' shares.
     """
 
     num_experts: int
@@ -34,9 +36,23 @@ class RouterConfig:
     share: float = 1 / 32
     limit: float = 256.0
 
+    def __post_init__(self) -> None:
+        """Raises InternalError for groups that the kernels cannot take, or with too few experts."""
+        divided = self.groups > 0 and self.num_experts % self.groups == 0
+        if not (divided and self.top_k <= self.num_experts // self.groups * self.groups_used):
+            raise InternalError(
+                f"{self.num_experts} experts in {self.groups} groups, {self.groups_used} of them used, cannot"
+                f" give {self.top_k}"
+            )
+        if not 0 < self.groups_used <= self.groups:
+            raise InternalError(f"{self.groups_used} of {self.groups} groups of experts cannot be used")
+
 
 def probabilities(logits: npt.NDArray[np.float32], gating: int) -> npt.NDArray[np.float64]:
-    """Return the gate's probabilities of rows of logits (tokens, experts)."""
+    """Return the gate's probabilities of rows of logits (tokens, experts).
+
+    SOFTMAX_SELECTED: over all experts, as trades are counted; the same shares among those selected.
+    """
     values = logits.astype(np.float64)
     p: npt.NDArray[np.float64]
     if gating == SIGMOID:
@@ -56,7 +72,7 @@ class Router:
 
     def __init__(self, config: RouterConfig, max_tokens: int) -> None:
         self._config = config
-        self._p = np.zeros(config.num_experts, np.float32)
+        self._work = np.zeros((3, config.num_experts), np.float32)
         self._present = np.zeros(config.num_experts, np.uint8)
         self.selected = np.zeros((max_tokens, config.top_k), np.int32)
         self.weights = np.zeros((max_tokens, config.top_k), np.float32)
@@ -82,8 +98,9 @@ class Router:
         """
         c = self._config
         bad = route_top_k(
-            logits, bias, count, c.num_experts, c.gating, c.normalise, np.float32(c.scale), self._p,
-            self.ranked if runner_ups else self._best, self.selected, self.weights,
+            logits, bias, count, c.num_experts, c.gating, c.groups, c.groups_used, c.normalise,
+            np.float32(c.scale), self._work, self.ranked if runner_ups else self._best,
+            self.selected, self.weights,
         )  # fmt: skip
         if bad >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")
@@ -102,9 +119,9 @@ class Router:
         """As `route`, trading experts for resident ones; see `kernels.routing.route_resident`."""
         c = self._config
         bad = route_resident(
-            logits, bias, count, c.num_experts, c.gating, c.normalise, np.float32(c.scale), self._p,
-            self.ranked, self.selected, self.weights, streams, epsilon, c.limit, c.keep, c.bonus, c.share,
-            resident, self._present, accounts,
+            logits, bias, count, c.num_experts, c.gating, c.groups, c.groups_used, c.normalise,
+            np.float32(c.scale), self._work, self.ranked, self.selected, self.weights, streams, epsilon,
+            c.limit, c.keep, c.bonus, c.share, resident, self._present, accounts,
         )  # fmt: skip
         if bad >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")

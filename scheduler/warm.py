@@ -99,7 +99,8 @@ def _experts() -> None:
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     ffn.expert_batch(
         _ARENA, np.array([[_matrix(256)] * 3], np.int64), np.full((1, 3), -1, np.int64),
-        np.array([0, 1], np.int64), _INDEX, 256, 256, int(Activation.SILU), _ROWS, q.q, q.scales, q.sums, gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
+        np.array([0, 1], np.int64), _INDEX, 256, 256, int(Activation.SILU), _ROWS, q.q,
+        q.scales, q.sums, gate, up, m.q, m.scales, m.sums, _INDEX, _SCRATCH, out,
     )  # fmt: skip
 
 
@@ -117,8 +118,9 @@ def _norms() -> None:
     norms.add_vector(out, one, 1, 256)
     norms.add_scaled_rows(out, out, np.float32(1.0), 1, 256)
     norms.scale_rows(out, np.float32(1.0), 1, 256)
-    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, _ARENA, 0, 2)
+    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, _ARENA, 0)
     norms.add_rows(out, out, 1, 256)
+    norms.gate_rows(out, out, 16, 1, 256)
     norms.first_bad_row(out, 1, 256)
 
 
@@ -127,13 +129,13 @@ def _attention() -> None:
     scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 48))
     attention.latent_attention(
         Crew(1).board, job_address(attention.latent_chunk), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
-        _ARENA, 0, 2, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
     scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 32))
     attention.grouped_attention(
         Crew(1).board, job_address(attention.grouped_chunk), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
-        _ARENA, 0, 2, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 
@@ -146,16 +148,16 @@ def _residency() -> None:
 
 
 def _routing() -> None:
-    logits, bias, p = np.zeros((1, 16), np.float32), np.zeros(2, np.float32), np.zeros(2, np.float32)
+    logits, bias, work = (np.zeros(shape, np.float32) for shape in ((1, 16), 2, (3, 2)))
     selected, weights = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
     ends, pairs = np.zeros(3, np.int32), np.zeros(1, np.int32)
     y = np.zeros((1, 1, 256), np.float32)
     one = np.float32(1.0)
-    routing.route_top_k(logits, bias, 1, 2, 2, True, one, p, selected.copy(), selected, weights)
+    routing.route_top_k(logits, bias, 1, 2, 2, 1, 1, True, one, work, selected.copy(), selected, weights)
     present, accounts = np.zeros(2, np.uint8), np.zeros((1, 5), np.float64)
     routing.route_resident(
-        logits, bias, 1, 2, 2, True, one, p, selected.copy(), selected, weights, _INDEX, accounts[0], 1.0, 1,
-        1.0, 0.5, present, present.copy(), accounts,
+        logits, bias, 1, 2, 2, 1, 1, True, one, work, selected.copy(), selected, weights, _INDEX, accounts[0],
+        1.0, 1, 1.0, 0.5, present, present.copy(), accounts,
     )  # fmt: skip
     routing.group_by_expert(selected, 1, ends, pairs, pairs.copy())
     rows = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)

@@ -23,7 +23,7 @@ U8 = npt.NDArray[np.uint8]
 TERNARY_BLOCK = 256
 Q8_BLOCK = 32
 SMALLEST_SUM = 6.103515625e-5
-SOFTMAX, SIGMOID = 1, 2
+SOFTMAX, SIGMOID, SOFTMAX_SELECTED = 1, 2, 3
 
 
 def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> F32:
@@ -102,6 +102,14 @@ def rope_pairs(x: F64, positions: I32, base: float) -> F64:
     return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
 
 
+def rope_halves(x: F64, positions: I32, base: float) -> F64:
+    """Rotate the pairs (i, i + width / 2) of `x` (tokens, heads, width) by p * base^(-2i/width)."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None, None] * base ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate((turned.real, turned.imag), axis=-1)
+
+
 def softmax(scores: F64) -> F64:
     """Return exp(scores) / sum, over the last axis."""
     e = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -121,21 +129,60 @@ def latent_attention(q_latent: F32, q_rope: F32, rows: npt.NDArray[np.float16], 
     return np.asarray(weights @ cache[:, :rank])
 
 
+def grouped_attention(
+    q: F32, keys: npt.NDArray[np.float16], values: npt.NDArray[np.float16], scale: float, sinks: F32
+) -> F64:
+    """Return one token's heads (heads, width): keys, values (positions, shared, width).
+
+    sinks: empty or (heads,). As transformers' eager attention of gpt_oss: a head's sink is one more score,
+    whose weight is dropped.
+    Queries and weights are rounded to float16 as the kernel documents; the rest is float64.
+    """
+    out = np.zeros(q.shape)
+    group = len(q) // keys.shape[1]
+    for h, query in enumerate(q.astype(np.float16).astype(np.float64)):
+        scores = keys[:, h // group].astype(np.float64) @ query * scale
+        both = np.append(scores, sinks[h]) if len(sinks) else scores
+        weights = softmax(both)[: len(scores)].astype(np.float16).astype(np.float64)
+        out[h] = weights @ values[:, h // group].astype(np.float64)
+    return out
+
+
 def silu(x: npt.ArrayLike) -> F64:
     """Return x / (1 + exp(-x)) in float64."""
     wide = np.asarray(x, np.float64)
     return np.asarray(wide / (1.0 + np.exp(-wide)))
 
 
+def activated(gate: npt.ArrayLike, up: npt.ArrayLike, activation: int) -> F64:
+    """Return the middle of a feed-forward network in float64: SILU 0, RELU2 1, CLAMPED 2."""
+    g, u = np.asarray(gate, np.float64), np.asarray(up, np.float64)
+    if activation == 0:
+        return silu(g) * u
+    if activation == 1:
+        return np.asarray(np.maximum(g, 0.0) ** 2 * u)
+    g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
+    return np.asarray(g / (1.0 + np.exp(-1.702 * g)) * (u + 1.0))
+
+
 def route_top_k(
     logits: npt.NDArray[np.floating], bias: npt.NDArray[np.floating], k: int, gating: int, normalise: bool,
-    scale: float,
+    scale: float, groups: int = 1, groups_used: int = 1,
 ) -> tuple[list[int], F64]:  # fmt: skip
     """Return one token's experts, best first, and weights; fewer than `k` when too few are finite."""
     wide = logits.astype(np.float64)
     p = 1.0 / (1.0 + np.exp(-wide)) if gating == SIGMOID else softmax(wide)
-    usable = [e for e in range(len(wide)) if math.isfinite(wide[e]) and math.isfinite(bias[e])]
-    chosen = sorted(usable, key=lambda e: (-np.float32(np.float32(p[e]) + np.float32(bias[e])), e))[:k]
+    scores = (wide if gating == SOFTMAX_SELECTED else p).astype(np.float32) + bias.astype(np.float32)
+    members = np.arange(len(wide)).reshape(groups, -1)
+    # DeepSeek-V3: the sum of the two best biased scores; V2: the maximum (spec 4.4).
+    counted = 2 if gating == SIGMOID else 1
+    merit = [float(np.sort(scores[group])[-counted:].sum(dtype=np.float32)) for group in members]
+    best = sorted(range(groups), key=lambda g: (-merit[g], g))[:groups_used]
+    allowed = {int(e) for g in best for e in members[g]}
+    usable = [e for e in sorted(allowed) if math.isfinite(wide[e]) and math.isfinite(bias[e])]
+    chosen = sorted(usable, key=lambda e: (-scores[e], e))[:k]
+    if gating == SOFTMAX_SELECTED:
+        return chosen, softmax(wide[chosen]) * scale
     weights = p[chosen]
     if normalise:
         weights = weights / max(float(weights.sum()), SMALLEST_SUM)

@@ -24,7 +24,6 @@ from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging
 
-
 MATRICES = 3
 """Gate, up and down, the first parts of an expert."""
 
@@ -68,7 +67,7 @@ def shapes_of(message: Configure) -> dict[int, ExpertShape]:
             )
             for matrices in shape.precisions
         )
-        if shape.activation not in iter(Activation):
+        if shape.activation not in tuple(map(int, Activation)):
             raise InternalError(f"layer {layer}: there is no activation {shape.activation}")
         activation = Activation(shape.activation)
         shapes[layer] = ExpertShape(shape.d_model, shape.d_ff, precisions, activation)

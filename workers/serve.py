@@ -91,7 +91,8 @@ class ExpertWorker:
         matrices, biases = self._parts(message, shape)
         expert_batch(
             self._slots.memory, matrices, biases, starts, rows, shape.d_model, shape.d_ff,
-            int(shape.activation), x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums, s.identity, s.scratch, s.out,
+            int(shape.activation), x, q, scales, sums, s.gate, s.up, s.q, s.scales, s.sums,
+            s.identity, s.scratch, s.out,
         )  # fmt: skip
         busy_ns = time.perf_counter_ns() - begin_ns
         return Outputs(seq=message.seq, busy_ns=busy_ns), s.out[:pairs]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ...workers.gating import SIGMOID, SOFTMAX
 from .blocks import dense, rotation, with_experts, with_groups, yarn_magnitude
-from .hyper import SIGMOID, SOFTMAX, Hyperparameters, LatentAttention, Rotation
+from .hyper import Hyperparameters, LatentAttention, Rotation
 from .keys import Keys
 
 

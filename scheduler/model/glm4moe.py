@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...workers.gating import SIGMOID
 from .blocks import dense, grouped, rotation, with_experts, with_groups
-from .hyper import SIGMOID, Hyperparameters
+from .hyper import Hyperparameters
 from .keys import Keys
 
 
@@ -16,7 +17,7 @@ def read(keys: Keys) -> Hyperparameters:
     model = with_experts(
         keys,
         dense(keys, attention, rotated, leading=keys.integer("leading_dense_block_count")),
-        normalise=keys.flag("expert_weights_norm", False),
+        normalise=keys.flag("expert_weights_norm"),
         gating=keys.integer("expert_gating_func", SIGMOID),
     )
     return replace(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...workers.activation import Activation
+from ...workers.gating import SOFTMAX_SELECTED
 from .blocks import dense, grouped, head_size, rotation, with_experts
-from .hyper import SOFTMAX_SELECTED, Hyperparameters
+from .hyper import Hyperparameters
 from .keys import Keys
 
 

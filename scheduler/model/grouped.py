@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.attention import grouped_attention, grouped_chunk, scratch_shapes
+from ...workers.kernels.attention import grouped_attention, grouped_chunk, grouped_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
 from ...workers.kernels.norms import add_vector, rms_rows, rope_halves, rope_pairs, store_latent
 from ..dense import DenseWeights, Linear, Rows
@@ -90,7 +90,7 @@ class GroupedBlock:
         scratch, places = scratch_shapes(threads, self._streams.shape.context, a.head, a.head)
         self._scratch = np.zeros(scratch, np.float32)
         self._places = np.zeros(places, np.int64)
-        self._job = job_address(grouped_chunk)
+        self._job = job_address(grouped_chunk if self._streams.shape.value_nbytes == 2 else grouped_chunk_f32)
 
     def attend(
         self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32
@@ -105,14 +105,12 @@ class GroupedBlock:
         self._project(w.v, rows, a.kv_heads, count, self._v)
         self._rotate(self._q, a.heads, batch.positions)
         self._rotate(self._k, a.kv_heads, batch.positions)
-        cache, width = self._streams.kv, a.kv_heads * a.head
-        layer_at, size = layer * self._streams.shape.layer_nbytes, self._streams.shape.value_nbytes
-        store_latent(
-            self._k, self._v.reshape(-1), 0, width, width, 2 * width, places, count, cache, layer_at, size
-        )
+        cache, width = self._streams.cache, a.kv_heads * a.head
+        layer_at = layer * self._streams.shape.layer_nbytes
+        store_latent(self._k, self._v.reshape(-1), 0, width, width, 2 * width, places, count, cache, layer_at)
         grouped_attention(
             self._crew.board, self._job, self._q, a.heads, a.kv_heads, a.head, np.float32(a.scale),
-            a.windows[layer], w.sinks, cache, layer_at, size, self._streams.tables, batch.streams,
+            a.windows[layer], w.sinks, cache, layer_at, self._streams.tables, batch.streams,
             batch.positions, self._streams.shape.block_size, count, self._scratch, self._places,
             self._context.x,
         )  # fmt: skip

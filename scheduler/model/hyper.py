@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from ...shm.errors import ModelFileError
 from ...workers.activation import Activation
-
-SOFTMAX, SIGMOID, SOFTMAX_SELECTED = 1, 2, 3
-"""Values of `expert_gating_func`; 3: softmax over the logits of the selected experts."""
+from ...workers.gating import SIGMOID, SOFTMAX, SOFTMAX_SELECTED
 
 Rule = tuple[str, object, bool, str]  # key, found, whether it fits, what was expected
 

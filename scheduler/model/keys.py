@@ -29,9 +29,10 @@ class Keys:
         name = f"{self.architecture}.{key}"
         return self._file.require(name, float) if default is None else self._file.get(name, float, default)
 
-    def flag(self, key: str, default: bool) -> bool:
-        """Return a truth value; raises ModelFileError for another type."""
-        return self._file.get(f"{self.architecture}.{key}", bool, default)
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """Return a truth value; raises as `integer`."""
+        name = f"{self.architecture}.{key}"
+        return self._file.require(name, bool) if default is None else self._file.get(name, bool, default)
 
     def text(self, key: str, default: str) -> str:
         """Return a string; raises ModelFileError for another type."""

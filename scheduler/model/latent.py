@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.attention import latent_attention, latent_chunk, scratch_shapes
+from ...workers.kernels.attention import latent_attention, latent_chunk, latent_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
 from ...workers.kernels.norms import rms_rows, rope_pairs, store_latent
 from ..dense import DenseWeights, Linear, Rows
@@ -85,7 +85,7 @@ class LatentBlock:
         scratch, places = scratch_shapes(threads, self._streams.shape.context, a.kv_rank, a.cache_width)
         self._scratch = np.zeros(scratch, np.float32)
         self._places = np.zeros(places, np.int64)
-        self._job = job_address(latent_chunk)
+        self._job = job_address(latent_chunk if self._streams.shape.value_nbytes == 2 else latent_chunk_f32)
 
     def attend(
         self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32
@@ -105,9 +105,9 @@ class LatentBlock:
         w.k_b.apply(self._q_nope, self._head_index, count, self._q_latent)
         latent_attention(
             self._crew.board, self._job, self._q_latent, self._q.reshape(-1), a.nope, a.heads * head, head,
-            a.heads, a.kv_rank, a.cache_width, np.float32(a.scale), self._streams.kv, layer_at,
-            self._streams.shape.value_nbytes, self._streams.tables, batch.streams, batch.positions,
-            self._streams.shape.block_size, count, self._scratch, self._places, self._context.x,
+            a.heads, a.kv_rank, a.cache_width, np.float32(a.scale), self._streams.cache, layer_at,
+            self._streams.tables, batch.streams, batch.positions, self._streams.shape.block_size, count,
+            self._scratch, self._places, self._context.x,
         )  # fmt: skip
         self._context.changed()
         w.v_b.apply(self._context, self._head_index, count, self._values.x)
@@ -135,6 +135,6 @@ class LatentBlock:
         rope_pairs(kv, a.kv_rank, width, 1, 0, half, positions, self._cosine, self._sine, count)
         rms_rows(self._kv, width, w.kv_a_norm, self._eps, count, a.kv_rank, self._latent)
         store_latent(
-            self._latent, kv, a.kv_rank, width, a.kv_rank, width, places, count, self._streams.kv, layer_at,
-            self._streams.shape.value_nbytes,
+            self._latent, kv, a.kv_rank, width, a.kv_rank, width, places, count, self._streams.cache,
+            layer_at,
         )  # fmt: skip

@@ -13,12 +13,13 @@ from gguf import GGUFValueType as Kind
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.family import read_hyperparameters
-from sterna.scheduler.model.hyper import SIGMOID, SOFTMAX, Hyperparameters, LatentAttention
+from sterna.scheduler.model.hyper import Hyperparameters, LatentAttention
 from sterna.scheduler.model.plan import DENSE_HEADER_NBYTES, ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.formats import ActivationKind, Format
 from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.gating import SIGMOID, SOFTMAX
 from sterna.workers.messages import FileSlab
 
 from . import altered_model as altered

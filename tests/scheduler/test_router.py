@@ -15,7 +15,7 @@ from sterna.scheduler.router import Router, RouterConfig
 from sterna.shm.errors import InternalError
 
 from .. import oracles
-from ..oracles import SIGMOID, SOFTMAX
+from ..oracles import SIGMOID, SOFTMAX, SOFTMAX_SELECTED
 
 GOLDEN = Path(__file__).parent.parent / "data" / "moe-golden.jsonl"
 ROUTES = [case for case in map(json.loads, GOLDEN.read_text().splitlines()) if case["kind"] == "route"]
@@ -158,8 +158,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 70), gating=st.sampled_from(list(GATES.values())),
-    normalise=st.booleans(), data=st.data(),
+    seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 70),
+    gating=st.sampled_from([*GATES.values(), SOFTMAX_SELECTED]), normalise=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_random_rows_agree_with_the_naive_router(
     seed: int, experts: int, gating: int, normalise: bool, data: st.DataObject

@@ -1,7 +1,7 @@
 """Attention over a paged cache: absorbed MLA, where one latent row serves all heads, and grouped queries.
 
-Queries and softmax weights are rounded to float16 where the cache is: llama.cpp does so too, and near ties
-between experts then fall the same way. A float32 cache rounds nothing.
+Queries and softmax weights are rounded to float16 where the cache holds that: llama.cpp does so too, and near
+ties between experts then fall the same way. A cache of float32 rounds nothing.
 
 Each token reads the positions 0..p of its own stream (or the last of them, in a window) in order, so that
 its bits do not depend on who else is in the batch, how its prompt was cut into chunks or how many threads
@@ -13,19 +13,18 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
+from .cached import as_cached, load_cached, value_nbytes
 from .calls import borrower, lend
 from .crew import ARGUMENTS, run, threads_for
-from .kernel import inner, kernel
+from .kernel import kernel
 from .simd.mathematics import exp_f32
 from .simd.ops import (
     add_f32,
     fma_f32,
     largest_f32,
-    load_f16,
     load_f32,
     max_f32,
     mul_f32,
-    round_f16,
     splat_f32,
     store_f32,
     sub_f32,
@@ -34,6 +33,9 @@ from .simd.ops import (
 )
 
 _HEADS = 4  # at a time
+# Positions whose values are summed for all columns before the next ones are read: they then come from the
+# cache. Rows of a power of two bytes would otherwise push each other out of it.
+_SPAN = 128
 _bytes = borrower(types.Array(types.uint8, 1, "C"))
 _floats = borrower(types.Array(types.float32, 1, "C"))
 _rows = borrower(types.Array(types.float32, 2, "C"))
@@ -44,11 +46,10 @@ _scale = borrower(types.float32)
 
 
 @kernel
-def softmax(scores, at, count, sink, size):
-    """Turn scores[at : at + count] into weights; pads to a multiple of 16 with zeros.
+def softmax(scores, at, count, sink, cache):
+    """Turn scores[at : at + count] into weights of the cache's type; pads to a multiple of 16 with zeros.
 
-    sink: one more score, that takes its share of the sum of 1 and has no value; -inf: none. size: 2 rounds
-    the weights to float16.
+    sink: one more score, that takes its share of the sum of 1 and has no value; -inf: none.
     """
     padded = (count + 15) // 16 * 16
     for i in range(count, padded):
@@ -72,94 +73,154 @@ def softmax(scores, at, count, sink, size):
     inverse = splat_f32(np.float32(1.0) / (sum_f32(total) + extra))
     for i in range(0, padded, 16):
         v = mul_f32(load_f32(scores, 4 * (at + i)), inverse)
-        store_f32(scores, 4 * (at + i), round_f16(v) if size == 2 else v)
-
-
-def _scores_of(load, nbytes):
-    """Return the kernel that multiplies with keys of `nbytes` bytes a value, read by `load`."""
-
-    @inner
-    def scores_of(q, width, cache, places, shift, length, scale, scores, step):
-        """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
-
-        q: float32 scratch, four rows of `width`; key p at byte places[p] + shift.
-        """
-        for p in range(length):
-            a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-            for i in range(0, width, 16):
-                v = load(cache, places[p] + shift + nbytes * i)
-                a = fma_f32(v, load_f32(q, 4 * i), a)
-                b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
-                c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
-                d = fma_f32(v, load_f32(q, 4 * (i + 3 * width)), d)
-            scores[p] = sum_f32(a) * scale
-            scores[step + p] = sum_f32(b) * scale
-            scores[2 * step + p] = sum_f32(c) * scale
-            scores[3 * step + p] = sum_f32(d) * scale
-
-    return scores_of
-
-
-def _weigh_of(load):
-    """Return the kernel that sums values read by `load`."""
-
-    @inner
-    def weigh_of(scores, step, cache, places, shift, length, out, out_at, out_step):
-        """Sum sixteen columns of values with four heads' weights; head j goes to out_at + j * out_step."""
-        a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-        for p in range(length):
-            v = load(cache, places[p] + shift)
-            a = fma_f32(v, splat_f32(scores[p]), a)
-            b = fma_f32(v, splat_f32(scores[step + p]), b)
-            c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
-            d = fma_f32(v, splat_f32(scores[3 * step + p]), d)
-        store_f32(out, 4 * out_at, a)
-        store_f32(out, 4 * (out_at + out_step), b)
-        store_f32(out, 4 * (out_at + 2 * out_step), c)
-        store_f32(out, 4 * (out_at + 3 * out_step), d)
-
-    return weigh_of
-
-
-_scores_f16, _scores_f32 = _scores_of(load_f16, 2), _scores_of(load_f32, 4)
-_weigh_f16, _weigh_f32 = _weigh_of(load_f16), _weigh_of(load_f32)
+        store_f32(scores, 4 * (at + i), as_cached(cache, v))
 
 
 @kernel
-def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, sinks, cache, size, places,
-          keys, values, length, scratch, context, out, t):  # fmt: skip
-    """Compute four heads of token t from `first` on; beyond `last` they repeat it.
+def _scores(q, width, cache, places, shift, length, scale, scores, step):
+    """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
+
+    q: float32 scratch, four rows of `width` rounded to float16; key p at byte places[p] + shift.
+    """
+    for p in range(length):
+        a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+        for i in range(0, width, 16):
+            v = load_cached(cache, places[p] + shift + value_nbytes(cache) * i)
+            a = fma_f32(v, load_f32(q, 4 * i), a)
+            b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
+            c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
+            d = fma_f32(v, load_f32(q, 4 * (i + 3 * width)), d)
+        scores[p] = sum_f32(a) * scale
+        scores[step + p] = sum_f32(b) * scale
+        scores[2 * step + p] = sum_f32(c) * scale
+        scores[3 * step + p] = sum_f32(d) * scale
+
+
+@kernel
+def _weigh(scores, step, cache, places, shift, begin, end, out, out_at, out_step):
+    """Add sixteen columns of the values of begin..end - 1, with four heads' weights, to `out`.
+
+    Head j's are at out_at + j * out_step.
+    """
+    a, b = load_f32(out, 4 * out_at), load_f32(out, 4 * (out_at + out_step))
+    c, d = load_f32(out, 4 * (out_at + 2 * out_step)), load_f32(out, 4 * (out_at + 3 * out_step))
+    for p in range(begin, end):
+        v = load_cached(cache, places[p] + shift)
+        a = fma_f32(v, splat_f32(scores[p]), a)
+        b = fma_f32(v, splat_f32(scores[step + p]), b)
+        c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
+        d = fma_f32(v, splat_f32(scores[3 * step + p]), d)
+    store_f32(out, 4 * out_at, a)
+    store_f32(out, 4 * (out_at + out_step), b)
+    store_f32(out, 4 * (out_at + 2 * out_step), c)
+    store_f32(out, 4 * (out_at + 3 * out_step), d)
+
+
+@kernel
+def _scores_alone(q, at, width, cache, places, shift, length, scale, scores, to):
+    """As _scores for the row at element `at` of q alone: scores[to + p], four positions at a time."""
+    fours = length // 4 * 4
+    for p in range(0, fours, 4):
+        a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+        for i in range(0, width, 16):
+            v, byte = load_f32(q, 4 * (at + i)), shift + value_nbytes(cache) * i
+            a = fma_f32(load_cached(cache, places[p] + byte), v, a)
+            b = fma_f32(load_cached(cache, places[p + 1] + byte), v, b)
+            c = fma_f32(load_cached(cache, places[p + 2] + byte), v, c)
+            d = fma_f32(load_cached(cache, places[p + 3] + byte), v, d)
+        scores[to + p] = sum_f32(a) * scale
+        scores[to + p + 1] = sum_f32(b) * scale
+        scores[to + p + 2] = sum_f32(c) * scale
+        scores[to + p + 3] = sum_f32(d) * scale
+    for p in range(fours, length):
+        a = zero_f32()
+        for i in range(0, width, 16):
+            a = fma_f32(
+                load_cached(cache, places[p] + shift + value_nbytes(cache) * i), load_f32(q, 4 * (at + i)), a
+            )
+        scores[to + p] = sum_f32(a) * scale
+
+
+@kernel
+def _weigh_alone(scores, at, rank, cache, places, shift, begin, end, out, out_at):
+    """As _weigh for one head's weights from scores[at] on: all `rank` columns, 64 at a time."""
+    whole, size = rank // 64 * 64, value_nbytes(cache)
+    for i in range(0, whole, 64):
+        first = 4 * (out_at + i)
+        a, b = load_f32(out, first), load_f32(out, first + 64)
+        c, d = load_f32(out, first + 128), load_f32(out, first + 192)
+        for p in range(begin, end):
+            weight, place = splat_f32(scores[at + p]), places[p] + shift + value_nbytes(cache) * i
+            a = fma_f32(load_cached(cache, place), weight, a)
+            b = fma_f32(load_cached(cache, place + 16 * size), weight, b)
+            c = fma_f32(load_cached(cache, place + 32 * size), weight, c)
+            d = fma_f32(load_cached(cache, place + 48 * size), weight, d)
+        store_f32(out, first, a)
+        store_f32(out, first + 64, b)
+        store_f32(out, first + 128, c)
+        store_f32(out, first + 192, d)
+    for i in range(whole, rank, 16):
+        a = load_f32(out, 4 * (out_at + i))
+        for p in range(begin, end):
+            a = fma_f32(
+                load_cached(cache, places[p] + shift + value_nbytes(cache) * i), splat_f32(scores[at + p]), a
+            )
+        store_f32(out, 4 * (out_at + i), a)
+
+
+@kernel
+def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, sinks, cache, places, keys,
+          values, length, scratch, context, out, t):  # fmt: skip
+    """Compute up to four heads of token t, from `first` on and not beyond `last`.
 
     A query is `rank` elements of q and `width` - `rank` of q_more, head h at more_at + h * more_step; a key
-    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values, of `size` bytes each.
-    sinks: empty, or one for each head.
+    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values. sinks: empty, or one for
+    each head. One or two heads are computed one by one, three as four of which the last is repeated.
     """
-    for j in range(_HEADS):
+    here = min(last - first + 1, _HEADS)
+    together = here > 2
+    for j in range(_HEADS if together else here):
         h = min(first + j, last)
         for i in range(0, rank, 16):
-            v = load_f32(q, 4 * ((t * heads + h) * rank + i))
-            store_f32(scratch, 4 * (j * width + i), round_f16(v) if size == 2 else v)
+            v = as_cached(cache, load_f32(q, 4 * ((t * heads + h) * rank + i)))
+            store_f32(scratch, 4 * (j * width + i), v)
         for i in range(0, width - rank, 16):
-            v = load_f32(q_more, 4 * (more_at + h * more_step + i))
-            store_f32(scratch, 4 * (j * width + rank + i), round_f16(v) if size == 2 else v)
+            v = as_cached(cache, load_f32(q_more, 4 * (more_at + h * more_step + i)))
+            store_f32(scratch, 4 * (j * width + rank + i), v)
     scores = scratch[_HEADS * width :]
-    if size == 2:
-        _scores_f16(scratch, width, cache, places, keys, length, scale, scores, context)
-    else:
-        _scores_f32(scratch, width, cache, places, keys, length, scale, scores, context)
-    for j in range(_HEADS):
-        h = min(first + j, last)
-        softmax(scores, j * context, length, sinks[h] if len(sinks) else np.float32(-np.inf), size)
     sums = scores[_HEADS * context :]
-    for i in range(0, rank, 16):
-        if size == 2:
-            _weigh_f16(scores, context, cache, places, values + 2 * i, length, sums, i, rank)
-        else:
-            _weigh_f32(scores, context, cache, places, values + 4 * i, length, sums, i, rank)
-    for j in range(_HEADS):
+    if together:
+        _scores(scratch, width, cache, places, keys, length, scale, scores, context)
+    else:
+        for j in range(here):
+            _scores_alone(scratch, j * width, width, cache, places, keys, length, scale, scores, j * context)
+    for j in range(_HEADS if together else here):
         h = min(first + j, last)
+        softmax(scores, j * context, length, sinks[h] if len(sinks) else np.float32(-np.inf), cache)
+    for i in range(0, _HEADS * rank, 16):
+        store_f32(sums, 4 * i, zero_f32())
+    for begin in range(0, length, _SPAN):
+        end = min(begin + _SPAN, length)
+        if together:
+            for i in range(0, rank, 16):
+                _weigh(
+                    scores,
+                    context,
+                    cache,
+                    places,
+                    values + value_nbytes(cache) * i,
+                    begin,
+                    end,
+                    sums,
+                    i,
+                    rank,
+                )
+        else:
+            for j in range(here):
+                _weigh_alone(scores, j * context, rank, cache, places, values, begin, end, sums, j * rank)
+    for j in range(here):
         for i in range(0, rank, 16):
-            store_f32(out, 4 * ((t * heads + h) * rank + i), load_f32(sums, 4 * (j * rank + i)))
+            store_f32(out, 4 * ((t * heads + first + j) * rank + i), load_f32(sums, 4 * (j * rank + i)))
 
 
 @kernel
@@ -172,16 +233,15 @@ def _find_rows(tables, slot, block, first, length, cache_at, row_nbytes, places)
 
 
 @kernel
-def latent_chunk(board, chunk, thread):
-    """Compute one chunk of `latent_attention`, whose arguments lie on the board."""
+def _latent_chunk(board, chunk, thread, cache):
     q_latent, q_rope = _rows(board, ARGUMENTS), _floats(board, ARGUMENTS + 1)
-    cache, tables = _bytes(board, ARGUMENTS + 2), _tables(board, ARGUMENTS + 3)
+    tables = _tables(board, ARGUMENTS + 3)
     slots, positions = _numbers(board, ARGUMENTS + 4), _numbers(board, ARGUMENTS + 5)
     out, scale = _rows(board, ARGUMENTS + 6), _scale(board, ARGUMENTS + 7)
     scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
     n = board[ARGUMENTS + 10 :]
     rope_at, rope_step, rope_head_step, heads, rank, width = n[0], n[1], n[2], n[3], n[4], n[5]
-    cache_at, block, count, chunks, context, size = n[6], n[7], n[8], n[9], n[10], n[11]
+    cache_at, block, count, chunks, context = n[6], n[7], n[8], n[9], n[10]
     tiles = (heads + _HEADS - 1) // _HEADS
     known = -1
     length = 0
@@ -190,11 +250,23 @@ def latent_chunk(board, chunk, thread):
         if t != known:
             known = t
             length = positions[t] + 1
-            _find_rows(tables, slots[t], block, 0, length, cache_at, width * size, places)
+            _find_rows(tables, slots[t], block, 0, length, cache_at, width * value_nbytes(cache), places)
         _tile(
             q_latent, q_rope, rope_at + t * rope_step, rope_head_step, heads, first, heads - 1, rank, width,
-            scale, scratch[:0], cache, size, places, 0, 0, length, scratch, context, out, t,
+            scale, scratch[:0], cache, places, 0, 0, length, scratch, context, out, t,
         )  # fmt: skip
+
+
+@kernel
+def latent_chunk(board, chunk, thread):
+    """Compute one chunk of `latent_attention`, whose arguments lie on the board."""
+    _latent_chunk(board, chunk, thread, _bytes(board, ARGUMENTS + 2))
+
+
+@kernel
+def latent_chunk_f32(board, chunk, thread):
+    """As latent_chunk where the cache is float32."""
+    _latent_chunk(board, chunk, thread, _floats(board, ARGUMENTS + 2))
 
 
 def scratch_shapes(
@@ -210,15 +282,15 @@ def scratch_shapes(
 @kernel
 def latent_attention(
     board, job, q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
-    cache, cache_at, size, tables, slots, positions, block, count, scratch, places, out,
+    cache, cache_at, tables, slots, positions, block, count, scratch, places, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * (q_latent[t, h] . c + q_rope[t, h] . k)) @ c over positions 0..p.
 
-    board, job: as dense.multiply_heads, the job being latent_chunk; q_latent, out: float32, head h of
-    token t at element (t * heads + h) * rank; q_rope: float32 flat, head h of row t at rope_at +
-    t * rope_step + h * rope_head_step; cache: uint8 holding rows of `width` = rank + rope, float16 if size
-    is 2 and float32 if it is 4, this layer from byte cache_at; tables: int32 (slots, blocks) block tables;
-    slots, positions: int32 (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
+    board, job: as dense.multiply_heads, the job being latent_chunk, or latent_chunk_f32 for a float32 cache;
+    q_latent, out: float32, head h of token t at element (t * heads + h) * rank; q_rope: float32 flat, head h
+    of row t at rope_at + t * rope_step + h * rope_head_step; cache: see `cached`, rows of `width` = rank +
+    rope, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
+    (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
     """
     total = 0
     for t in range(count):
@@ -239,7 +311,7 @@ def latent_attention(
     n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5] = rope_at, rope_step, rope_head_step, heads, rank, width
     n[6], n[7], n[8], n[9] = cache_at, block, count, chunks
-    n[10], n[11] = places.shape[1], size
+    n[10] = places.shape[1]
     run(board, job, chunks, threads)
 
 
@@ -250,16 +322,15 @@ def _seen(position, window):
 
 
 @kernel
-def grouped_chunk(board, chunk, thread):
-    """Compute one chunk of `grouped_attention`, whose arguments lie on the board."""
-    q, cache = _rows(board, ARGUMENTS), _bytes(board, ARGUMENTS + 1)
+def _grouped_chunk(board, chunk, thread, cache):
+    q, size = _rows(board, ARGUMENTS), value_nbytes(cache)
     tables, slots = _tables(board, ARGUMENTS + 2), _numbers(board, ARGUMENTS + 3)
     positions, out = _numbers(board, ARGUMENTS + 4), _rows(board, ARGUMENTS + 5)
     scale, sinks = _scale(board, ARGUMENTS + 6), _floats(board, ARGUMENTS + 7)
     scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
     n = board[ARGUMENTS + 10 :]
     heads, shared, width, cache_at, block = n[0], n[1], n[2], n[3], n[4]
-    count, chunks, context, window, size = n[5], n[6], n[7], n[8], n[9]
+    count, chunks, context, window = n[5], n[6], n[7], n[8]
     group = heads // shared
     tiles = (group + _HEADS - 1) // _HEADS
     items = count * shared * tiles
@@ -275,24 +346,37 @@ def grouped_chunk(board, chunk, thread):
             _find_rows(tables, slots[t], block, start, length, cache_at, 2 * size * shared * width, places)
         first = head * group + tile * _HEADS
         _tile(
-            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, size,
-            places, size * head * width, size * (shared + head) * width, length, scratch, context, out, t,
+            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, places,
+            size * head * width, size * (shared + head) * width, length, scratch, context, out, t,
         )  # fmt: skip
 
 
 @kernel
+def grouped_chunk(board, chunk, thread):
+    """Compute one chunk of `grouped_attention`, whose arguments lie on the board."""
+    _grouped_chunk(board, chunk, thread, _bytes(board, ARGUMENTS + 1))
+
+
+@kernel
+def grouped_chunk_f32(board, chunk, thread):
+    """As grouped_chunk where the cache is float32."""
+    _grouped_chunk(board, chunk, thread, _floats(board, ARGUMENTS + 1))
+
+
+@kernel
 def grouped_attention(
-    board, job, q, heads, shared, width, scale, window, sinks, cache, cache_at, size, tables, slots,
-    positions, block, count, scratch, places, out,
+    board, job, q, heads, shared, width, scale, window, sinks, cache, cache_at, tables, slots, positions,
+    block, count, scratch, places, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * q[t, h] . k) @ v over positions 0..p: `heads` queries, `shared` keys.
 
     Grouped-query attention: heads / shared queries read the same key and value. board, job: as
-    dense.multiply_heads, the job being grouped_chunk; q, out: float32 (count, heads * width); window: 0, or
-    how many positions a token sees, its own the last: max(0, p - window + 1)..p; sinks: float32 (heads,), one
-    more score of each head that takes part in the softmax and has no value (gpt-oss; not scaled), or (0,);
-    cache: uint8 holding rows of all keys, then all values of a position, 2 * shared * width elements; the
-    rest as latent_attention. width % 16 == 0, heads % shared == 0.
+    dense.multiply_heads, the job being grouped_chunk, or grouped_chunk_f32 for a float32 cache; q, out:
+    float32 (count, heads * width); window: 0, or how many positions a token sees, its own the last:
+    max(0, p - window + 1)..p; sinks: float32 (heads,), one more score of each head that takes part in the
+    softmax and has no value (gpt-oss; not scaled), or (0,); cache: see `cached`, rows of all keys, then all
+    values of a position, 2 * shared * width elements, this layer from byte cache_at; the rest as
+    latent_attention. width % 16 == 0, heads % shared == 0.
     """
     total = 0
     for t in range(count):
@@ -312,5 +396,5 @@ def grouped_attention(
     lend(board, ARGUMENTS + 9, places)
     n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5], n[6] = heads, shared, width, cache_at, block, count, chunks
-    n[7], n[8], n[9] = places.shape[1], window, size
+    n[7], n[8] = places.shape[1], window
     run(board, job, chunks, threads)

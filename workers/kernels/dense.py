@@ -125,9 +125,10 @@ def shared_feed_forward(
 
     matrices: int64 (3, 5): gate, up, down as `ffn` names them; sizes: int64 (3, 2): bytes of their codes
     and scales; activation: an int, see `workers.activation`; norm: float32 (d_ff,), the weights of an RMS
-    norm of the middle, or (0,): none; eps: its float32; gate, up: float32 (capacity, d_ff); hq, h_scales, h_sums: the middle quantised as down
-    reads it, (capacity, d_ff) and (capacity, d_ff / block); index: int32 (1, capacity): 0, 1, 2, ...;
-    the jobs: addresses of heads_chunk and middle_chunk; the rest as multiply_heads.
+    norm of the middle, or (0,): none; eps: its float32; gate, up: float32 (capacity, d_ff); hq, h_scales,
+    h_sums: the middle quantised as down reads it, (capacity, d_ff) and (capacity, d_ff / block);
+    index: int32 (1, capacity): 0, 1, 2, ...; the jobs: addresses of heads_chunk and middle_chunk; the rest as
+    multiply_heads.
     """
     groups = d_ff // 16
     for i in range(2):

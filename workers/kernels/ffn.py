@@ -110,6 +110,6 @@ def expert_batch(
     for m in range(matrices.shape[0]):
         first, last = starts[m], starts[m + 1]
         feed_forward(
-            w, matrices, biases, m, d_model, d_ff, activation, x, q, scales, sums, rows[first:last], last - first,
-            gate, up, hq, h_scales, h_sums, identity, scratch, out, first * d_model, d_model,
+            w, matrices, biases, m, d_model, d_ff, activation, x, q, scales, sums, rows[first:last],
+            last - first, gate, up, hq, h_scales, h_sums, identity, scratch, out, first * d_model, d_model,
         )  # fmt: skip

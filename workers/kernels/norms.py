@@ -5,10 +5,13 @@ Each element is rounded as written (a product, then a sum), in vectors or one by
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from .cached import store_cached, value_nbytes
 from .kernel import kernel, merged
-from .simd.ops import add_f32, load_f32, mul_f32, splat_f32, store_f16, store_f32, sub_f32
+from .simd.ops import add_f32, load_f32, mul_f32, splat_f32, store_f32, sub_f32
 
 
 @merged
@@ -79,28 +82,21 @@ def rope_halves(x, start, step, heads, head_step, half, positions, cosine, sine,
                 x[at + half + i] = first * sn + second * cs
 
 
-@merged
-def _store(cache, at, v, size):
-    if size == 2:
-        store_f16(cache, at, v)
-    else:
-        store_f32(cache, at, v)
-
-
 @kernel
-def store_latent(latent, rope, rope_at, rope_step, rank, width, places, count, cache, cache_at, size):
-    """Append each token's normalised latent and rotated key to the cache, `size` bytes a value.
+def store_latent(latent, rope, rope_at, rope_step, rank, width, places, count, cache, cache_at):
+    """Append each token's normalised latent and rotated key to the cache.
 
     latent: float32 (count, rank); rope: float32 flat, row t at rope_at + t * rope_step; places: the
-    token's row in this layer's cache; cache: uint8, this layer at byte cache_at, rows of `width`.
+    token's row in this layer's cache; cache: see `cached`, this layer at byte cache_at, rows of `width`.
     """
+    size = value_nbytes(cache)
     for t in range(count):
         at = cache_at + places[t] * width * size
         for i in range(0, rank, 16):
-            _store(cache, at + size * i, load_f32(latent, 4 * (t * rank + i)), size)
+            store_cached(cache, at + size * i, load_f32(latent, 4 * (t * rank + i)))
         for i in range(0, width - rank, 16):
             v = load_f32(rope, 4 * (rope_at + t * rope_step + i))
-            _store(cache, at + size * (rank + i), v, size)
+            store_cached(cache, at + size * (rank + i), v)
 
 
 @kernel
@@ -164,8 +160,17 @@ def first_bad_row(x, count, width):
 
 @kernel
 def gate_rows(x, logits, step, count, width):
-    fx, fl = x.ravel(), logits.ravel()
+    """x[t] *= sigmoid(logits[t * step]) for `count` contiguous rows of `width` float32.
+
+    logits: float32, contiguous, of any dimensions (the gate of qwen2moe's shared expert).
+    """
+    flat, gates = x.ravel(), logits.ravel()
+    whole = width // 16 * 16
     for t in range(count):
-        f = np.float32(1.0 / (1.0 + np.exp(-fl[t * step])))
-        for i in range(width):
-            fx[t * width + i] *= f
+        factor = np.float32(1.0) / (np.float32(1.0) + np.float32(math.exp(-gates[t * step])))
+        factors = splat_f32(factor)
+        at = t * width
+        for i in range(0, whole, 16):
+            store_f32(x, 4 * (at + i), mul_f32(load_f32(x, 4 * (at + i)), factors))
+        for i in range(whole, width):
+            flat[at + i] *= factor

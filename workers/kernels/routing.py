@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from ..gating import SIGMOID, SOFTMAX_SELECTED
 from .kernel import kernel
 
-SOFTMAX, SIGMOID = 1, 2  # GGUF's expert_gating_func
+_LARGEST = np.float32(np.finfo(np.float32).max)
 
 # llama.cpp's floor under the sum of the selected weights: the smallest normal float16.
 SMALLEST_SUM = np.float32(6.103515625e-5)
@@ -37,21 +38,52 @@ def _probabilities(logits, t, gating, p):
 
 
 @kernel
-def _rank(logits, bias, t, experts, p, ranked):
-    """Write the best experts of token t to ranked[t], best first, -1 where no finite score is left."""
+def _close_groups(scores, gating, groups, groups_used, best):
+    """Take the experts of all but the best groups out: their scores become -inf. best: float32 scratch."""
+    size = scores.shape[0] // groups
+    for g in range(groups):
+        first = second = np.float32(-np.inf)
+        for e in range(g * size, (g + 1) * size):
+            if scores[e] > first:
+                first, second = scores[e], first
+            elif scores[e] > second:
+                second = scores[e]
+        best[g] = min(first + second, _LARGEST) if gating == SIGMOID and size > 1 else first
+    for _ in range(groups - groups_used):
+        worst = -1
+        for g in range(groups):
+            if best[g] <= _LARGEST and (worst < 0 or best[g] <= best[worst]):
+                worst = g
+        best[worst] = np.float32(np.inf)
+        scores[worst * size : (worst + 1) * size] = np.float32(-np.inf)
+
+
+@kernel
+def _score(logits, bias, t, experts, gating, groups, groups_used, work):
+    """work[0] = token t's probabilities, work[1] = what its experts are ranked by, -inf: not at all."""
+    p, scores = work[0], work[1]
+    _probabilities(logits[:, :experts], t, gating, p)
+    for e in range(experts):
+        logit = logits[t, e]
+        score = (logit if gating == SOFTMAX_SELECTED else p[e]) + bias[e]
+        usable = math.isfinite(score) and math.isfinite(logit)
+        scores[e] = score if usable else np.float32(-np.inf)
+    if groups_used < groups:
+        _close_groups(scores[:experts], gating, groups, groups_used, work[2])
+
+
+@kernel
+def _rank(scores, t, experts, ranked):
+    """Write the best experts of token t to ranked[t], best first, -1 where none is left; uses scores up."""
     for rank in range(ranked.shape[1]):
         best = -1
         best_score = np.float32(-np.inf)
         for e in range(experts):
-            score = p[e] + bias[e]
-            if not (math.isfinite(score) and math.isfinite(logits[t, e])) or score <= best_score:
-                continue
-            taken = False
-            for r in range(rank):
-                taken = taken or ranked[t, r] == e
-            if not taken:
-                best, best_score = e, score
+            if scores[e] > best_score:
+                best, best_score = e, scores[e]
         ranked[t, rank] = best
+        if best >= 0:
+            scores[best] = np.float32(-np.inf)
 
 
 @kernel
@@ -71,19 +103,30 @@ def _weigh(p, selected, t, mass, normalise, scale, weights):
 
 
 @kernel
-def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights):
+def route_top_k(
+    logits, bias, count, experts, gating, groups, groups_used, normalise, scale, work, ranked, selected,
+    weights,
+):  # fmt: skip
     """Select the best experts of `count` tokens; return the first token without enough, or -1.
 
-    logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; p: float32
-    scratch; ranked: int32 (tokens, m >= k), the best m, best first, ties to the lower id, -1 where none is
+    logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; gating: see
+    `workers.gating`; groups: experts lie in so many groups of one size, and only those of the best
+    `groups_used` count: a group is as good as its best score (sigmoid: the sum of its two best), ties to the
+    lower (DeepSeek-V2, -V3; see the reference's section 4.4); work: float32 scratch (3, experts);
+    ranked: int32 (tokens, m >= k), the best m, best first, ties to the lower id, -1 where none is
     left; selected: int32 (tokens, k), the first of them; weights: float32 (tokens, k) from the unbiased p,
     divided by their sum if `normalise`, times `scale`. An expert with a non-finite logit or score is never
     selected.
+
+    SOFTMAX_SELECTED ranks by logit + bias and always divides: the softmax over all, divided by the sum of the
+    selected, is the softmax over these.
     """
     k = selected.shape[1]
+    p = work[0]
+    normalise = normalise or gating == SOFTMAX_SELECTED
     for t in range(count):
-        _probabilities(logits[:, :experts], t, gating, p)
-        _rank(logits, bias, t, experts, p, ranked)
+        _score(logits, bias, t, experts, gating, groups, groups_used, work)
+        _rank(work[1], t, experts, ranked)
         if ranked[t, k - 1] < 0:
             return t
         for rank in range(k):
@@ -93,14 +136,14 @@ def route_top_k(logits, bias, count, experts, gating, normalise, scale, p, ranke
 
 
 @kernel
-def _swap(p, bias, t, ranked, keep, bonus, present, share, account, selected):
+def _swap(p, scores, gating, t, experts, ranked, keep, bonus, present, share, account, selected):
     """Trade experts of token t that are not present for ones that are, as far as its account allows."""
     k = selected.shape[1]
     mass = np.float64(_mass(p, selected, t))
     lowest, highest = np.inf, -np.inf
-    for e in range(p.shape[0]):
-        score = p[e] + bias[e]
-        lowest, highest = min(lowest, score), max(highest, score)
+    for e in range(experts):
+        if scores[e] > -np.inf:
+            lowest, highest = min(lowest, scores[e]), max(highest, scores[e])
     swapped = False
     candidate = k
     for rank in range(k - 1, keep - 1, -1):
@@ -112,9 +155,11 @@ def _swap(p, bias, t, ranked, keep, bonus, present, share, account, selected):
         if candidate == ranked.shape[1]:
             break
         new = ranked[t, candidate]
-        behind = np.float64(p[out] + bias[out]) - np.float64(p[new] + bias[new])
-        # Where the bias decides, the lost mass may be nothing or less: the trade is not free for that.
-        cost = max(behind, np.float64(p[out]) - np.float64(p[new])) / mass
+        behind = np.float64(scores[out]) - np.float64(scores[new])
+        lost = np.float64(p[out]) - np.float64(p[new])
+        # Where the bias decides, the lost mass may be nothing or less: the trade is not free for that. Scores
+        # that are logits cannot be compared with a mass.
+        cost = (abs(lost) if gating == SOFTMAX_SELECTED else max(behind, lost)) / mass
         # What a trade harms grows with the weight that changes hands, too: at the same lost mass, choosing by
         # this product cost a third less perplexity (docs/expert-memory.md).
         harm = cost * np.float64(p[out]) / mass
@@ -132,8 +177,8 @@ def _swap(p, bias, t, ranked, keep, bonus, present, share, account, selected):
 
 @kernel
 def route_resident(
-    logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights,
-    streams, epsilon, limit, keep, bonus, share, resident, present, accounts,
+    logits, bias, count, experts, gating, groups, groups_used, normalise, scale, work, ranked, selected,
+    weights, streams, epsilon, limit, keep, bonus, share, resident, present, accounts,
 ):  # fmt: skip
     """As route_top_k, but tokens with an account prefer experts that are resident.
 
@@ -145,11 +190,18 @@ def route_resident(
     uint8 scratch; accounts: float64 (accounts, 5), see CREDIT and those after it.
 
     An account gets epsilon for each token and layer, and a swap is paid with the gate mass it loses, as a
-    share of what the true selection had: the mean lost mass can never exceed epsilon.
+    share of what the true selection had: the mean lost mass can never exceed epsilon. The weights of what
+    was not traded stay those of the true selection, by whose mass all are divided; so SOFTMAX_SELECTED takes
+    the softmax over all experts as p. Only experts of the groups that count are traded for.
     """
-    bad = route_top_k(logits, bias, count, experts, gating, normalise, scale, p, ranked, selected, weights)
+    bad = route_top_k(
+        logits, bias, count, experts, gating, groups, groups_used, normalise, scale, work, ranked, selected,
+        weights,
+    )  # fmt: skip
     if bad >= 0:
         return bad
+    p = work[0]
+    normalise = normalise or gating == SOFTMAX_SELECTED
     for e in range(experts):
         present[e] = resident[e]
     for t in range(count):  # what must be read for one token is there for all
@@ -163,9 +215,9 @@ def route_resident(
         refill = epsilon[streams[t]]
         account[CREDIT] = min(account[CREDIT] + refill, refill * limit)
         account[EVENTS] += 1.0
-        _probabilities(logits[:, :experts], t, gating, p)
+        _score(logits, bias, t, experts, gating, groups, groups_used, work)
         mass = _mass(p, selected, t)
-        _swap(p[:experts], bias, t, ranked, keep, bonus, present, share, account, selected)
+        _swap(p, work[1], gating, t, experts, ranked, keep, bonus, present, share, account, selected)
         _weigh(p, selected, t, mass, normalise, scale, weights)
         for rank in range(selected.shape[1]):
             present[selected[t, rank]] = 1

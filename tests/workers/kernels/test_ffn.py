@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from sterna.scheduler.crew import Crew
+from sterna.workers.activation import Activation
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.kernels import dense, ffn, products
+from sterna.workers.kernels.activations import QuantizedRows
 
 from ... import oracles
 from .packed import (
@@ -105,10 +107,10 @@ class Experts:
         biases = np.full((len(self.table), 3), -1, np.int64) if self.biases is None else self.biases
         ffn.expert_batch(
             self.arena, self.table, biases, np.array(starts, np.int64), framed(np.array(rows, np.int32)),
-            D_MODEL, D_FF, activation, framed(tokens.x), framed(tokens.q), framed(tokens.scales), framed(tokens.sums), middle[0],
-            middle[1], np.zeros((pairs, D_FF), np.int8), np.zeros((pairs, D_FF // 32), np.float32),
-            np.zeros((pairs, D_FF // 32), np.int32), np.arange(pairs, dtype=np.int32),
-            scratch.array, out,
+            D_MODEL, D_FF, activation, framed(tokens.x), framed(tokens.q), framed(tokens.scales),
+            framed(tokens.sums), middle[0], middle[1], np.zeros((pairs, D_FF), np.int8),
+            np.zeros((pairs, D_FF // 32), np.float32), np.zeros((pairs, D_FF // 32), np.int32),
+            np.arange(pairs, dtype=np.int32), scratch.array, out,
         )  # fmt: skip
         scratch.check()
         assert (out[starts[-1] :] == 7.0).all()
@@ -172,6 +174,81 @@ def test_a_batch_of_experts_gives_the_bits_of_each_token_alone(form: str) -> Non
         for pair in range(starts[m], starts[m + 1]):
             row = rows[pair]
             assert same_bits(one.run(x[row : row + 1], [0, 1], [0])[0], together[pair])
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_the_middle_agrees_with_float64(activation: Activation) -> None:
+    """Over all magnitudes, with the edges of the clamps; rows outside first..last - 1 stay."""
+    rng = np.random.default_rng(activation)
+    gate, up = (rng.standard_normal((2, 5, 320)) * 10.0 ** rng.integers(-3, 2, (2, 5, 320))).astype(
+        np.float32
+    )
+    gate[2, :6], up[2, :6] = [7, 8, -7, -100, 7, 0], [7, 8, -7, -8, -1, 1e30]
+    found = gate.copy()
+    ffn.gated(found, up, 1, 4, 320, int(activation))
+    true = oracles.activated(gate[1:4], up[1:4], activation)
+    # The argument of exp, rounded to float32, is off by up to 88 * 2^-24.
+    np.testing.assert_allclose(found[1:4], true, rtol=1e-5, atol=1e-30)
+    assert same_bits(found[[0, 4]], gate[[0, 4]])
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_a_nan_in_the_middle_surfaces(activation: Activation) -> None:
+    for place in (0, 1):
+        middle = np.ones((2, 1, 16), np.float32)
+        middle[place, 0, 3] = np.nan
+        ffn.gated(middle[0], middle[1], 0, 1, 16, int(activation))
+        assert np.flatnonzero(np.isnan(middle[0, 0])).tolist() == [3]
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_biases_are_added_before_the_activation_and_behind_down(activation: Activation) -> None:
+    experts, vectors = Experts.make(products.F32, products.F32, 2).with_biases(7)
+    x = np.random.default_rng(1).standard_normal((4, D_MODEL)).astype(np.float32)
+    starts, rows = [0, 3, 5], [0, 1, 3, 2, 1]
+    found = experts.run(x, starts, rows, int(activation))
+    for m in range(2):
+        gate, up, down = (part.astype(np.float64) for part in experts.values[m])
+        b_gate, b_up, b_down = vectors[3 * m : 3 * m + 3]
+        for pair in range(starts[m], starts[m + 1]):
+            wide = x[rows[pair]].astype(np.float64)
+            true = oracles.activated(gate @ wide + b_gate, up @ wide + b_up, activation) @ down.T + b_down
+            np.testing.assert_allclose(found[pair], true, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("activation", list(Activation))
+def test_a_dense_network_agrees_with_float64(activation: Activation, normed: bool, threads: int) -> None:
+    """Activation and norm of the middle in every combination, alone and shared among threads."""
+    rng = np.random.default_rng(3)
+    experts, count = Experts.make(products.F32, products.F32, 1), 5
+    x = rng.standard_normal((count, D_MODEL)).astype(np.float32)
+    norm = rng.standard_normal(D_FF if normed else 0).astype(np.float32)
+    tokens, none, out = (
+        Tokens.floats(x),
+        QuantizedRows.allocate(1, 1, 1),
+        np.zeros((count, D_MODEL), np.float32),
+    )
+    gate, up = np.zeros((2, count, D_FF), np.float32)
+    shapes = ((D_FF, D_MODEL), (D_FF, D_MODEL), (D_MODEL, D_FF))
+    sizes = [(MatrixShape(form=Format.F32, rows=n, columns=k).codes_nbytes, 0) for n, k in shapes]
+    crew = Crew(threads, least_work=0)
+    try:
+        dense.shared_feed_forward(
+            crew.board, crew.heads_job, crew.middle_job, experts.arena, experts.table[0], np.array(sizes),
+            D_MODEL, D_FF, int(activation), norm, np.float32(1e-5), tokens.x, none.q, none.scales, none.sums,
+            np.arange(count, dtype=np.int32).reshape(1, count), count, gate, up, none.q, none.scales,
+            none.sums, np.zeros(threads * 65536, np.uint8), out,
+        )  # fmt: skip
+    finally:
+        crew.close()
+    wide, high, low = (part.astype(np.float64) for part in experts.values[0])
+    middle = oracles.activated(x @ wide.T, x @ high.T, activation)
+    if normed:
+        middle = oracles.rms_rows(middle, norm, 1e-5)  # type: ignore[arg-type]
+    true = middle @ low.T
+    np.testing.assert_allclose(out, true, rtol=0, atol=3e-6 * np.abs(true).max() + 1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)

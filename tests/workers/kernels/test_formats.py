@@ -221,9 +221,10 @@ def test_an_expert_of_mixed_formats(wide: str, down: str) -> None:
     scratch = np.zeros((2, count, d_ff), np.float32)
     ffn.expert_batch(
         np.concatenate([part.arena for part in parts]), table, np.full((1, 3), -1, np.int64),
-        np.array([0, count], np.int64), np.arange(count, dtype=np.int32), d_model, d_ff, 0, np.zeros((1, 1), np.float32), tokens.q,
-        tokens.scales, tokens.sums, scratch[0], scratch[1], np.zeros((count, d_ff), np.int8),
-        np.zeros((count, d_ff // 32), np.float32), np.zeros((count, d_ff // 32), np.int32),
+        np.array([0, count], np.int64), np.arange(count, dtype=np.int32), d_model, d_ff, 0,
+        np.zeros((1, 1), np.float32), tokens.q, tokens.scales, tokens.sums, scratch[0], scratch[1],
+        np.zeros((count, d_ff), np.int8), np.zeros((count, d_ff // 32), np.float32),
+        np.zeros((count, d_ff // 32), np.int32),
         np.arange(count, dtype=np.int32), np.zeros(products.scratch_nbytes(d_ff, count), np.uint8), out,
     )  # fmt: skip
     gate, up, low = (part.values.astype(np.float64) for part in parts)
