@@ -23,6 +23,7 @@ from .cli_kernels import bench, warm
 from .cli_plan import memory, plan
 from .cli_quality import calibrate, perplexity, quality_option, trace
 from .cli_simulate import simulate
+from .cli_validate import validate
 from .config import SETTINGS, env_of, flag_of, load_config
 from .render import for_terminal, one_line, routing_line, statistics, table
 from .terminate import EXIT_SIGTERM, exit_on_sigterm
@@ -75,6 +76,7 @@ cli.add_command(plan)
 cli.add_command(simulate)
 cli.add_command(perplexity)
 cli.add_command(trace)
+cli.add_command(validate)
 cli.add_command(warm)
 
 
@@ -202,7 +204,7 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
 
     A socket that was asked for by name must have its daemon: no other one is started then.
     """
-    path = None if model is None else Path(model).expanduser().resolve()
+    path = None if model is None else Path(model).expanduser().absolute()
     with _client(socket) as client:
         try:
             served = client.connect().model
@@ -211,7 +213,7 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
                 raise
             note = str(e).partition(";")[0]
         else:
-            if path is None or Path(served.path).resolve() == path:
+            if path is None or Path(served.path).resolve() == path.resolve():
                 yield client
                 return
             note = f"the daemon at {client.url} serves {served.path}"

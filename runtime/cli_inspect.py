@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .config import SETTINGS, embedded_model
-from .render import grid, table
+from .render import grid, one_line, table
 
 
 @click.command()
@@ -31,7 +31,7 @@ from .render import grid, table
     help="As of `serve` [off].",
 )
 def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any, precision: Any) -> int:  # noqa: ANN401 - checked by click
-    """Tell what MODEL, a GGUF file, holds and how it would be kept in memory.
+    """Tell what MODEL, a GGUF file, holds and how it would be kept in memory, or why it cannot be run.
 
     Without MODEL, the embedded one.
     """
@@ -41,19 +41,44 @@ def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any, pr
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return 0
-    types = facts.pop("types")
-    facts.pop("activation_error")
+    types, groups = facts.pop("types"), facts.pop("groups")
+    problems, notes = facts.pop("problems"), facts.pop("notes")
+    facts.pop("activation_error", None)
     click.echo(table(facts))
+    for line in (
+        *(f"cannot be run: {problem}" for problem in problems),
+        *(f"note: {note}" for note in notes),
+    ):
+        click.echo(one_line(line))
+    click.echo(f"\n{_groups(groups)}\n\n{_types(types)}")
+    return 0
+
+
+def _groups(rows: list[dict[str, Any]]) -> str:
+    head = ("group", "tensors", "types", "file MB", "held as", "memory MB", "place")
+    return grid(head, [
+        (
+            row["group"],
+            str(row["tensors"]),
+            ", ".join(f"{count} {name}" for name, count in row["types"].items()) or "-",
+            f"{row['file_bytes'] / 1e6:.1f}",
+            ", ".join(row["held_as"]) or "-",
+            f"{row['memory_bytes'] / 1e6:.1f}",
+            row["place"],
+        )
+        for row in rows
+    ])  # fmt: skip
+
+
+def _types(rows: list[dict[str, Any]]) -> str:
     head = ("type", "tensors", "file MB", "held as", "reads")
-    rows = [
+    return grid(head, [
         (
             row["type"],
             str(row["tensors"]),
             f"{row['file_bytes'] / 1e6:.1f}",
-            row["held_as"],
-            row["activations"],
+            row.get("held_as", "-"),
+            row.get("activations", "-"),
         )
-        for row in types
-    ]
-    click.echo("\n" + grid(head, rows))
-    return 0
+        for row in rows
+    ])  # fmt: skip

@@ -58,6 +58,7 @@ class LoadedModel:
                 log.info("model.precision experts=%r", choice.precision)
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
             name = file.get("general.name", str, Path(self.path).stem)
+            paths = file.paths
         self._log_decision()
         self.streams_shape = self.decision.streams
         self.context = self.streams_shape.context
@@ -73,7 +74,7 @@ class LoadedModel:
             context_length=self.context,
             vocab_size=self.plan.vocab_size,
         )
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
         self._arenas: dict[str, Arena] = {}
 
     def _log_decision(self) -> None:
@@ -106,7 +107,8 @@ class LoadedModel:
     @property
     def worker_fds(self) -> dict[str, int]:
         """Descriptors for a worker."""
-        return {"weights": self._arenas["weights"].fd, "model": self.fd}
+        files = {f"model.{index}": fd for index, fd in enumerate(self._fds)}
+        return {"weights": self._arenas["weights"].fd, **files}
 
     def plan_resize(self, nbytes: int) -> SlotDecision:
         """Return how a budget of `nbytes` is spent from now on: slots change, streams stay.
@@ -161,10 +163,9 @@ class LoadedModel:
         self.streams.records[stream]["active"] = 0
 
     def close(self) -> None:
-        """Give memory and file back."""
+        """Give memory and files back."""
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        while self._fds:
+            os.close(self._fds.pop())

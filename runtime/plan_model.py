@@ -72,7 +72,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
         except BudgetTooSmall as error:
             refusal = str(error)
             choice = choices.within(smallest, wants)
-        rates = rates or probe(Path(path))
+        rates = rates or probe(Path(max(file.paths, key=os.path.getsize)))
     decision = choice.decision
     return {
         "path": str(path),

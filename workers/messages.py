@@ -70,12 +70,13 @@ class Outputs(LaneMessage, frozen=True, kw_only=True):
 
 
 class FileSlab(msgspec.Struct, frozen=True, array_like=True):
-    """`nbytes` bytes of the model file from `offset`, of GGUF type `type_id`; for errors its tensor."""
+    """`nbytes` bytes from `offset` of the model's file number `file`; its GGUF type and tensor name."""
 
     offset: int
     nbytes: int
     type_id: int
     tensor: str
+    file: int = 0
 
 
 class ExpertPage(msgspec.Struct, frozen=True, array_like=True):

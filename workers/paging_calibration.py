@@ -28,7 +28,7 @@ ENOUGH = 0.92  # of the best speed: further threads would only cost memory and t
 
 
 def calibrated_threads(file: ModelFile, cache_dir: str, page: ExpertPage) -> int:
-    """Return the number of I/O threads for the device of `file`, measured at its first use.
+    """Return the number of I/O threads for the device of `file` (its first part), measured at its first use.
 
     `page` is of the experts to be read. Processes that ask at the same time wait for one another, at
     most for a measurement each; without `cache_dir`, or where it cannot be written, each measures.
@@ -36,7 +36,7 @@ def calibrated_threads(file: ModelFile, cache_dir: str, page: ExpertPage) -> int
     """
     if file.mode != "direct":
         return UNMEASURED
-    device = os.fstat(file.fd).st_dev
+    device = os.fstat(file.fds[0]).st_dev
     key = f"{os.major(device)}:{os.minor(device)}"
     path = Path(cache_dir) / "io-threads.json"
     with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ def measure(file: ModelFile, slabs: Sequence[FileSlab], places: random.Random) -
 def _speed(
     file: ModelFile, slabs: Sequence[FileSlab], threads: int, seconds: float, places: random.Random
 ) -> float:
-    size = os.fstat(file.fd).st_size
+    sizes = [os.fstat(fd).st_size for fd in file.fds]
     begin, done = time.perf_counter(), [0] * threads
     end = begin + seconds
 
@@ -79,9 +79,11 @@ def _speed(
         staging = Staging()
         with contextlib.suppress(ModelReadError):  # what is wrong is said when an expert is read
             while time.perf_counter() < end:
-                nbytes = min(choice.choice(slabs).nbytes, size)
+                slab = choice.choice(slabs)
+                size = sizes[slab.file]
+                nbytes = min(slab.nbytes, size)
                 at = choice.randrange(max(1, size - nbytes + 1)) // ALIGNMENT * ALIGNMENT
-                piece = FileSlab(at, nbytes, 0, "calibration")
+                piece = FileSlab(at, nbytes, 0, "calibration", slab.file)
                 raw = file.read(piece, staging)
                 for _ in range(HASHES):
                     digest(raw)

@@ -29,7 +29,7 @@ SLICE_MS = 1000
 
 
 def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
-    """Serve one scheduler until killed; `fds`: "weights" (the arena) and "model" (the file).
+    """Serve one scheduler until killed; `fds`: "weights" (the arena), "model.0", "model.1"... (its files).
 
     Called by the nursery in the forked child; returns only if the socket fails.
     """
@@ -37,7 +37,8 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     arena = Arena.attach("weights", fds["weights"])
     slots = SlotTable(arena.bytes, worker.slots)
     checksums = Checksums(worker.cache_dir, worker.model_id, worker.model_path)
-    serve = ExpertWorker(slots, fds["model"], checksums)
+    files = [fd for name, fd in fds.items() if name.startswith("model.")]  # a mapping keeps their order
+    serve = ExpertWorker(slots, files, checksums)
     calibrate = partial(calibrated_threads, serve.loader.file, worker.cache_dir)
     pager = Pager(serve.loader, worker.io_threads, calibrate)
     with zmq.Context() as context, context.socket(zmq.DEALER) as lane:

@@ -1,4 +1,4 @@
-"""The model file as experts are read from it: past the page cache where the file system allows it.
+"""The model's files as experts are read from them: past the page cache where the file system allows it.
 
 Not in here: threads, checksums, packing. `preadv` releases the GIL.
 """
@@ -58,22 +58,24 @@ class Staging:
 
 
 class ModelFile:
-    """An open model file, read by any number of threads; `close` ends what it opened itself.
+    """An open model of one or more files, read by any number of threads; `close` ends what it opened itself.
 
-    mode: "direct" when a real read with O_DIRECT succeeded, else "buffered"; then what was read is dropped
-    from the page cache again, so that it does not take the memory that the budget left free.
+    mode: "direct" when a real read with O_DIRECT succeeded on each file, else "buffered"; what was read of a
+    file without it is dropped from the page cache again, so that it does not take the memory that the budget
+    left free.
     """
 
-    def __init__(self, fd: int, *, direct: bool = True) -> None:
-        self.fd = fd
-        self._direct_fd = _open_direct(fd) if direct else -1
-        self.mode = "direct" if self._direct_fd >= 0 else "buffered"
+    def __init__(self, *fds: int, direct: bool = True) -> None:
+        self.fds = fds
+        self._direct_fds = [_open_direct(fd) if direct else -1 for fd in fds]
+        self.mode = "buffered" if -1 in self._direct_fds else "direct"
 
     def close(self) -> None:
-        """Close the descriptor opened for O_DIRECT; `fd` stays its owner's."""
-        if self._direct_fd >= 0:
-            os.close(self._direct_fd)
-            self._direct_fd = -1
+        """Close the descriptors opened for O_DIRECT; `fds` stay their owner's."""
+        for fd in self._direct_fds:
+            if fd >= 0:
+                os.close(fd)
+        self._direct_fds = [-1] * len(self.fds)
 
     def read(self, slab: FileSlab, staging: Staging) -> npt.NDArray[np.uint8]:
         """Read `slab` into `staging` and return it there, read-only, valid until the next read to there.
@@ -84,28 +86,28 @@ class ModelFile:
         lead = slab.offset % ALIGNMENT
         start, wanted = slab.offset - lead, lead + slab.nbytes
         room = placed_nbytes(slab.offset, slab.nbytes)
+        plain, direct = self.fds[slab.file], self._direct_fds[slab.file]
+        fd = plain if direct < 0 else direct
         done = 0
         while done < wanted:
-            count = self._read_part(slab, staging.view[done : min(room, done + MAX_READ)], start + done)
+            count = _read_part(fd, slab, staging.view[done : min(room, done + MAX_READ)], start + done)
             done += count
             # With O_DIRECT only the end of the file is not whole blocks, and nothing can be read behind it.
-            if count == 0 or (count % ALIGNMENT and self.mode == "direct" and done < wanted):
-                found, expected = os.fstat(self.fd).st_size, slab.offset + slab.nbytes
+            if count == 0 or (count % ALIGNMENT and direct >= 0 and done < wanted):
+                found, expected = os.fstat(plain).st_size, slab.offset + slab.nbytes
                 raise ModelReadError(
                     f"{slab.tensor}: the model file ends at byte {found}, expected {expected}"
                 )
-        if self.mode == "buffered":
-            os.posix_fadvise(self.fd, slab.offset, slab.nbytes, os.POSIX_FADV_DONTNEED)
+        if direct < 0:
+            os.posix_fadvise(plain, slab.offset, slab.nbytes, os.POSIX_FADV_DONTNEED)
         return staging.bytes[lead:wanted]
 
-    def _read_part(self, slab: FileSlab, part: memoryview, offset: int) -> int:
-        fd = self._direct_fd if self.mode == "direct" else self.fd
-        try:
-            return os.preadv(fd, [part], offset)
-        except OSError as error:
-            raise ModelReadError(
-                f"{slab.tensor}: reading at byte {offset} failed: {error.strerror}"
-            ) from error
+
+def _read_part(fd: int, slab: FileSlab, part: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, [part], offset)
+    except OSError as error:
+        raise ModelReadError(f"{slab.tensor}: reading at byte {offset} failed: {error.strerror}") from error
 
 
 def _open_direct(fd: int) -> int:

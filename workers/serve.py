@@ -56,9 +56,11 @@ class _Scratch:
 class ExpertWorker:
     """One worker's work, over the arena that all workers share."""
 
-    def __init__(self, slots: SlotTable, model_fd: int, checksums: Checksums | None = None) -> None:
-        """Serve from `slots`; experts come from `model_fd` and are compared with `checksums`."""
-        self.loader = ExpertLoader(slots, ModelFile(model_fd), checksums or Checksums())
+    def __init__(
+        self, slots: SlotTable, model_fds: Sequence[int], checksums: Checksums | None = None
+    ) -> None:
+        """Serve from `slots`; experts come from `model_fds` and are compared with `checksums`."""
+        self.loader = ExpertLoader(slots, ModelFile(*model_fds), checksums or Checksums())
         self._slots = slots
         self._staging = Staging()
         self._scratch = _Scratch()

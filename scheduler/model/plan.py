@@ -170,5 +170,5 @@ class ModelPlan:
                 slab = names.expert_vector(file, matrix.role, layer, expert, total, rows)
             else:
                 slab = names.expert_slab(file, matrix.role, layer, expert, total, rows, columns)
-            slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor))
+            slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor, slab.file))
         return ExpertPage(layer, expert, slot, precision, slabs)

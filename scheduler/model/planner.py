@@ -146,13 +146,12 @@ class _Planner:
 
     def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
         d_model = self._plan.hyper.d_model
-        kinds = []
-        for name in PROJECTIONS:
-            shape = (d_model, width) if name == "down" else (width, d_model)
-            kinds.append(self._matrix(pattern.format(name), shape, layer).form)
-        self._same_activation(
-            kinds[0], kinds[1], f"{pattern.format('gate')} and {pattern.format('up')}", layer
-        )
+        roles = [pattern.format(name) for name in PROJECTIONS]
+        pair = [self._found(role, (width, d_model), layer) for role in roles[:2]]
+        decoded = not self._go_together([self._format(each.type, d_model, each.name) for each in pair])
+        for role in roles[:2]:
+            self._matrix(role, (width, d_model), layer, decoded=decoded)
+        self._matrix(roles[2], (d_model, width), layer)
 
     def _mixture(self, layer: int) -> None:
         h = self._plan.hyper
@@ -185,7 +184,8 @@ class _Planner:
             shapes.append(MatrixShape(form=forms.pop(), rows=rows, columns=columns))
             found = {slab.type.name: slab.type for slab in slabs}
             types.append(slabs[0].type if len(found) == 1 else None)
-        self._same_activation(shapes[0].form, shapes[1].form, "expert gate and up", layer)
+        if not self._go_together([shape.form for shape in shapes[:2]]):
+            shapes[:2] = [replace(shape, form=self._decoded()) for shape in shapes[:2]]
         biases = self._expert_biases(layer) if h.expert_biased else []
         tiers = [_placed(self._held(shapes, types, precision), biases) for precision in self._plan.precisions]
         self._plan.tiers[layer] = tuple(matrices for matrices, _ in tiers)
@@ -225,20 +225,27 @@ class _Planner:
         self._plan.kinds.update(kinds.values())
         return held
 
-    def _same_activation(self, gate: Format, up: Format, what: str, layer: int) -> None:
-        if activation_kind(gate) is not activation_kind(up):
-            raise ModelFileError(
-                f"{self._file.label}: layer {layer}: {what} are {gate.name} and {up.name}; "
-                "both must read the same kind of activations"
-            )
+    def _go_together(self, gate_and_up: list[Format]) -> bool:
+        """Return whether both are multiplied with the same activations; else both are held as float16."""
+        gate, up = map(activation_kind, gate_and_up)
+        return gate is up
+
+    def _decoded(self) -> Format:
+        self._plan.kinds.add(("F16", Format.F16))
+        return Format.F16
 
     def _matrix(
-        self, key: str, shape: tuple[int, ...], layer: int | None = None, role: str | None = None
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        layer: int | None = None,
+        role: str | None = None,
+        decoded: bool = False,
     ) -> MatrixShape:
-        """Place a matrix; heads of a 3-D tensor lie under each other as rows."""
+        """Place a matrix; heads of a 3-D tensor lie under each other as rows. decoded: held as float16."""
         tensor = self._found(role or key, shape, layer)
         rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
-        form = self._format(tensor.type, shape[-1], tensor.name)
+        form = self._decoded() if decoded else self._format(tensor.type, shape[-1], tensor.name)
         packed = MatrixShape(form=form, rows=rows, columns=shape[-1])
         self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
         return packed

@@ -49,5 +49,7 @@ def _error(
     if target is None:
         return 0.0
     rows = min(rows, SAMPLED_ROWS)
-    raw = np.frombuffer(os.pread(file.fd, slab.type.nbytes((rows, columns)), slab.offset), np.uint8)
+    raw = np.frombuffer(
+        os.pread(file.fds[slab.file], slab.type.nbytes((rows, columns)), slab.offset), np.uint8
+    )
     return converter.error(raw, slab.type, rows, columns, target)

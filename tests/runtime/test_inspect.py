@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sterna.runtime.budget import Wants
 from sterna.runtime.cli import cli
 from sterna.runtime.config import embedded_model
 from sterna.runtime.model_choice import choose, weights_nbytes
+from sterna.runtime.tensor_groups import groups
 from sterna.scheduler.model import storage
 from sterna.scheduler.model.storage import ActivationError, measure_activations
 from sterna.shm.errors import ModelFileError
@@ -58,6 +60,21 @@ def test_table_on_stdout_names_each_type() -> None:
     assert "| TQ2_0 |" in result.stdout
     assert "1.6 bits, as set" in result.stdout
     assert " B3 " in result.stdout
+
+
+def test_groups_say_where_they_are_kept() -> None:
+    quarter = replace(WANTS, resident="25%")
+    with GgufFile.open(embedded_model()) as file:
+        choice = choose(file, AMPLE, quarter)
+        every = groups(file, file.tensors.keys(), choice.plan, choice.decision)
+    rows = {row["group"]: row for row in every}
+    assert rows["experts"]["place"] == "paged, 20 of 80 in memory"
+    assert rows["experts"]["held_as"] == ["TL1"]
+    assert (rows["attention"]["place"], rows["attention"]["held_as"]) == ("in memory", ["Q8"])
+    assert rows["attention"]["types"] == {"Q8_0": 36}
+    dense = sum(row["memory_bytes"] for name, row in rows.items() if name != "experts")
+    assert choice.plan.dense_nbytes - 64 * len(choice.plan.dense) < dense <= choice.plan.dense_nbytes
+    assert sum(row["tensors"] for row in every) == len(file.tensors)
 
 
 def test_a_broken_file_is_named() -> None:

@@ -60,7 +60,7 @@ class Stage:
             "slots": self.plan.all_slots(), "model_path": str(self.file.path), "model_id": (0, 0, 0, 0),
             "cache_dir": "",
         }  # fmt: skip
-        fds = {"weights": self.arena.fd, "model": self.file.fd}
+        fds = {"weights": self.arena.fd, "model.0": self.file.fd}
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(spec), json.dumps(fds)], pass_fds=list(fds.values())
         )
@@ -128,7 +128,7 @@ class Stage:
 
     def expected(self, batch: WorkerBatch) -> Floats:
         """Return what an in-process worker makes of `batch`."""
-        worker = ExpertWorker(self.slots, self.file.fd)
+        worker = ExpertWorker(self.slots, self.file.fds)
         worker.configure(self.configure)
         message = Compute(
             seq=0, layer=batch.layer, precision=0, kind=batch.kind, tokens=len(batch.activations[0]),

@@ -115,7 +115,7 @@ class LocalEngine:
             counts = spread(plan, classes, resident) if assignment else [resident]
             classes = [(count, nbytes) for count, (_, nbytes) in zip(counts, classes, strict=True)]
         self.slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
-        pool = [ExpertWorker(self.slots, self.file.fd) for _ in range(workers)]
+        pool = [ExpertWorker(self.slots, self.file.fds) for _ in range(workers)]
         for worker in pool:
             worker.configure(Configure(layers=plan.layer_shapes()))
         self.lane = LocalLane(pool)

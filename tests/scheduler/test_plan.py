@@ -276,16 +276,6 @@ def test_a_misshapen_tensor_shows_both_shapes(tmp_path: Path) -> None:
     assert "(128,)" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["blk.2.ffn_gate_exps.weight", "blk.0.ffn_gate.weight", "blk.4.ffn_up_shexp.weight"]
-)
-def test_gate_and_up_must_read_the_same_activations(name: str, tmp_path: Path) -> None:
-    text = refusal(altered.write(tmp_path / "m.gguf", change=altered.only(name, altered.exact_q8(name))))
-    assert f"layer {name.split('.')[1]}" in text
-    assert "Q8" in text
-    assert "TL1" in text
-
-
 def test_a_type_that_nothing_decodes_is_named(tmp_path: Path) -> None:
     name = "blk.1.ffn_down_exps.weight"
     change = altered.only(name, (np.zeros(altered.values(name).shape, np.uint8), Type.I8))

@@ -26,11 +26,21 @@ def copy_model(
     change: Change = unchanged,
     *,
     architecture: str = "deepseek2",
-    metadata: Mapping[str, int] | None = None,
+    metadata: Mapping[str, object] | None = None,
+    shards: int = 1,
+    small_first_shard: bool = False,
 ) -> Path:
-    """Write the embedded model to `path`, with `change` applied to each tensor and other metadata."""
+    """Write the embedded model to `path`, with `change` applied to each tensor and other metadata.
+
+    shards: in how many files; returned is the path of the first, which `small_first_shard` leaves without
+    tensors.
+    """
     reader = gguf.GGUFReader(embedded_model())
-    writer = gguf.GGUFWriter(path, architecture)
+    parts = shards - small_first_shard
+    at_most = -(-len(reader.tensors) // parts) if shards > 1 else 0
+    writer = gguf.GGUFWriter(
+        path, architecture, split_max_tensors=at_most, small_first_shard=small_first_shard
+    )
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
@@ -46,7 +56,12 @@ def copy_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if shards == 1 else shard_path(path, 1, shards)
+
+
+def shard_path(path: Path, number: int, shards: int) -> Path:
+    """Return the path of a file of a model that was written to `path` in several."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{shards:05d}.gguf")
 
 
 def without(missing: str) -> Change:

@@ -47,7 +47,7 @@ class Bench:
         self.arena = Arena.create("weights", arena_nbytes(classes))
         self.slots = SlotTable(self.arena.bytes, classes)
         self.shapes = Configure(layers=self.plan.layer_shapes())
-        self.worker = ExpertWorker(self.slots, self.file.fd)
+        self.worker = ExpertWorker(self.slots, self.file.fds)
         self.worker.configure(self.shapes)
 
     def page(self, layer: int, expert: int, slot: int | None = None) -> ExpertPage:

@@ -71,7 +71,7 @@ class Stage:
         self.arena = Arena.create("weights", arena_nbytes([(2, nbytes)]))
         self.slots = SlotTable(self.arena.bytes, [(2, nbytes)])
         self.slots.memory[self.slots.at(0) : self.slots.at(2)] = 0xEE
-        self.worker = ExpertWorker(self.slots, self.fd)
+        self.worker = ExpertWorker(self.slots, [self.fd])
         self.configured = Configure(layers={LAYER: shape})
         self.worker.configure(self.configured)
 

@@ -65,7 +65,7 @@ class Stage:
             model_id=model_id(str(path)),
             cache_dir=str(folder / "cache"),
         )
-        fds = {"weights": self.bench.arena.fd, "model": self.bench.file.fd}
+        fds = {"weights": self.bench.arena.fd, "model.0": self.bench.file.fd}
         arguments = [json.dumps(msgspec.to_builtins(spec)), json.dumps(fds)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], pass_fds=list(fds.values()), env=environment()

@@ -101,7 +101,7 @@ def test_a_pair_has_the_same_bits_alone(loaded: Bench) -> None:
 
 
 def test_any_worker_computes_what_another_has_read_in(loaded: Bench) -> None:
-    other = ExpertWorker(loaded.slots, -1)  # has no model file
+    other = ExpertWorker(loaded.slots, [])  # has no model file
     other.configure(loaded.shapes)
     tokens = activations(2)
     message, rows = request(loaded, 2, {3: [0, 1]})
@@ -235,7 +235,7 @@ def test_an_expert_is_read_packed_and_published(bench: Bench) -> None:
 def test_what_is_there_is_not_read_again(loaded: Bench) -> None:
     page = loaded.page(LAYER, 3)
     generation = int(loaded.slots.headers[page.slot]["generation"])
-    blind = ExpertWorker(loaded.slots, -1)
+    blind = ExpertWorker(loaded.slots, [])
     blind.configure(loaded.shapes)
     paged = blind.page_in(PageIn(seq=1, page=page))
     assert (paged.nbytes, paged.read_ns) == (0, 0)
@@ -300,7 +300,7 @@ def test_a_file_that_was_cut_short_is_named_and_nothing_is_published(bench: Benc
 
 def test_a_descriptor_that_cannot_be_read_is_an_error(bench: Bench, tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)  # a folder: EISDIR
-    worker = ExpertWorker(bench.slots, fd)
+    worker = ExpertWorker(bench.slots, [fd])
     worker.configure(bench.shapes)
     with pytest.raises(ModelReadError, match=r"blk\.2\.ffn_"):
         worker.page_in(PageIn(seq=1, page=bench.page(LAYER, 3)))

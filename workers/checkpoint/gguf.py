@@ -1,307 +1,64 @@
-"""The bounded GGUF reader: header, tensor table, tensor bytes (`GgufFile`, `TensorInfo`).
+"""A model file, in one piece or several: metadata, tensors and their bytes (`GgufFile`).
 
-Reads versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
-that names the place or gives tensors that lie inside the file and do not overlap; every count is
-limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
+Not here: how one file is read (`shard.py`) and which files make a model (`split.py`), tensor types
 (`types.py`), tensor names (`names.py`), what keys and shapes a model needs.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType, TracebackType
-from typing import Final, Self, TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ModelFileError
-from .metadata import MAX_KEYS, MIN_KEY_BYTES, GgufArray, Metadata, MetadataValue
-from .source import HeaderReader, Source, quoted, refusal
-from .types import FOREIGN_TYPES, TensorType, candidates, is_claimed
+from .metadata import GgufArray, MetadataValue
+from .shard import Shard, TensorInfo
+from .source import quoted, refusal
+from .split import merged_tensors, open_shards
 
 __all__ = ["GgufArray", "GgufFile", "MetadataValue", "TensorInfo"]
-
-MAGIC: Final = b"GGUF"
-VERSIONS: Final = (2, 3)
-MAX_TENSORS: Final = 65_536
-MAX_TENSOR_NAME_BYTES: Final = 64
-MAX_DIMENSIONS: Final = 4
-MIN_TENSOR_BYTES: Final = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension
-DEFAULT_ALIGNMENT: Final = 32
-MIN_ALIGNMENT: Final = 8
-MAX_ALIGNMENT: Final = 1 << 20
 
 T = TypeVar("T")
 D = TypeVar("D")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
-    """One tensor of a file: its `nbytes` lie at absolute byte `offset`.
-
-    `shape` is in numpy order (outermost first, rows of the last axis contiguous); `ne` is the same
-    reversed, as GGUF stores it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: TensorType
-    offset: int
-    nbytes: int
-
-    @property
-    def ne(self) -> tuple[int, ...]:
-        """The dimensions in GGUF order, contiguous axis first."""
-        return self.shape[::-1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Declared:
-    """A tensor as the header states it: `info.offset` is still relative to the data.
-
-    `info.type` and `info.nbytes` are of the first of the types that `type_id` may mean.
-    """
-
-    info: TensorInfo
-    offset_at: int
-    type_id: int
-
-
-def _read_magic(reader: HeaderReader) -> int:
-    reader.what = "header"
-    magic = reader.bytes_of(4, "magic")
-    if magic != MAGIC:
-        raise reader.refusal(f"the magic {MAGIC!r}", repr(magic), at=0)
-    version = reader.uint32("version")
-    if version in VERSIONS:
-        return version
-    swapped = struct.unpack("<I", struct.pack(">I", version))[0]
-    found = f"big-endian version {swapped}" if 1 <= swapped <= max(VERSIONS) else f"version {version}"
-    raise reader.refusal("little-endian version 2 or 3", found, at=4)
-
-
-def _read_count(reader: HeaderReader, kind: str, limit: int, min_bytes_each: int) -> int:
-    at = reader.at
-    count = reader.uint64(f"the number of {kind}")
-    if count > limit:
-        raise reader.refusal(f"at most {limit} {kind}", count, at=at)
-    if count * min_bytes_each > reader.bytes_left:
-        wanted = f"{count} {kind}, at least {count * min_bytes_each} bytes"
-        raise reader.refusal(wanted, f"{reader.bytes_left} bytes left in the file", at=at)
-    return count
-
-
-def _read_shape(reader: HeaderReader) -> tuple[int, ...]:
-    at = reader.at
-    n_dims = reader.uint32("the number of dimensions")
-    if not 1 <= n_dims <= MAX_DIMENSIONS:
-        raise reader.refusal(f"1 to {MAX_DIMENSIONS} dimensions", n_dims, at=at)
-    ne = []
-    for axis in range(n_dims):
-        size = reader.uint64(f"dimension {axis}")
-        if size == 0:
-            raise reader.refusal(f"dimension {axis} of at least 1", 0, at=reader.at - 8)
-        ne.append(size)
-    if math.prod(ne) >= 1 << 63:
-        raise reader.refusal("fewer than 2^63 elements", " x ".join(map(str, ne)), at=at + 4)
-    return tuple(reversed(ne))
-
-
-def _read_type(reader: HeaderReader) -> tuple[int, TensorType]:
-    at = reader.at
-    type_id = reader.uint32("the tensor type")
-    known = candidates(type_id)
-    if not known:
-        hint = f" ({FOREIGN_TYPES[type_id]})" if type_id in FOREIGN_TYPES else ""
-        raise reader.refusal("a known tensor type", f"type id {type_id}{hint}", at=at)
-    return type_id, known[0]
-
-
-def _read_tensor(reader: HeaderReader, index: int, alignment: int) -> _Declared:
-    reader.what = f"tensor {index}"
-    name = reader.text(MAX_TENSOR_NAME_BYTES, "a tensor name")
-    reader.what = f"tensor {quoted(name)}"
-    shape_at = reader.at
-    shape = _read_shape(reader)
-    type_id, tensor_type = _read_type(reader)
-    if shape[-1] % tensor_type.block_elements:
-        claim = f" (type id {type_id})" if is_claimed(type_id) else ""
-        blocks = f"a row length divisible by the {tensor_type.block_elements} of a {tensor_type.name} block"
-        raise reader.refusal(blocks + claim, shape[-1], at=shape_at + 4)
-    try:
-        nbytes = tensor_type.nbytes(shape)
-    except ModelFileError as error:
-        label = reader.source.label
-        raise ModelFileError(f"{label}: byte {shape_at + 4}: {reader.what}: {error}") from None
-    offset_at = reader.at
-    offset = reader.uint64("the data offset")
-    if offset % alignment:
-        raise reader.refusal(f"an offset that is a multiple of {alignment}", offset, at=offset_at)
-    info = TensorInfo(name=name, shape=shape, type=tensor_type, offset=offset, nbytes=nbytes)
-    return _Declared(info, offset_at, type_id)
-
-
-def _read_tensors(reader: HeaderReader, count: int, alignment: int) -> dict[str, _Declared]:
-    declared: dict[str, _Declared] = {}
-    for index in range(count):
-        at = reader.at
-        tensor = _read_tensor(reader, index, alignment)
-        if tensor.info.name in declared:
-            raise reader.refusal("a name that was not there before", "a duplicate", at=at)
-        declared[tensor.info.name] = tensor
-    return declared
-
-
-def _rooms(declared: dict[str, _Declared], data_nbytes: int) -> dict[str, int]:
-    """Return the bytes from each tensor's data to the next tensor's, last tensor first: to the file's end."""
-    starts = sorted(((tensor.info.offset, name) for name, tensor in declared.items()), reverse=True)
-    rooms: dict[str, int] = {}
-    end = data_nbytes
-    for start, name in starts:
-        rooms[name] = end - start
-        end = start
-    return rooms
-
-
-def _nbytes_as(kind: TensorType, shape: tuple[int, ...]) -> int | None:
-    try:
-        return None if shape[-1] % kind.block_elements else kind.nbytes(shape)
-    except ModelFileError:
-        return None
-
-
-def _fills(kind: TensorType, tensor: _Declared, room: int, alignment: int) -> bool:
-    nbytes = _nbytes_as(kind, tensor.info.shape)
-    return nbytes is not None and nbytes <= room <= -(-nbytes // alignment) * alignment
-
-
-def _settle_types(
-    source: Source, declared: dict[str, _Declared], data_offset: int, alignment: int
-) -> dict[str, _Declared]:
-    """Choose by size among the types that an id may mean, for all tensors of that id alike.
-
-    ggml's own meaning stands if its sizes fit; another must fill the place of each tensor, and so must
-    the one that is left of an id which has had two. How far the last tensor reaches proves nothing for
-    another type: the file may be cut short.
-    """
-    settled = dict(declared)
-    rooms = _rooms(declared, source.size_bytes - data_offset)
-    last = next(iter(rooms), "")
-    for type_id in sorted({tensor.type_id for tensor in declared.values() if is_claimed(tensor.type_id)}):
-        own, *others = candidates(type_id)
-        members = [tensor for tensor in declared.values() if tensor.type_id == type_id]
-        told = [tensor for tensor in members if not others or tensor.info.name != last]
-        misfits = [
-            tensor
-            for tensor in told
-            if tensor.info.nbytes > rooms[tensor.info.name]
-            or not (others or _fills(own, tensor, rooms[tensor.info.name], alignment))
-        ]
-        if not misfits:
-            continue
-        for kind in others:
-            if all(_fills(kind, tensor, rooms[tensor.info.name], alignment) for tensor in told):
-                break
-        else:
-            raise _size_refusal(source, misfits[0], rooms[misfits[0].info.name])
-        for tensor in members:
-            nbytes = _nbytes_as(kind, tensor.info.shape)
-            if nbytes is None:
-                raise _size_refusal(source, tensor, rooms[tensor.info.name])
-            info = replace(tensor.info, type=kind, nbytes=nbytes)
-            settled[info.name] = replace(tensor, info=info)
-    return settled
-
-
-def _size_refusal(source: Source, tensor: _Declared, room: int) -> ModelFileError:
-    sizes = [(kind, _nbytes_as(kind, tensor.info.shape)) for kind in candidates(tensor.type_id)]
-    expected = " or ".join(f"{nbytes} bytes ({kind.name})" for kind, nbytes in sizes if nbytes is not None)
-    what = f"tensor {quoted(tensor.info.name)} of type id {tensor.type_id}"
-    return refusal(source.label, tensor.offset_at, what, expected, f"room for {room}")
-
-
-def _placed(source: Source, declared: dict[str, _Declared], data_offset: int) -> Mapping[str, TensorInfo]:
-    """Make offsets absolute; refuse tensors that overlap or reach beyond the file."""
-    tensors: dict[str, TensorInfo] = {}
-    for name, tensor in declared.items():
-        info = tensor.info
-        offset = data_offset + info.offset
-        if offset + info.nbytes > source.size_bytes:
-            raise refusal(
-                source.label,
-                tensor.offset_at,
-                f"tensor {quoted(name)}",
-                f"{info.nbytes} bytes of data at byte {offset}",
-                f"a file of {source.size_bytes} bytes (cut short?)",
-            )
-        tensors[name] = TensorInfo(
-            name=name, shape=info.shape, type=info.type, offset=offset, nbytes=info.nbytes
-        )
-    end, before = 0, ""
-    for info in sorted(tensors.values(), key=lambda info: info.offset):
-        if info.offset < end:
-            raise refusal(
-                source.label,
-                declared[info.name].offset_at,
-                f"tensor {quoted(info.name)}",
-                f"data behind that of {quoted(before)}, which ends at byte {end}",
-                f"data at byte {info.offset}, which overlaps",
-            )
-        end, before = info.offset + info.nbytes, info.name
-    return MappingProxyType(tensors)
-
-
 class GgufFile:
-    """An open GGUF file: `metadata`, `tensors` and views of the mapped tensor bytes.
+    """An open GGUF model: `metadata`, `tensors` and views of the mapped tensor bytes.
 
-    Context manager; owns descriptor and mapping until `close`. Arrays from `data` stay valid after
-    that (they hold the mapping), metadata strings and arrays do not. May be shared by threads and,
-    since nothing is written, inherited over a fork. If the file is cut short by someone else while
-    it is mapped, touching the lost pages kills the process (SIGBUS): read cold data with `pread`.
+    It may lie in several files, `NAME-00001-of-00003.gguf` and so on; any of them opens all, and the
+    metadata are those of the first. Context manager; owns descriptors and mappings until `close`. Arrays
+    from `data` stay valid after that (they hold the mapping), metadata strings and arrays do not. May be
+    shared by threads and, since nothing is written, inherited over a fork. If a file is cut short by
+    someone else while it is mapped, touching the lost pages kills the process (SIGBUS): read cold data
+    with `pread`.
     """
 
-    def __init__(self, source: Source) -> None:
-        """Read the header of `source`; use `open`."""
-        self._source = source
-        reader = HeaderReader(source)
-        self.version = _read_magic(reader)
-        num_tensors = _read_count(reader, "tensors", MAX_TENSORS, MIN_TENSOR_BYTES)
-        num_keys = _read_count(reader, "keys", MAX_KEYS, MIN_KEY_BYTES)
-        self._metadata = Metadata.read(reader, num_keys)
-        self.alignment = self._checked_alignment()
-        declared = _read_tensors(reader, num_tensors, self.alignment)
-        self.data_offset = -(-reader.at // self.alignment) * self.alignment
-        declared = _settle_types(source, declared, self.data_offset, self.alignment)
-        self.tensors: Mapping[str, TensorInfo] = _placed(source, declared, self.data_offset)
+    def __init__(self, path: str, shards: tuple[Shard, ...]) -> None:
+        """Own `shards`; use `open`."""
+        self.path = path
+        """The path as it was opened."""
+        self._shards = shards
+        self._metadata = shards[0].metadata
+        self.tensors: Mapping[str, TensorInfo] = merged_tensors(shards)
+        """By name, in the order of the files; each knows the number of its file."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open and check `path`.
+        """Open and check `path`, with the other files of its model if it is split.
 
         Raises ModelNotFound, NotPermitted, ModelReadError, OutOfResources or, for everything that
         is wrong with the content, ModelFileError; each is one line that names the file.
         """
-        source = Source(path)
+        shards = open_shards(path)
         try:
-            return cls(source)
+            return cls(os.fspath(path), shards)
         except BaseException:
-            source.close()
+            for shard in shards:
+                shard.close()
             raise
-
-    def _checked_alignment(self) -> int:
-        key = "general.alignment"
-        alignment = self.get(key, int, DEFAULT_ALIGNMENT)
-        if MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT and alignment.bit_count() == 1:
-            return alignment
-        expected = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}"
-        raise refusal(
-            self._source.label, self._metadata.offset(key), f"key {quoted(key)}", expected, alignment
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -312,28 +69,53 @@ class GgufFile:
         self.close()
 
     def close(self) -> None:
-        """Give descriptor and mapping back; again is harmless."""
-        self._source.close()
-
-    @property
-    def path(self) -> str:
-        """The path as it was opened."""
-        return self._source.path
+        """Give descriptors and mappings back; again is harmless."""
+        for shard in self._shards:
+            shard.close()
 
     @property
     def label(self) -> str:
-        """The path as messages name it: printable, one line."""
-        return self._source.label
+        """The path of the first file as messages name it: printable, one line."""
+        return self._shards[0].label
+
+    def label_of(self, info: TensorInfo) -> str:
+        """Return the same of the file that holds a tensor."""
+        return self._shards[info.file].label
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all files, in the order of `TensorInfo.file`."""
+        return [shard.source.path for shard in self._shards]
+
+    @property
+    def fds(self) -> list[int]:
+        """A descriptor of each of `paths`, for `pread`; owned by this object."""
+        return [shard.source.fd for shard in self._shards]
 
     @property
     def fd(self) -> int:
-        """The descriptor, for `pread`; owned by this object."""
-        return self._source.fd
+        """The descriptor of the first file, which is all there is of a model that is not split."""
+        return self._shards[0].source.fd
+
+    @property
+    def version(self) -> int:
+        """The version of the format that the first file says."""
+        return self._shards[0].version
+
+    @property
+    def alignment(self) -> int:
+        """Multiple of the offsets of tensors in the first file."""
+        return self._shards[0].alignment
+
+    @property
+    def data_offset(self) -> int:
+        """Where the tensors of the first file begin."""
+        return self._shards[0].data_offset
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file when it was opened."""
-        return self._source.size_bytes
+        """Size of all files together when they were opened."""
+        return sum(shard.source.size_bytes for shard in self._shards)
 
     @property
     def metadata(self) -> Mapping[str, MetadataValue]:
@@ -349,11 +131,11 @@ class GgufFile:
 
     def get(self, key: str, kind: type[T], default: D) -> T | D:
         """Return the value of `key`, or `default` if there is none; a wrong type is an error."""
-        return self._metadata.typed(key, kind) if key in self._metadata else default
+        return self._shards[0].get(key, kind, default)
 
     def data(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """Return the tensor's bytes, 1-D, read-only, as a view of the mapping (no copy)."""
-        return np.frombuffer(self._source.mapped, np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._shards[info.file].source.mapped, np.uint8, info.nbytes, info.offset)
 
     def slab(self, info: TensorInfo, index: int) -> tuple[int, int]:
         """Return (absolute offset, bytes) of slice `index` of the outermost axis of a 3-D tensor.
@@ -361,12 +143,12 @@ class GgufFile:
         ModelFileError if the tensor is not 3-D or of a type whose slices are not apart, IndexError if
         there is no such slice.
         """
+        what = f"tensor {quoted(info.name)}"
         if info.type.matrix is not None and not info.type.matrix.has_slices:
-            what = f"tensor {quoted(info.name)}"
-            raise refusal(self._source.label, info.offset, what, "slices that lie apart", info.type.name)
+            found = info.type.name
+            raise refusal(self.label_of(info), info.offset, what, "slices that lie apart", found)
         if len(info.shape) != 3:
-            what = f"tensor {quoted(info.name)}"
-            raise refusal(self._source.label, info.offset, what, "3 dimensions", f"shape {info.shape}")
+            raise refusal(self.label_of(info), info.offset, what, "3 dimensions", f"shape {info.shape}")
         if not 0 <= index < info.shape[0]:
             raise IndexError(f"slice {index} of {info.name!r}, which has {info.shape[0]}")
         nbytes = info.nbytes // info.shape[0]

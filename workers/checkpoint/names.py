@@ -1,7 +1,7 @@
 """Where a model's weights lie in a file: tensor names by role, checked lookup, expert slabs.
 
-Every role has its GGUF name first and the Hugging Face name second. Not here: which roles a model
-needs and with which dimensions.
+Every role has its GGUF name first; some have the Hugging Face name second. Not here: which roles a
+model needs and with which dimensions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from ...shm.errors import ModelFileError
 from .gguf import GgufFile, TensorInfo
 from .source import quoted, refusal
 from .types import TensorType
@@ -29,19 +30,19 @@ _LAYER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "attn_norm": ("attn_norm.weight", "input_layernorm.weight"),
         "ffn_norm": ("ffn_norm.weight", "post_attention_layernorm.weight"),
-        "post_attention_norm": ("post_attention_norm.weight", "post_attention_layernorm.weight"),
+        "post_attention_norm": ("post_attention_norm.weight",),
         "attn_q": ("attn_q.weight", "self_attn.q_proj.weight"),
         "attn_k": ("attn_k.weight", "self_attn.k_proj.weight"),
         "attn_v": ("attn_v.weight", "self_attn.v_proj.weight"),
-        "attn_q_bias": ("attn_q.bias", "self_attn.q_proj.bias"),
-        "attn_k_bias": ("attn_k.bias", "self_attn.k_proj.bias"),
-        "attn_v_bias": ("attn_v.bias", "self_attn.v_proj.bias"),
-        "attn_output_bias": ("attn_output.bias", "self_attn.o_proj.bias"),
-        "attn_q_norm": ("attn_q_norm.weight", "self_attn.q_norm.weight"),
-        "attn_k_norm": ("attn_k_norm.weight", "self_attn.k_norm.weight"),
-        "attn_sinks": ("attn_sinks.weight", "self_attn.sinks"),
-        "attn_sub_norm": ("attn_sub_norm.weight", "self_attn.attn_sub_norm.weight"),
-        "ffn_sub_norm": ("ffn_sub_norm.weight", "mlp.ffn_sub_norm.weight"),
+        "attn_q_bias": ("attn_q.bias",),
+        "attn_k_bias": ("attn_k.bias",),
+        "attn_v_bias": ("attn_v.bias",),
+        "attn_output_bias": ("attn_output.bias",),
+        "attn_q_norm": ("attn_q_norm.weight",),
+        "attn_k_norm": ("attn_k_norm.weight",),
+        "attn_sinks": ("attn_sinks.weight",),
+        "attn_sub_norm": ("attn_sub_norm.weight",),
+        "ffn_sub_norm": ("ffn_sub_norm.weight",),
         "attn_q_a": ("attn_q_a.weight", "self_attn.q_a_proj.weight"),
         "attn_q_a_norm": ("attn_q_a_norm.weight", "self_attn.q_a_layernorm.weight"),
         "attn_q_b": ("attn_q_b.weight", "self_attn.q_b_proj.weight"),
@@ -55,8 +56,8 @@ _LAYER: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "ffn_up": ("ffn_up.weight", "mlp.up_proj.weight"),
         "ffn_down": ("ffn_down.weight", "mlp.down_proj.weight"),
         "ffn_gate_inp": ("ffn_gate_inp.weight", "mlp.gate.weight"),
-        "ffn_gate_inp_bias": ("ffn_gate_inp.bias", "mlp.router.bias"),
-        "ffn_gate_inp_shexp": ("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight"),
+        "ffn_gate_inp_bias": ("ffn_gate_inp.bias",),
+        "ffn_gate_inp_shexp": ("ffn_gate_inp_shexp.weight",),
         "exp_probs_b": ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
         "ffn_gate_exps": ("ffn_gate_exps.weight", "mlp.experts.gate_proj.weight", "mlp.experts.gate_proj"),
         "ffn_up_exps": ("ffn_up_exps.weight", "mlp.experts.up_proj.weight", "mlp.experts.up_proj"),
@@ -90,14 +91,24 @@ LAYER_ROLES: Final = tuple(_LAYER)
 EXPERT_ROLES: Final = tuple(_EXPERT)
 
 
+class TensorProblem(ModelFileError):
+    """A tensor that is missing or misshapen: `name` is the first to try, `shape` what was expected."""
+
+    def __init__(self, text: str, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(text)
+        self.name = name
+        self.shape = shape
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:
-    """The contiguous bytes of one expert's matrix: absolute `offset` in the file, `nbytes`, type."""
+    """The contiguous bytes of one expert's matrix: absolute `offset` in the model's file number `file`."""
 
     offset: int
     nbytes: int
     type: TensorType
     tensor: str
+    file: int = 0
 
 
 def candidates(role: str, layer: int | None = None, expert: int | None = None) -> tuple[str, ...]:
@@ -135,11 +146,11 @@ def require(
 ) -> TensorInfo:
     """Return the tensor of a role, which must have `shape` (numpy order).
 
-    Leading axes of length 1 do not count. ModelFileError lists the names tried, or both shapes.
+    Leading axes of length 1 do not count. TensorProblem lists the names tried, or both shapes.
     """
     info = find(file, role, layer, expert)
     if info is None:
-        raise _missing(file, candidates(role, layer, expert))
+        raise _missing(file, candidates(role, layer, expert), shape)
     return _checked(file, info, shape)
 
 
@@ -149,7 +160,7 @@ def expert_slab(
     """Return where the (rows, cols) matrix of one expert lies; role is one of EXPERT_ROLES.
 
     Looks for a stacked tensor (num_experts, rows, cols), then for gate and up in a merged one
-    (num_experts, 2 * rows, cols; gate first), then for the expert's own tensor. ModelFileError if
+    (num_experts, 2 * rows, cols; gate first), then for the expert's own tensor. TensorProblem if
     there is none or its shape differs; ValueError for a wrong role or index.
     """
     if role not in _EXPERT or not 0 <= expert < num_experts:
@@ -165,28 +176,38 @@ def expert_slab(
         part, parts, outer, height = 0, 1, 1, rows
     if info is None:
         merged = candidates("ffn_gate_up_exps", layer) if role in _HALF_OF_MERGED else ()
-        raise _missing(file, candidates(role, layer) + merged + candidates(role, layer, expert))
+        tried = candidates(role, layer) + merged + candidates(role, layer, expert)
+        raise _missing(file, tried, (num_experts, rows, cols))
     _checked(file, info, (outer, height, cols))
+    if parts > 1 and info.type.matrix is not None and not info.type.matrix.has_slices:
+        what = f"tensor {quoted(info.name)}"
+        raise refusal(file.label_of(info), info.offset, what, "a type whose slices lie apart", info.type.name)
     nbytes = info.nbytes // parts
-    return Slab(offset=info.offset + part * nbytes, nbytes=nbytes, type=info.type, tensor=info.name)
+    return Slab(
+        offset=info.offset + part * nbytes, nbytes=nbytes, type=info.type, tensor=info.name, file=info.file
+    )
 
 
 def expert_vector(file: GgufFile, role: str, layer: int, expert: int, num_experts: int, length: int) -> Slab:
-    """Return where one expert's row of a bias (num_experts, length) lies; ModelFileError as `require`."""
+    """Return where one expert's row of a bias (num_experts, length) lies; raises as `require`."""
     info = require(file, role, (num_experts, length), layer)
     nbytes = info.nbytes // num_experts
-    return Slab(offset=info.offset + expert * nbytes, nbytes=nbytes, type=info.type, tensor=info.name)
+    return Slab(
+        offset=info.offset + expert * nbytes, nbytes=nbytes, type=info.type, tensor=info.name, file=info.file
+    )
 
 
-def _missing(file: GgufFile, names: tuple[str, ...]) -> Exception:
+def _missing(file: GgufFile, names: tuple[str, ...], shape: tuple[int, ...]) -> TensorProblem:
     what = f"tensor {quoted(names[0])}"
-    return refusal(file.label, None, what, f"one named {' or '.join(names)}", "none of them")
+    error = refusal(file.label, None, what, f"one named {' or '.join(names)}", "none of them")
+    return TensorProblem(str(error), names[0], shape)
 
 
 def _checked(file: GgufFile, info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     if _without_leading_ones(info.shape) != _without_leading_ones(shape):
         what = f"tensor {quoted(info.name)}"
-        raise refusal(file.label, info.offset, what, f"shape {shape}", f"shape {info.shape}")
+        error = refusal(file.label_of(info), info.offset, what, f"shape {shape}", f"shape {info.shape}")
+        raise TensorProblem(str(error), info.name, shape)
     return info
 
 

@@ -11,7 +11,7 @@ from ...shm.errors import ModelFileError
 from ..kernels import base3, nibbles, planes, repack, ternary
 from ..kernels.products import product
 from .bitnet_types import Tiling
-from .formats import ROW_SCALED, Format, MatrixShape, activation_kind, is_decoded_at_load
+from .formats import ROW_SCALED, Format, MatrixShape, activation_kind
 from .types import TensorType, check_size, dequantize, ternary_matrix
 
 _K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)
@@ -48,7 +48,9 @@ def pack_matrix(
     """
     check_size(file_type, raw, (shape.rows, shape.columns))
     codes_at, scales_at = shape.place(at)
-    if shape.form is Format.B3:
+    if shape.form is Format.F16 and file_type.name != "F16":
+        _pack_decoded(raw, file_type, shape, out, codes_at, tiling)
+    elif shape.form is Format.B3:
         _pack_base3(raw, file_type, shape, out, at)
     elif file_type.name in ROW_SCALED and file_type.name not in _TERNARY:
         matrix = ternary_matrix(file_type, raw, (shape.rows, shape.columns), tiling)
@@ -64,8 +66,6 @@ def pack_matrix(
         planes.pack(int(shape.form), raw, shape.rows, shape.columns, work, out, codes_at, scales_at)
     elif shape.form in _NIBBLES:
         nibbles.pack(int(shape.form), raw, shape.rows, shape.columns, out, codes_at, scales_at)
-    elif is_decoded_at_load(file_type):
-        _pack_decoded(raw, file_type, shape, out, codes_at)
     else:
         width = 4 if shape.form is Format.F32 else 2
         repack.floats(raw, shape.rows, shape.columns, width, out, codes_at)
@@ -91,13 +91,20 @@ def _pack_decoded(
     shape: MatrixShape,
     out: npt.NDArray[np.uint8],
     at: int,
+    tiling: Tiling | None,
 ) -> None:
-    """Decode a matrix to float16, 16 rows at a time, and pack that."""
-    row_nbytes = file_type.row_bytes(shape.columns)
+    """Decode a matrix to float16, 16 rows at a time or whole where a type mixes rows, and pack that."""
+    whole = None
+    if file_type.matrix is not None:
+        whole = ternary_matrix(file_type, raw, (shape.rows, shape.columns), tiling).values()
     for row in range(0, shape.rows, 16):
         rows = min(16, shape.rows - row)
-        part = raw[row * row_nbytes : (row + rows) * row_nbytes]
-        values = dequantize(file_type, part, (rows, shape.columns))
+        if whole is not None:
+            values = whole[row : row + rows]
+        else:
+            row_nbytes = file_type.row_bytes(shape.columns)
+            part = raw[row * row_nbytes : (row + rows) * row_nbytes]
+            values = dequantize(file_type, part, (rows, shape.columns))
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)
         if (np.isinf(halves) & np.isfinite(values)).any():

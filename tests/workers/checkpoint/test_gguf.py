@@ -16,6 +16,7 @@ import pytest
 from sterna.shm.errors import ModelFileError, ModelNotFound, ModelReadError, NotPermitted, SternaError
 from sterna.workers.checkpoint import source as source_module
 from sterna.workers.checkpoint.gguf import GgufArray, GgufFile
+from sterna.workers.checkpoint.shard import Shard
 from sterna.workers.checkpoint.types import dequantize
 
 from .gguf_bytes import (
@@ -299,7 +300,7 @@ def test_file_that_shrank_while_open(tmp_path: Path) -> None:
     source = source_module.Source(tmp_path / "m.gguf")
     os.truncate(tmp_path / "m.gguf", 10)
     with pytest.raises(ModelFileError, match="byte 10: file: expected 132 bytes as at opening"):
-        GgufFile(source)
+        Shard(source)
     source.close()
 
 

@@ -22,7 +22,9 @@ from sterna.workers.checkpoint.names import (
     find,
     require,
 )
-from sterna.workers.checkpoint.types import dequantize
+from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+
+from . import gguf_bytes
 
 MODEL = Path(__file__).parents[3] / "runtime" / "models" / "tales-small.gguf"
 EXPERTS, ROWS, COLS = 3, 4, 256
@@ -70,8 +72,8 @@ def test_names_are_those_the_oracle_maps_to_each_other(role: str) -> None:
     ours, *others = candidates(role, layer)
     stem, suffix = ours.rsplit(".", 1)
     name_map = get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, 5)
-    assert suffix == ("bias" if role == "exp_probs_b" else "weight")
-    assert others
+    assert suffix == ("bias" if role == "exp_probs_b" or role.endswith("_bias") else "weight")
+    assert stem in {name.format(bid=3) for name in gguf.TENSOR_NAMES.values()}
     if role == "ffn_gate_up_exps":  # the oracle's deepseek2 list has no merged tensor
         assert stem == gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.FFN_GATE_UP_EXP].format(bid=3)
         return
@@ -198,3 +200,12 @@ def test_missing_experts_name_all_places(write: Write) -> None:
     with pytest.raises(ModelFileError) as caught:
         expert_slab(file, "ffn_down_exps", 5, 2, 4, 4, 32)
     assert "gate_up" not in str(caught.value)
+
+
+def test_a_stack_with_one_scale_behind_it_is_refused(tmp_path: Path) -> None:
+    """Its slices are no matrices of that type: the scale is the last expert's alone."""
+    path = tmp_path / "m.gguf"
+    stack = gguf_bytes.tensor("blk.1.ffn_down_exps.weight", (128, 4, 2), TYPES_BY_NAME["I2_S"].id)
+    path.write_bytes(gguf_bytes.build((), (stack,), bytes(2 * 4 * 128 // 4 + 32)))
+    with GgufFile.open(path) as file, pytest.raises(ModelFileError, match="slices lie apart, found I2_S"):
+        expert_slab(file, "ffn_down_exps", 1, 0, 2, 4, 128)
