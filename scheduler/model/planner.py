@@ -21,6 +21,7 @@ from ...workers.checkpoint.formats import (
     kernel_type,
 )
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.source import quoted
 from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
 from .family import read_hyperparameters
@@ -88,14 +89,20 @@ class _Planner:
 
     def _refuse_unknown(self) -> None:
         """Refuse tensors that the model would have to use: a bias left out is another model."""
-        layers = [f"blk.{layer}." for layer in range(self._plan.hyper.layers)]
-        for name in self._file.tensors:
-            of_model = name.startswith(tuple(layers)) or name in ("output.bias", "cls.weight")
-            if of_model and name not in self._used and not any(part in name for part in HARMLESS):
-                raise ModelFileError(
-                    f"{self._file.label}: tensor {name!r} has no place in architecture"
-                    f" {self._plan.hyper.architecture!r} as Sterna computes it"
-                )
+        layers = tuple(f"blk.{layer}." for layer in range(self._plan.hyper.layers))
+        unknown = [
+            name
+            for name in self._file.tensors
+            if (name.startswith(layers) or name in ("output.bias", "cls.weight"))
+            and name not in self._used
+            and not any(part in name for part in HARMLESS)
+        ]
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise ModelFileError(
+                f"{self._file.label}: {', '.join(map(quoted, unknown[:3]))}{more}: architecture"
+                f" {self._plan.hyper.architecture!r}, as Sterna computes it, has no place for these tensors"
+            )
 
     def _latent(self, a: LatentAttention, layer: int) -> None:
         d_model = self._plan.hyper.d_model
