@@ -1,8 +1,8 @@
 """The asyncio client: `AsyncClient` and the `AsyncStream` it returns.
 
 In here: one connection for all calls, driven by the event loop's readiness callbacks. No task reads the
-socket, so no cancelled `recv` can lose a message. Not in here: what the messages mean (`client_core.py`),
-sockets (`wire.py`).
+socket, so no cancelled `recv` can lose a message. Not in here: the calls that turn text into something else
+(`client_text.py`), what the messages mean (`client_core.py`), sockets (`wire.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import zmq
 from .. import __version__
 from ..shm.errors import SternaError, UsageError
 from . import client_core as core
+from .client_text import AsyncTextCalls
 from .messages import (
     Cancel,
-    Detokenize,
-    Detokenized,
     Drain,
     Drained,
     Failed,
@@ -37,8 +36,6 @@ from .messages import (
     Report,
     Resize,
     Status,
-    Tokenize,
-    Tokenized,
     Welcome,
 )
 from .results import Chunk, Result
@@ -48,7 +45,7 @@ from .wire import Wire
 _Mailbox = asyncio.Queue[core.Event | SternaError]
 
 
-class AsyncClient:
+class AsyncClient(AsyncTextCalls):
     """Talks to a daemon from one event loop; calls may run side by side over its one connection.
 
     Settings and errors are those of `client.Client`. Connects when it is first used.
@@ -140,16 +137,6 @@ class AsyncClient:
         """Have the daemon use `memory` ("2GiB", "auto") in all; return its slots and bytes then."""
         request = Resize(id=core.new_id(), memory=memory)
         return (await self._call(request, request.id, Report)).body
-
-    async def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
-        """Return the token ids of a text; `special` reads control tokens out of it."""
-        request = Tokenize(id=core.new_id(), text=text, add_bos=add_bos, special=special)
-        return (await self._call(request, request.id, Tokenized)).token_ids
-
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        request = Detokenize(id=core.new_id(), token_ids=core.plain_ids(token_ids))
-        return (await self._call(request, request.id, Detokenized)).text
 
     async def drain(self) -> None:
         """Have the daemon finish what runs and stop; returns when nothing runs any more."""

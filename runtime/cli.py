@@ -133,6 +133,8 @@ def serve(
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before TEXT; may be repeated.")
 @quality_option("the daemon's")
 @click.option("--lost-mass", type=float, metavar="X", hidden=True)
+@click.option("--chat", is_flag=True, help="Ask PROMPT as a user, by the model's chat template.")
+@click.option("--system", metavar="TEXT", help="What the model is told before; implies --chat.")
 @click.option("--echo", is_flag=True, help="Print the prompt before the answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--stats/--no-stats", default=True, help="Speeds on stderr [on].")
@@ -141,6 +143,8 @@ def generate(
     socket: str | None,
     model: str | None,
     stop: tuple[str, ...],
+    chat: bool,
+    system: str | None,
     echo: bool,
     as_json: bool,
     stats: bool,
@@ -154,11 +158,12 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     given = {name: value for name, value in options.items() if value is not None}
     sampling = cast("GenerateOptions", {**given, "stop": list(stop)})
-    with (
-        _daemon_for(socket, model, stats) as client,
-        client.generate(text, stream=True, **sampling) as stream,
-    ):
-        result = _print_answer(stream, text if echo else "", as_json)
+    with _daemon_for(socket, model, stats) as client:
+        if chat or system is not None:
+            text = client.apply_template(_conversation(system, text))
+            sampling["special"] = True
+        with client.generate(text, stream=True, **sampling) as stream:
+            result = _print_answer(stream, text if echo else "", as_json)
     if stats:
         click.echo(statistics(result), err=True)
         if result.routing is not None:
@@ -231,6 +236,11 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
         with StartProgress() as progress:
             url = stack.enter_context(private_daemon(arguments, config.start_timeout_s, progress.update))
         yield stack.enter_context(Client(url))
+
+
+def _conversation(system: str | None, text: str) -> list[dict[str, str]]:
+    told = [] if system is None else [{"role": "system", "content": system}]
+    return [*told, {"role": "user", "content": text}]
 
 
 def _print_answer(stream: Stream, before: str, as_json: bool) -> Result:

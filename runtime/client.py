@@ -1,7 +1,8 @@
 """The blocking client: `Client` and the `Stream` it returns.
 
-In here: waiting, and a pool of connections so that threads can share a client. Not in here: what the messages
-mean (`client_core.py`), sockets (`wire.py`), asyncio (`aclient.py`).
+In here: waiting, and a pool of connections so that threads can share a client. Not in here: the calls that
+turn text into something else (`client_text.py`), what the messages mean (`client_core.py`), sockets
+(`wire.py`), asyncio (`aclient.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import zmq
 from .. import __version__
 from ..shm.errors import SternaError
 from . import client_core as core
+from .client_text import TextCalls
 from .messages import (
     Cancel,
-    Detokenize,
-    Detokenized,
     Drain,
     Drained,
     Failed,
@@ -36,8 +36,6 @@ from .messages import (
     Report,
     Resize,
     Status,
-    Tokenize,
-    Tokenized,
     Welcome,
 )
 from .results import Chunk, Result
@@ -47,7 +45,7 @@ from .wire import Wire
 _MAX_IDLE_WIRES = 8
 
 
-class Client:
+class Client(TextCalls):
     """Talks to a daemon; threads may share it, each call in flight has a connection of its own.
 
     `timeout_s` bounds the wait for an answer and between two of its tokens, `connect_timeout_s` the wait for
@@ -131,16 +129,6 @@ class Client:
         """Have the daemon use `memory` ("2GiB", "auto") in all; return its slots and bytes then."""
         request = Resize(id=core.new_id(), memory=memory)
         return self._call(request, request.id, Report).body
-
-    def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
-        """Return the token ids of a text; `special` reads control tokens out of it."""
-        request = Tokenize(id=core.new_id(), text=text, add_bos=add_bos, special=special)
-        return self._call(request, request.id, Tokenized).token_ids
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-        request = Detokenize(id=core.new_id(), token_ids=core.plain_ids(token_ids))
-        return self._call(request, request.id, Detokenized).text
 
     def drain(self) -> None:
         """Have the daemon finish what runs and stop; returns when nothing runs any more."""

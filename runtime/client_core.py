@@ -37,6 +37,7 @@ from .messages import (
     Refused,
     Reply,
     Report,
+    Templated,
     TokenItem,
     Tokenized,
     TokenLogprob,
@@ -56,8 +57,8 @@ CANCEL_TIMEOUT_S = 1.0
 CONNECTION = ""
 
 Event = (
-    Accepted | TokenItem | Finished | Failed | Report | Tokenized | Detokenized | Drained | Pong
-    | Welcome | Refused | GoingAway
+    Accepted | TokenItem | Finished | Failed | Report | Tokenized | Detokenized | Templated | Drained
+    | Pong | Welcome | Refused | GoingAway
 )  # fmt: skip
 
 
@@ -78,6 +79,7 @@ class GenerateOptions(TypedDict, total=False):
     prompt_logprobs: bool
     ignore_eos: bool
     add_bos: bool | None
+    special: bool
     quality_budget: float | None
     lost_mass: float | None
     stepped: bool

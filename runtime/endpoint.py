@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import zmq
@@ -19,6 +20,7 @@ import zmq
 from ..shm.errors import Overloaded, ProtocolError, SternaError, TooLong
 from . import codec
 from .messages import (
+    ApplyTemplate,
     Cancel,
     Detokenize,
     Detokenized,
@@ -35,6 +37,7 @@ from .messages import (
     Request,
     Resize,
     Status,
+    Templated,
     Tokenize,
     Tokenized,
     Welcome,
@@ -204,6 +207,8 @@ class Endpoint:
                 self._convert(identity, message, len(text))
             case Detokenize(token_ids=token_ids):
                 self._convert(identity, message, len(token_ids))
+            case ApplyTemplate():
+                self._convert_in_thread(identity, message)
             case Status():
                 self._start(self._send_report(identity, message.id), "status")
             case Drain():
@@ -222,18 +227,29 @@ class Endpoint:
             self.send(identity, self._converted(message))
         elif size > MAX_CONVERTED:
             raise TooLong(f"{tag_of(type(message))}: expected at most {MAX_CONVERTED} items, found {size}")
-        elif self._num_converting >= MAX_CONVERSIONS:
-            raise Overloaded(f"{self._num_converting} long texts are being converted already")
         else:
-            self._start(self._send_converted(identity, message), "convert")
+            self._convert_in_thread(identity, message)
 
-    def _converted(self, message: Tokenize | Detokenize) -> Message:
+    def _convert_in_thread(self, identity: bytes, message: Tokenize | Detokenize | ApplyTemplate) -> None:
+        if self._num_converting >= MAX_CONVERSIONS:
+            raise Overloaded(f"{self._num_converting} long texts are being converted already")
+        self._start(self._send_converted(identity, message), "convert")
+
+    def _converted(self, message: Tokenize | Detokenize | ApplyTemplate) -> Message:
+        if isinstance(message, ApplyTemplate):
+            return Templated(id=message.id, text=self._rendered(message))
         if isinstance(message, Detokenize):
             return Detokenized(id=message.id, text=self._tokenizer.decode(message.token_ids))
         ids = self._tokenizer.encode(message.text, add_bos=message.add_bos, special=message.special)
         return Tokenized(id=message.id, token_ids=ids)
 
-    async def _send_converted(self, identity: bytes, message: Tokenize | Detokenize) -> None:
+    def _rendered(self, message: ApplyTemplate) -> str:
+        if self._service is None:
+            raise ProtocolError("the daemon is still starting")
+        # The time of day where the daemon is: what templates print as "today".
+        return self._service.apply_template(message, datetime.now())
+
+    async def _send_converted(self, identity: bytes, message: Tokenize | Detokenize | ApplyTemplate) -> None:
         self._num_converting += 1
         try:
             async with self._converting:

@@ -13,6 +13,7 @@ from ..scheduler.model.plan import ModelPlan
 from ..shm.errors import ModelFileError, OutOfResources
 from ..workers.checkpoint.formats import activation_kind, is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufArray, GgufFile, TensorInfo
+from .chat_template import describe_templates
 from .config import Activations, Config, Precision, Ternary
 from .model_check import Examined, examine
 from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
@@ -143,8 +144,16 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
         "model": _text(file, "tokenizer.ggml.model"),
         "pre": _text(file, "tokenizer.ggml.pre"),
         "tokens": len(tokens) if isinstance(tokens, GgufArray) else 0,
-        "chat_template": "tokenizer.chat_template" in file.metadata,
+        "chat_template": _templates(file),
     }
+
+
+def _templates(file: GgufFile) -> str:
+    """Return which chat templates there are, or what is wrong with their keys."""
+    try:
+        return describe_templates(file.metadata, file.label)
+    except ModelFileError as error:
+        return str(error)
 
 
 def _shown(file: GgufFile, key: str) -> object:

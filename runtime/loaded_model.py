@@ -13,6 +13,7 @@ from ..shm.errors import OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
 from .budget import SlotDecision, decide
+from .chat_template import ChatTemplate, token_texts
 from .config import Config, embedded_model
 from .messages import ModelFacts
 from .model_choice import choose, known_counts, wants_of
@@ -57,6 +58,12 @@ class LoadedModel:
             if choice.precision:
                 log.info("model.precision experts=%r", choice.precision)
             self.tokenizer = Tokenizer.from_metadata(file.metadata, str(self.path))
+            self.chat_template = ChatTemplate.from_metadata(
+                file.metadata,
+                tokens=token_texts(self.tokenizer),
+                source=str(self.path),
+                context=self.decision.streams.context,
+            )
             name = file.get("general.name", str, Path(self.path).stem)
             paths = file.paths
         self._log_decision()
@@ -164,6 +171,8 @@ class LoadedModel:
 
     def close(self) -> None:
         """Give memory and files back."""
+        if self.chat_template is not None:
+            self.chat_template.close()
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()

@@ -10,6 +10,7 @@ bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message 
     ping                             pong
     status                           report
     tokenize, detokenize             tokenized, detokenized
+    apply_template                   templated | failed
     drain                            drained
     resize                           report | failed
                                      going_away (unasked)
@@ -26,6 +27,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from ..shm.errors import BadRequest
+from .chat_messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage
 
 MAX_ID_CHARS = 64
 MAX_STOP_BYTES = 256
@@ -57,6 +59,8 @@ class Generate(Message, frozen=True, kw_only=True):
 
     `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
     many alternatives to report for each token (0: only the chosen one). `add_bos` None: as the model says.
+    `special` reads control tokens out of the prompt, as one that a chat template wrote has them; where it
+    begins with BOS itself, none is added.
 
     `quality_budget` is the fraction of perplexity that the answer may cost so that it needs fewer experts
     that are not in memory; 0 is exact, None the daemon's default. `lost_mass` gives the mean share of the
@@ -78,6 +82,7 @@ class Generate(Message, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     ignore_eos: bool = False
     add_bos: bool | None = None
+    special: bool = False
     quality_budget: Annotated[float, Meta(ge=0, le=0.1)] | None = None
     lost_mass: Annotated[float, Meta(ge=0, le=1)] | None = None
     stepped: bool = False
@@ -128,6 +133,22 @@ class Detokenize(Message, frozen=True, kw_only=True):
 
     id: Id
     token_ids: list[TokenId]
+
+
+class ApplyTemplate(Message, frozen=True, kw_only=True):
+    """Ask for a conversation as prompt text, by a chat template out of the model's file.
+
+    `template`: name of one, None for the model's choice; `options`: further variables for it, such as
+    `enable_thinking`.
+    """
+
+    id: Id
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
+    add_generation_prompt: bool = True
+    template: Annotated[str, Meta(max_length=MAX_ID_CHARS)] | None = None
+    options: dict[str, Any] = {}
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -303,6 +324,13 @@ class Detokenized(Message, frozen=True, kw_only=True):
     text: str
 
 
+class Templated(Message, frozen=True, kw_only=True):
+    """Answer to `apply_template`."""
+
+    id: Id
+    text: str
+
+
 class Drained(Message, frozen=True, kw_only=True):
     """Answer to `drain`: nothing runs any more."""
 
@@ -315,10 +343,10 @@ class GoingAway(Message, frozen=True, kw_only=True):
     text: str
 
 
-Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | Drain | Resize
+Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | ApplyTemplate | Drain | Resize
 Reply = (
     Welcome | Refused | Accepted | Tokens | Finished | Failed
-    | Pong | Report | Tokenized | Detokenized | Drained | GoingAway
+    | Pong | Report | Tokenized | Detokenized | Templated | Drained | GoingAway
 )  # fmt: skip
 
 
@@ -328,12 +356,15 @@ def tag_of(message: type[Message]) -> str:
 
 
 REQUESTS: dict[str, type[Message]] = {
-    tag_of(cls): cls for cls in (Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, Drain, Resize)
-}
+    tag_of(cls): cls
+    for cls in (
+        Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, ApplyTemplate, Drain, Resize,
+    )
+}  # fmt: skip
 REPLIES: dict[str, type[Message]] = {
     tag_of(cls): cls
     for cls in (
         Welcome, Refused, Accepted, Tokens, Finished, Failed,
-        Pong, Report, Tokenized, Detokenized, Drained, GoingAway,
+        Pong, Report, Tokenized, Detokenized, Templated, Drained, GoingAway,
     )
 }  # fmt: skip

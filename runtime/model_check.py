@@ -19,6 +19,7 @@ from ..workers.checkpoint.formats import is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufFile, TensorInfo
 from ..workers.checkpoint.names import TensorProblem
 from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType
+from .chat_template import ChatTemplate, token_texts
 from .tokenizer import Tokenizer
 
 MAX_PROBLEMS: Final = 64
@@ -136,11 +137,14 @@ def _plan(file: GgufFile, noted: NotedTensors) -> tuple[ModelPlan | None, list[s
 
 
 def _text_problems(file: GgufFile) -> list[str]:
-    """Return what is against the tokenizer."""
+    """Return what is against the tokenizer, or, if it can be built, against the chat templates."""
     try:
-        Tokenizer.from_metadata(file.metadata, file.label)
+        tokens = token_texts(Tokenizer.from_metadata(file.metadata, file.label))
+        template = ChatTemplate.from_metadata(file.metadata, tokens=tokens, source=file.label, context=1)
     except ModelFileError as error:
         return [str(error)]
+    if template is not None:
+        template.close()
     return []
 
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,17 @@ from .calibration import Allowance, Calibration
 from .config import Config
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
-from .messages import Accepted, Failed, Finished, FinishReason, Generate, Message, TokenItem, Tokens
+from .messages import (
+    Accepted,
+    ApplyTemplate,
+    Failed,
+    Finished,
+    FinishReason,
+    Generate,
+    Message,
+    TokenItem,
+    Tokens,
+)
 
 RATE_WINDOW_S = 10.0
 
@@ -139,7 +150,10 @@ class Service:
                     f"the prompt has {len(text)} characters, at most {self._model.max_prompt_chars} "
                     f"fit into the context of {self._model.context} tokens"
                 )
-            ids = self._model.tokenizer.encode(text, add_bos=request.add_bos)
+            tokenizer = self._model.tokenizer
+            ids = tokenizer.encode(text, add_bos=request.add_bos, special=request.special)
+            if request.special and ids[:2] == [tokenizer.bos_id] * 2:
+                del ids[0]  # chat templates write BOS themselves
         if not ids:
             raise BadRequest("prompt: expected at least one token, found none")
         if len(ids) >= self._model.context:
@@ -159,6 +173,25 @@ class Service:
     def _resident_share(self) -> float:
         """Share of the routed experts that memory has slots for."""
         return sum(self._model.limits) / max(1, self._model.plan.num_experts)
+
+    def apply_template(self, request: ApplyTemplate, now: datetime) -> str:
+        """Return a conversation as prompt text; for any thread, and blocks as `ChatTemplate.render` does.
+
+        Raises BadRequest and TooLong.
+        """
+        if self._model.chat_template is None:
+            raise BadRequest(
+                f"no chat template in {self._model.path}: use generate with a prompt as the model expects it"
+            )
+        return self._model.chat_template.render(
+            request.messages,
+            now=now,
+            tools=request.tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt,
+            template=request.template,
+            options=request.options,
+        )
 
     def cancel(self, client: str, request_id: str) -> None:
         """End a request; its owner gets `finished`. Raises NotFound."""

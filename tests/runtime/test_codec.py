@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sterna.runtime import codec, messages
+from sterna.runtime.chat_messages import ChatMessage, Function
 from sterna.runtime.messages import REPLIES, REQUESTS, Generate, Message
 from sterna.shm.errors import BadRequest, ProtocolError, SternaError
 
@@ -50,7 +51,7 @@ def values(kind: object, limits: dict[str, Any] | None = None) -> st.SearchStrat
         )
     if origin is tuple:
         return st.tuples(*map(values, args))
-    if origin is dict:
+    if origin is dict or kind is dict:
         return st.dictionaries(TEXT, JSON, max_size=3)
     if args:  # a union
         return st.one_of(*map(values, args))
@@ -72,7 +73,7 @@ def values(kind: object, limits: dict[str, Any] | None = None) -> st.SearchStrat
     return bodies(kind)
 
 
-def bodies(cls: type[Message]) -> st.SearchStrategy[Message]:
+def bodies(cls: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     """Return messages of a class."""
     fields = {
         name: values(kind)
@@ -89,6 +90,11 @@ def bodies(cls: type[Message]) -> st.SearchStrategy[Message]:
             other=budget,
             **fields,
         )
+    if cls is ChatMessage:
+        part = st.builds(lambda text: {"type": "text", "text": text}, TEXT)
+        fields["content"] = st.none() | TEXT | st.lists(part, max_size=3)
+    if cls is Function:  # text must be JSON of a map
+        fields["arguments"] = values(dict) | st.just('{"a": 1}')
     return st.builds(cls, **fields)
 
 

@@ -1,0 +1,129 @@
+"""The messages of a conversation as they come from a client, and as a chat template wants them.
+
+In here: `ChatMessage` with its checks, and its plain form. Not in here: the request around them
+(`messages.py`), templates (`chat_template.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn
+
+from msgspec import Meta, Struct
+
+from ..shm.errors import BadRequest
+
+MAX_MESSAGES = 16_384
+MAX_PARTS = 1024
+MAX_TOOLS = 1024
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forms:
+    """How a template wants what can be written in several ways.
+
+    content_parts: a message's content as a list of parts, not as text; argument_text: a call's arguments as
+    JSON text, not as a map; null_content: the content of a message that only calls tools as null, not as "";
+    null_tools: tools and documents as null where there are none, not left out.
+    """
+
+    content_parts: bool = False
+    argument_text: bool = False
+    null_content: bool = False
+    null_tools: bool = False
+
+
+class Function(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a tool call calls; `arguments` is a map, or JSON text of one as the OpenAI API has it."""
+
+    name: Name
+    arguments: dict[str, Any] | str = {}
+
+    def __post_init__(self) -> None:
+        """Refuse text that is no map; raises BadRequest."""
+        _arguments(self.arguments)
+
+
+class ToolCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call that the assistant made."""
+
+    function: Function
+    id: Name | None = None
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn: `content` is text or a list of `{"type": "text", "text": ...}`, which are joined by newlines.
+
+    `role` is whatever the template knows, as a rule system, user, assistant or tool. `reasoning_content` is
+    what the assistant thought before `content`; templates show it or leave it out as the model wants it.
+    """
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)] | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+    name: Name | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse parts that are not text; raises BadRequest."""
+        if isinstance(self.content, list):
+            for part in self.content:
+                _part_text(part)
+
+    def plain(self, forms: Forms) -> dict[str, Any]:
+        """Return the message as a template gets it: what was not given is left out, but for `content`."""
+        text = self.content
+        if isinstance(text, list):
+            text = "\n".join(_part_text(part) for part in text)
+        message: dict[str, Any] = {"role": self.role}
+        if text is None:
+            message["content"] = None if forms.null_content and self.tool_calls else ""
+        elif not text and self.tool_calls and forms.null_content:
+            message["content"] = None
+        else:
+            message["content"] = [{"type": "text", "text": text}] if forms.content_parts else text
+        for name in ("reasoning_content", "tool_call_id", "name"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        if self.tool_calls:
+            message["tool_calls"] = [_plain_call(call, forms) for call in self.tool_calls]
+        return message
+
+
+def _plain_call(call: ToolCall, forms: Forms) -> dict[str, Any]:
+    arguments: dict[str, Any] | str = _arguments(call.function.arguments)
+    if forms.argument_text:
+        given = call.function.arguments
+        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    plain = {"type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+    return plain if call.id is None else {"id": call.id, **plain}
+
+
+def _arguments(given: dict[str, Any] | str) -> dict[str, Any]:
+    if isinstance(given, dict):
+        return given
+    try:
+        arguments = json.loads(given or "{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"tool_calls.function.arguments: expected JSON, found {error}") from None
+    if not isinstance(arguments, dict):
+        raise BadRequest("tool_calls.function.arguments: expected a JSON object")
+    return arguments
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        raise BadRequest(f"content: expected parts of type 'text', found {ascii(kind)[:60]}")
+    if not isinstance(text, str) or len(part) != 2:
+        raise BadRequest("content: expected parts with a string `text` and nothing else than `type`")
+    return text
