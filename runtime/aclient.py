@@ -40,6 +40,7 @@ from .messages import (
 )
 from .results import Chunk, Result
 from .sockets import check_url, default_socket_url
+from .vectors import embed_texts_async
 from .wire import Wire
 
 _Mailbox = asyncio.Queue[core.Event | SternaError]
@@ -109,6 +110,8 @@ class AsyncClient(AsyncTextCalls):
         """
         answer = AsyncStream(self, core.generate_message(prompt, token_ids, dict(options)))
         return answer if stream else answer.read()
+
+    embed = embed_texts_async
 
     async def cancel(self, request_id: str) -> None:
         """End a request of this client; raises NotFound if there is none of that id."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
+from ..scheduler.pooling import PooledPrompt
+from ..shm.errors import Cancelled
 from .calibration import Allowance
 from .detokenizer import StopMatcher, StreamDetokenizer
 from .messages import (
+    Embedded,
+    Failed,
     Finished,
     FinishReason,
     Generate,
@@ -62,7 +66,7 @@ class RoutingSum:
 
 @dataclass(slots=True)
 class Answer:
-    """A request and what has been generated for it."""
+    """A request and what has been generated for it; with `pooled`, the vector of its prompt instead."""
 
     request: Generate
     prompt: list[int]
@@ -74,6 +78,7 @@ class Answer:
     detokenizer: StreamDetokenizer
     matcher: StopMatcher
     routing: RoutingSum
+    pooled: PooledPrompt | None = None
     stream: int = -1
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -93,8 +98,9 @@ class Answer:
         now_s: float,
         owner: bytes,
         allowance: Allowance,
+        pooled: PooledPrompt | None = None,
     ) -> Answer:
-        """Return an answer that has not begun; `prompt` is shorter than `context`."""
+        """Return an answer that has not begun; `prompt` is shorter than `context` if a token is to follow."""
         return cls(
             request=request,
             prompt=prompt,
@@ -106,6 +112,7 @@ class Answer:
             detokenizer=StreamDetokenizer(tokenizer),
             matcher=StopMatcher(request.stop),
             routing=RoutingSum(allowance),
+            pooled=pooled,
             prompt_logprobs=[None] * len(prompt) if request.prompt_logprobs else [],
         )
 
@@ -130,6 +137,7 @@ class Answer:
             # The first token is computed alone either way; a prompt that is computed as such stays exact.
             lossy_from=1 if r.stepped else len(self.prompt),
             credit=self.routing.credit,
+            pooling=None if self.pooled is None else self.pooled.pooling,
         )
 
     def take(self, step: StreamStep, now_s: float) -> tuple[TokenItem | None, bool]:
@@ -139,6 +147,8 @@ class Answer:
             self.prompt_logprobs[first : first + len(step.prompt_logprobs)] = step.prompt_logprobs
         if step.routing is not None:
             self.routing.add(step.routing)
+        if self.pooled is not None and step.pooled is not None:
+            self.pooled.add(step.pooled)
         if step.token is None:
             return None, False
         if not self.count:
@@ -154,26 +164,47 @@ class Answer:
         self.count += 1
         return item, stopped
 
-    def finish(self, reason: FinishReason, stopped: bool, now_s: float, top_k: int) -> Finished:
+    def finish(
+        self, reason: FinishReason, stopped: bool, now_s: float, top_k: int
+    ) -> Finished | Embedded | Failed:
         """Return the last message; after a stop string nothing that was held back is sent.
 
         `top_k`: experts selected in each routed layer.
         """
+        if self.pooled is not None:
+            return self._embedded(self.pooled, reason, now_s)
         rest = ""
         if not stopped:
             text, hit = self.matcher.push(self.detokenizer.finish())
             rest = text if hit else text + self.matcher.finish()
-        began = self.started_s or now_s
-        first = self.first_token_s or now_s
         return Finished(
             id=self.request.id,
             reason=reason,
             text=rest,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=self.count),
-            timings=Timings(
-                queue_s=began - self.accepted_s, prefill_s=first - began, decode_s=max(0.0, now_s - first)
-            ),
+            timings=self._timings(now_s),
             seed=self.seed,
             prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs else None,
             routing=self.routing.facts(top_k),
+        )
+
+    def _timings(self, now_s: float) -> Timings:
+        began = self.started_s or now_s
+        first = self.first_token_s or now_s
+        return Timings(
+            queue_s=began - self.accepted_s, prefill_s=first - began, decode_s=max(0.0, now_s - first)
+        )
+
+    def _embedded(self, pooled: PooledPrompt, reason: FinishReason, now_s: float) -> Embedded | Failed:
+        if reason == "cancelled":
+            error = Cancelled("cancelled before its prompt was computed")
+            return Failed(id=self.request.id, code=error.code, text=str(error), retryable=error.retryable)
+        vector = pooled.vector(len(self.prompt))
+        return Embedded(
+            id=self.request.id,
+            vector=vector.astype("<f4").tobytes(),
+            dim=len(vector),
+            pooling=pooled.pooling,
+            usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=0),
+            timings=self._timings(now_s),
         )

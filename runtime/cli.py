@@ -1,4 +1,4 @@
-"""The command `sterna`: `serve`, `generate`, `status`, `tokenize`; others in the files `cli_*`.
+"""The command `sterna`: `serve`, `generate`, `embed`, `status`, `tokenize`; others in the files `cli_*`.
 
 In here: arguments, exit codes and what goes to which stream: answers to stdout, all else to stderr. Every
 error is one line. Modules that cost time are imported by the command that needs them, by --version none.
@@ -168,6 +168,41 @@ def generate(
         click.echo(statistics(result), err=True)
         if result.routing is not None:
             click.echo(routing_line(result.routing), err=True)
+    return 0
+
+
+@cli.command()
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@SOCKET_OPTION
+@click.option("-m", "--model", metavar="FILE", help="GGUF file; a daemon is started unless one serves it.")
+@click.option(
+    "--pooling", type=click.Choice(("mean", "cls", "last")), help="[as the model's file says, else last]"
+)
+@click.option("--raw", is_flag=True, help="Do not scale to length 1.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def embed(
+    texts: tuple[str, ...],
+    socket: str | None,
+    model: str | None,
+    pooling: str | None,
+    raw: bool,
+    as_json: bool,
+) -> int:
+    """Print a vector for each TEXT, one line each, or for what stdin holds if it is `-`.
+
+    Uses the daemon if one runs, else starts one for this call.
+    """
+    exit_on_sigterm()
+    contents = [_read_stdin() if text == "-" else text for text in texts]
+    with _daemon_for(socket, model, stats=True) as client:
+        vectors = client.embed(contents, pooling=pooling, normalize=not raw)
+    # The shortest figures that give the same float32 again.
+    rows = [[str(value) for value in vector] for vector in vectors]
+    if as_json:
+        click.echo(_json({"dim": vectors.shape[1], "embeddings": [[float(v) for v in row] for row in rows]}))
+        return 0
+    for row in rows:
+        click.echo(" ".join(row))
     return 0
 
 

@@ -40,6 +40,7 @@ from .messages import (
 )
 from .results import Chunk, Result
 from .sockets import check_url, default_socket_url
+from .vectors import embed_texts
 from .wire import Wire
 
 _MAX_IDLE_WIRES = 8
@@ -108,6 +109,8 @@ class Client(TextCalls):
         """
         answer = Stream(self, core.generate_message(prompt, token_ids, dict(options)))
         return answer if stream else answer.read()
+
+    embed = embed_texts
 
     def cancel(self, request_id: str) -> None:
         """End a request of this client, from any thread; raises NotFound if there is none of that id."""

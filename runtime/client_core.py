@@ -27,6 +27,7 @@ from .messages import (
     Accepted,
     Detokenized,
     Drained,
+    Embedded,
     Failed,
     Finished,
     Generate,
@@ -57,8 +58,8 @@ CANCEL_TIMEOUT_S = 1.0
 CONNECTION = ""
 
 Event = (
-    Accepted | TokenItem | Finished | Failed | Report | Tokenized | Detokenized | Templated | Drained
-    | Pong | Welcome | Refused | GoingAway
+    Accepted | TokenItem | Finished | Embedded | Failed | Report | Tokenized | Detokenized | Templated
+    | Drained | Pong | Welcome | Refused | GoingAway
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from .messages import (
     Detokenized,
     Drain,
     Drained,
+    Embed,
     Failed,
     Generate,
     GoingAway,
@@ -199,6 +200,8 @@ class Endpoint:
         match message:
             case Generate():
                 self._service.generate(connection.client, identity, message)
+            case Embed():
+                self._service.embed(connection.client, identity, message)
             case Cancel():
                 self._service.cancel(connection.client, message.id)
             case Ping():

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 from ..scheduler.kv import StreamMemory
+from ..scheduler.messages import Pooling
+from ..scheduler.pooling import FILE_POOLINGS
 from ..scheduler.spec import model_id
 from ..shm.arena import Arena
-from ..shm.errors import OutOfResources
+from ..shm.errors import BadRequest, OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
 from .budget import SlotDecision, decide
@@ -66,6 +68,7 @@ class LoadedModel:
             )
             name = file.get("general.name", str, Path(self.path).stem)
             paths = file.paths
+            self._pooling_type = file.get(f"{self.plan.hyper.architecture}.pooling_type", int, 0)
         self._log_decision()
         self.streams_shape = self.decision.streams
         self.context = self.streams_shape.context
@@ -149,6 +152,19 @@ class LoadedModel:
             "kv": kv,
             "streams": self._arenas["streams"].nbytes - kv,
         }
+
+    @property
+    def default_pooling(self) -> Pooling:
+        """How the file says that a prompt's hidden states are pooled, "last" where it says nothing.
+
+        Raises BadRequest for what makes no vector (4: a score for ranking), or is unknown.
+        """
+        if self._pooling_type not in FILE_POOLINGS:
+            raise BadRequest(
+                f"pooling: {self.path} says {self._pooling_type} (pooling_type), which makes no embedding; "
+                "ask for mean, cls or last"
+            )
+        return FILE_POOLINGS[self._pooling_type]
 
     def put_prompt(self, stream: int, serial: int, token_ids: list[int]) -> None:
         """Write a new stream's prompt and record."""

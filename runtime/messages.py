@@ -7,6 +7,7 @@ bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message 
     hello                            welcome | refused
     generate                         accepted, tokens..., finished | failed
     cancel                           finished (reason "cancelled") | failed
+    embed                            embedded | failed
     ping                             pong
     status                           report
     tokenize, detokenize             tokenized, detokenized
@@ -22,10 +23,11 @@ runs no range check. Only rules between fields are checked in both cases.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
+from ..scheduler.messages import Pooling
 from ..shm.errors import BadRequest
 from .chat_messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage
 
@@ -89,9 +91,7 @@ class Generate(Message, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check what no single field's range can say; raises BadRequest."""
-        if (self.prompt is None) == (self.token_ids is None):
-            found = "neither" if self.prompt is None else "both"
-            raise BadRequest(f"prompt, token_ids: expected exactly one of the two, found {found}")
+        _check_prompt(self.prompt, self.token_ids)
         if self.quality_budget is not None and self.lost_mass is not None:
             raise BadRequest("quality_budget, lost_mass: expected at most one of the two, found both")
         for i, text in enumerate(self.stop):
@@ -99,6 +99,29 @@ class Generate(Message, frozen=True, kw_only=True):
             n_bytes = len(text.encode("utf-8", "surrogatepass"))
             if n_bytes > MAX_STOP_BYTES:
                 raise BadRequest(f"stop[{i}]: expected at most {MAX_STOP_BYTES} bytes, found {n_bytes}")
+
+
+class Embed(Message, frozen=True, kw_only=True):
+    """Ask for a vector of exactly one of `prompt` and `token_ids`: hidden states after the last norm, pooled.
+
+    `pooling` None: as the model's file says, else "last"; `normalize`: to length 1.
+    """
+
+    id: Id
+    prompt: str | None = None
+    token_ids: list[TokenId] | None = None
+    pooling: Pooling | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what no single field's range can say; raises BadRequest."""
+        _check_prompt(self.prompt, self.token_ids)
+
+
+def _check_prompt(prompt: str | None, token_ids: list[int] | None) -> None:
+    if (prompt is None) == (token_ids is None):
+        found = "neither" if prompt is None else "both"
+        raise BadRequest(f"prompt, token_ids: expected exactly one of the two, found {found}")
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -284,6 +307,17 @@ class Finished(Message, frozen=True, kw_only=True):
     routing: RoutingFacts | None = None
 
 
+class Embedded(Message, frozen=True, kw_only=True):
+    """Answer to `embed`: `vector` holds `dim` float32, little-endian; in a frame it is text in base64."""
+
+    id: Id
+    vector: bytes
+    dim: Count
+    pooling: Pooling
+    usage: Usage
+    timings: Timings
+
+
 class Failed(Message, frozen=True, kw_only=True):
     """A request failed, or the connection if `id` is None."""
 
@@ -343,9 +377,12 @@ class GoingAway(Message, frozen=True, kw_only=True):
     text: str
 
 
-Request = Hello | Generate | Cancel | Ping | Status | Tokenize | Detokenize | ApplyTemplate | Drain | Resize
+Request = (
+    Hello | Generate | Embed | Cancel | Ping | Status
+    | Tokenize | Detokenize | ApplyTemplate | Drain | Resize
+)  # fmt: skip
 Reply = (
-    Welcome | Refused | Accepted | Tokens | Finished | Failed
+    Welcome | Refused | Accepted | Tokens | Finished | Embedded | Failed
     | Pong | Report | Tokenized | Detokenized | Templated | Drained | GoingAway
 )  # fmt: skip
 
@@ -355,16 +392,5 @@ def tag_of(message: type[Message]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
 
 
-REQUESTS: dict[str, type[Message]] = {
-    tag_of(cls): cls
-    for cls in (
-        Hello, Generate, Cancel, Ping, Status, Tokenize, Detokenize, ApplyTemplate, Drain, Resize,
-    )
-}  # fmt: skip
-REPLIES: dict[str, type[Message]] = {
-    tag_of(cls): cls
-    for cls in (
-        Welcome, Refused, Accepted, Tokens, Finished, Failed,
-        Pong, Report, Tokenized, Detokenized, Templated, Drained, GoingAway,
-    )
-}  # fmt: skip
+REQUESTS: dict[str, type[Message]] = {tag_of(cls): cls for cls in get_args(Request)}
+REPLIES: dict[str, type[Message]] = {tag_of(cls): cls for cls in get_args(Reply)}

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from ..scheduler.messages import Step, StreamsFailed
+from ..scheduler.pooling import PooledPrompt
 from ..shm.errors import (
     BadRequest,
     NotFound,
@@ -33,8 +34,8 @@ from .loaded_model import LoadedModel
 from .messages import (
     Accepted,
     ApplyTemplate,
+    Embed,
     Failed,
-    Finished,
     FinishReason,
     Generate,
     Message,
@@ -107,7 +108,17 @@ class Service:
 
     # ---- what clients ask for ----
 
-    def generate(self, client: str, owner: bytes, request: Generate) -> None:
+    def embed(self, client: str, owner: bytes, request: Embed) -> None:
+        """Admit a request as `generate` does; its answer is a vector, and no `accepted` comes before it."""
+        pooling = request.pooling or self._model.default_pooling
+        prompt = Generate(
+            id=request.id, prompt=request.prompt, token_ids=request.token_ids, seed=0, quality_budget=0.0
+        )
+        self.generate(client, owner, prompt, PooledPrompt(pooling, normalize=request.normalize))
+
+    def generate(
+        self, client: str, owner: bytes, request: Generate, pooled: PooledPrompt | None = None
+    ) -> None:
         """Admit a request; raises BadRequest, TooLong, Overloaded or ShuttingDown."""
         if self.draining:
             raise ShuttingDown("the daemon is stopping and takes no new requests")
@@ -116,7 +127,7 @@ class Service:
             raise BadRequest(f"id: a request {request.id!r} is running already")
         if len(self._waiting) >= self._config.max_queue:
             raise Overloaded(f"the queue is full: {len(self._waiting)} requests wait (max_queue)")
-        prompt = self._prompt(request)
+        prompt = self._prompt(request, to_embed=pooled is not None)
         self._serial += 1
         answer = Answer.create(
             request,
@@ -128,14 +139,16 @@ class Service:
             now_s=time.monotonic(),
             owner=owner,
             allowance=self._allowance(request),
+            pooled=pooled,
         )
         self._answers[key] = answer
         position = len(self._waiting)
-        self._send(owner, Accepted(id=request.id, prompt_token_ids=prompt, queue_position=position))
+        if pooled is None:
+            self._send(owner, Accepted(id=request.id, prompt_token_ids=prompt, queue_position=position))
         self._waiting.append(key)
         self._start_waiting()
 
-    def _prompt(self, request: Generate) -> list[int]:
+    def _prompt(self, request: Generate, *, to_embed: bool) -> list[int]:
         if request.token_ids is not None:
             ids = list(request.token_ids)
             limit = self._model.plan.vocab_size
@@ -156,11 +169,12 @@ class Service:
                 del ids[0]  # chat templates write BOS themselves
         if not ids:
             raise BadRequest("prompt: expected at least one token, found none")
-        if len(ids) >= self._model.context:
-            raise TooLong(
-                f"the prompt has {len(ids)} tokens; the context has {self._model.context}, "
-                "the answer included"
-            )
+        if to_embed and request.token_ids is None and self._model.tokenizer.adds_eos:
+            # Embedding models are trained to gather the text in it; a prompt that goes on must not end.
+            ids.append(self._model.tokenizer.eos_id or 0)
+        if len(ids) >= self._model.context + to_embed:
+            rest = "" if to_embed else ", the answer included"
+            raise TooLong(f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}")
         return ids
 
     def _allowance(self, request: Generate) -> Allowance:
@@ -223,7 +237,7 @@ class Service:
         """Commit a step, then tell the clients: one `tokens` message for each connection."""
         now_s = time.monotonic()
         items: dict[bytes, list[TokenItem]] = {}
-        ended: list[tuple[bytes, Finished]] = []
+        ended: list[tuple[bytes, Message]] = []
         prompt_tokens = generated = 0
         for part in step.streams:
             key = self._running.get(part.stream)
@@ -302,7 +316,7 @@ class Service:
         if not self._answers:
             self.on_idle()
 
-    def _finish(self, answer: Answer, reason: FinishReason, stopped: bool, now_s: float) -> Finished:
+    def _finish(self, answer: Answer, reason: FinishReason, stopped: bool, now_s: float) -> Message:
         return answer.finish(reason, stopped, now_s, self._model.plan.hyper.experts_used)
 
     def _reuse(self, stream: int) -> None:

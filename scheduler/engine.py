@@ -21,6 +21,7 @@ from .mixture import Mixture
 from .model.batch import TokenBatch
 from .model.decoder import Decoder
 from .model.plan import ModelPlan
+from .pooling import step_part
 from .residency.quality import QualityLedger
 from .routing_log import RoutingLog
 from .sampling import choose, log_normaliser, score
@@ -89,6 +90,7 @@ class Engine:
         self._model.forward(batch, self._mixture)
         if (row := first_bad_row(self._model.x, len(batch.ids), self._plan.hyper.d_model)) >= 0:
             raise InternalError(f"position {batch.positions[row]}: the hidden state is not finite")
+        pooled = self._pooled(segments, requests)
         wanted = self._wanted(segments, requests)
         prompt: list[list[float]] = [[] for _ in segments]
         results: list[StreamStep | None] = [None] * len(segments)
@@ -104,8 +106,8 @@ class Engine:
                     results[w.segment] = self._sample(segments[w.segment], requests[w.segment], row_logits)
         self._ledger.commit()
         return [
-            _whole(result or _computed(segment), segment, scores, self._ledger.report(segment.stream))
-            for result, segment, scores in zip(results, segments, prompt, strict=True)
+            _whole(result or _computed(segment, part), segment, scores, self._ledger.report(segment.stream))
+            for result, segment, part, scores in zip(results, segments, pooled, prompt, strict=True)
         ]
 
     def _batch(self, segments: Sequence[Segment]) -> TokenBatch:
@@ -132,6 +134,18 @@ class Engine:
                 wanted.append(_Wanted(row - 1, number, None))
         return wanted
 
+    def _pooled(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[bytes | None]:
+        """Return what the step adds to the vector of each segment's prompt."""
+        parts: list[bytes | None] = []
+        row = 0
+        for s, r in zip(segments, requests, strict=True):
+            part = None
+            if r.pooling is not None:
+                part = step_part(r.pooling, s, row, r.prompt_length, self._model.normed)
+            parts.append(part)
+            row += s.count
+        return parts
+
     def _sample(self, segment: Segment, request: Submit, logits: npt.NDArray[np.float32]) -> StreamStep:
         position = segment.start + segment.count
         token = choose(logits, request.sampling, position)
@@ -146,8 +160,9 @@ class Engine:
         )
 
 
-def _computed(segment: Segment) -> StreamStep:
-    return StreamStep(stream=segment.stream, serial=segment.serial, computed=segment.start + segment.count)
+def _computed(segment: Segment, pooled: bytes | None) -> StreamStep:
+    computed = segment.start + segment.count
+    return StreamStep(stream=segment.stream, serial=segment.serial, computed=computed, pooled=pooled)
 
 
 def _whole(

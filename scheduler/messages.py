@@ -6,7 +6,11 @@ scheduler -> daemon   loading, ready, step, stats, resized, trouble
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+Pooling = Literal["mean", "cls", "last"]
 
 
 class EngineMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -44,7 +48,8 @@ class Submit(EngineMessage, frozen=True, kw_only=True):
     computed: how many of them have their KV, in the blocks of the stream's table; max_length: prompt
     and answer together; logprobs: how many alternatives to report, None for none; stepped_from: position from
     which one token is computed per step, as an answer is; epsilon: mean share of the gate mass that routing
-    may lose for what is in memory, from position lossy_from on; credit: what was saved up of it.
+    may lose for what is in memory, from position lossy_from on; credit: what was saved up of it; pooling: no
+    token is wanted, but the vector of the prompt (`pooling.py`), and the stream ends with its prompt.
     """
 
     stream: int
@@ -61,6 +66,7 @@ class Submit(EngineMessage, frozen=True, kw_only=True):
     epsilon: float = 0.0
     lossy_from: int = 0
     credit: float = 0.0
+    pooling: Pooling | None = None
 
 
 class Cancel(EngineMessage, frozen=True, kw_only=True):
@@ -134,7 +140,8 @@ class StreamStep(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one stream.
 
     computed: tokens that now have their KV; token: the sampled one or None inside a prompt;
-    prompt_logprobs: those of the prompt tokens after position `prompt_from`.
+    prompt_logprobs: those of the prompt tokens after position `prompt_from`; pooled: what the step adds to
+    the prompt's vector.
     """
 
     stream: int
@@ -146,6 +153,7 @@ class StreamStep(msgspec.Struct, frozen=True, kw_only=True):
     prompt_from: int = 0
     prompt_logprobs: list[float] | None = None
     routing: RoutingReport | None = None
+    pooled: bytes | None = None
 
 
 class Step(EngineMessage, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 Continuous batching in one rule: a stream has `known` tokens of which `computed` have their KV. A step
 gives every stream the tokens in between, decoding streams first, up to the batch limit; a stream
 whose last known token is computed gets the next one sampled. Prefill, chunked prefill and decode
-are the same case.
+are the same case. A stream whose prompt is pooled has no token sampled: it ends when all are computed.
 
 A step that failed changed nothing here, so it is simply planned again.
 """
@@ -140,6 +140,10 @@ class _Stream:
         return 1 if self.computed >= stepped else stepped - self.computed
 
     @property
+    def pooled(self) -> bool:
+        return self.request.pooling is not None
+
+    @property
     def decoding(self) -> bool:
         return self.known - self.computed == 1 and self.known > 1
 
@@ -253,10 +257,11 @@ class SchedulerState:
                 continue
             stream = self._streams[segment.stream]
             stream.computed = segment.start + segment.count
-            if not segment.sample:
-                continue
-            stream.known += 1
-            reason = self._finished(stream, sampled[segment.stream])
+            if segment.sample:
+                stream.known += 1
+                reason = self._finished(stream, sampled[segment.stream])
+            else:
+                reason = "stop" if stream.pooled and stream.computed == stream.known else None
             if reason:
                 self._remove(segment.stream)
                 done.append(Finish(stream=segment.stream, serial=stream.request.serial, reason=reason))
@@ -304,7 +309,7 @@ class SchedulerState:
                     serial=state.request.serial,
                     start=state.computed,
                     count=count,
-                    sample=end == state.known,
+                    sample=end == state.known and not state.pooled,
                 )
             )
             first = len(self.blocks.held(stream))

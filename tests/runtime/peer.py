@@ -7,6 +7,8 @@ What it does with a `generate` stands in the prompt:
     "mute"             accepted, then nothing
     "gap"              a token is left out
     "fail CODE"        fails with that code
+
+An `embed` gets [number of characters or ids, whether normalized], "mute" and "fail CODE" as above.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import zmq
 
 from sterna.runtime import codec
@@ -142,6 +145,8 @@ class Peer:
                 self._send(identity, m.Pong(nonce=nonce))
             case m.Generate():
                 self._generate(identity, message)
+            case m.Embed():
+                self._embed(identity, message)
             case m.Cancel(id=request_id) if request_id in self._owners:
                 owner = self._owners.pop(request_id)
                 _, count = self._slow.pop(request_id, (owner, 0))
@@ -160,12 +165,32 @@ class Peer:
             case m.Drain(id=request_id):
                 self._send(identity, m.Drained(id=request_id))
 
+    def _embed(self, identity: bytes, request: m.Embed) -> None:
+        text = "ids" if request.prompt is None else request.prompt
+        if text.startswith("fail "):
+            self._fail(identity, request.id, text.removeprefix("fail "))
+        elif text != "mute":
+            length = len(request.prompt if request.token_ids is None else request.token_ids)  # type: ignore[arg-type]
+            self._send(
+                identity,
+                m.Embedded(
+                    id=request.id,
+                    vector=np.array([length, request.normalize], "<f4").tobytes(),
+                    dim=2,
+                    pooling=request.pooling or "last",
+                    usage=m.Usage(prompt_tokens=length, completion_tokens=0),
+                    timings=m.Timings(queue_s=0.0, prefill_s=0.5, decode_s=0.0),
+                ),
+            )
+
+    def _fail(self, identity: bytes, request_id: str, code: str) -> None:
+        failed = m.Failed(id=request_id, code=code, text="as you wish", retryable=True, retry_after_s=1.0)
+        self._send(identity, failed)
+
     def _generate(self, identity: bytes, request: m.Generate) -> None:
         prompt = "ids" if request.prompt is None else request.prompt
         if prompt.startswith("fail "):
-            code = prompt.removeprefix("fail ")
-            failed = m.Failed(id=request.id, code=code, text="as you wish", retryable=True, retry_after_s=1.0)
-            self._send(identity, failed)
+            self._fail(identity, request.id, prompt.removeprefix("fail "))
             return
         self._owners[request.id] = identity
         self._send(identity, m.Accepted(id=request.id, prompt_token_ids=[1, 2], queue_position=0))

@@ -1,4 +1,4 @@
-"""What the service tells the scheduler of a quality budget, and the client of what came of it."""
+"""What the service tells the scheduler of a quality budget or a vector, and the client of what came of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
+import gguf
+import numpy as np
 import pytest
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
 from sterna.runtime import messages as m
 from sterna.runtime.calibration import UNCALIBRATED_EPSILON
@@ -15,6 +18,7 @@ from sterna.runtime.engine_link import EngineLink
 from sterna.runtime.loaded_model import LoadedModel
 from sterna.runtime.service import Service
 from sterna.scheduler.messages import RoutingReport, Step, StreamsFailed, StreamStep, Submit
+from sterna.shm.errors import BadRequest, TooLong
 
 OWNER = b"connection"
 PROMPT = [0, 5, 6, 7]
@@ -149,3 +153,89 @@ def test_credit_survives_the_scheduler(model: LoadedModel) -> None:
     facts = bench.finished().routing
     assert facts is not None
     assert (facts.events, facts.swaps) == (15, 4)  # of both
+
+
+# ---- vectors ----
+
+
+def embed(bench: Bench, **fields: object) -> Submit:
+    request = m.Embed(**{"id": f"e{len(bench.engine.submitted)}", "token_ids": PROMPT} | fields)  # type: ignore[arg-type]
+    bench.service.embed("client", OWNER, request)
+    return bench.engine.submitted[-1]
+
+
+def pool(bench: Bench, submit: Submit, computed: int, values: list[float], finish: str | None = None) -> None:
+    units = (np.array(values) * 2**32).astype(np.int64)
+    part = StreamStep(
+        stream=submit.stream, serial=submit.serial, computed=computed, finish=finish, pooled=units.tobytes()
+    )
+    bench.engine.on_step(Step(number=1, busy_ns=1, streams=[part]))
+
+
+def test_vector_is_the_sum_of_the_steps_that_were_committed(model: LoadedModel) -> None:
+    bench = Bench(model, default_budget=0.01)
+    first = embed(bench, pooling="mean", normalize=False)
+    assert (first.pooling, first.prompt_logprobs, first.epsilon) == ("mean", False, 0.0)
+    pool(bench, first, 2, [1.0, 2.0])
+    bench.engine.on_restart()
+    again = bench.engine.submitted[-1]
+    assert (again.pooling, again.computed, again.committed) == ("mean", 2, len(PROMPT))
+    pool(bench, again, 4, [3.0, 0.5], "stop")
+    (answer,) = bench.sent  # no `accepted` before it
+    assert isinstance(answer, m.Embedded)
+    assert np.frombuffer(answer.vector, "<f4").tolist() == [1.0, 0.625]
+    assert (answer.dim, answer.pooling) == (2, "mean")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(PROMPT), 0)
+    assert (bench.service.totals.finished, bench.service.num_running) == (1, 0)
+
+
+def test_cancelled_vector_is_an_error(model: LoadedModel) -> None:
+    bench = Bench(model)
+    submit = embed(bench)
+    bench.service.cancel("client", "e0")
+    (answer,) = bench.sent
+    assert isinstance(answer, m.Failed)
+    assert (answer.id, answer.code) == ("e0", "cancelled")
+    pool(bench, submit, 4, [1.0], "stop")  # a step that ran meanwhile
+    assert len(bench.sent) == 1
+
+
+def test_text_to_embed_may_fill_the_context_and_no_more(model: LoadedModel) -> None:
+    assert embed(Bench(model), token_ids=[5] * 64).prompt_length == 64
+    with pytest.raises(TooLong, match=r"the prompt has 65 tokens; the context has 64$"):
+        embed(Bench(model), token_ids=[5] * 65)
+
+
+def test_text_to_embed_ends_as_the_tokenizer_says(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = embed(Bench(model), token_ids=None, prompt="a king").prompt_length
+    monkeypatch.setattr(model.tokenizer, "adds_eos", True)
+    bench = Bench(model)
+    ended = embed(bench, token_ids=None, prompt="a king")
+    assert ended.prompt_length == plain + 1
+    assert model.streams.tokens[ended.stream, plain] == model.tokenizer.eos_id
+    assert embed(bench).prompt_length == len(PROMPT)  # token ids are taken as they are
+
+
+def test_file_says_how_to_pool(model: LoadedModel, tmp_path: Path) -> None:
+    assert model.default_pooling == "last"  # it says nothing
+    assert pooled_model(tmp_path, 2).default_pooling == "cls"
+
+
+def test_file_of_a_reranker_makes_no_vector_unless_asked(tmp_path: Path) -> None:
+    model = pooled_model(tmp_path, 4)
+    with pytest.raises(BadRequest, match=r"says 4 .*ask for mean, cls or last"):
+        embed(Bench(model))
+    model.allocate()
+    assert embed(Bench(model), pooling="cls").pooling == "cls"
+    model.close()
+
+
+def pooled_model(folder: Path, value: int) -> LoadedModel:
+    """Open the embedded model with `pooling_type` among its keys."""
+    path = folder / "pooled.gguf"
+    writer = gguf.GGUFWriter(path, "deepseek2")
+    added = {"deepseek2.pooling_type": MetadataDetails(gguf.GGUFValueType.UINT32, value)}
+    copy_with_new_metadata(gguf.GGUFReader(embedded_model()), writer, added, [])
+    return LoadedModel(Config(model=path, max_num_seqs=2, ctx_size=64))

@@ -17,7 +17,7 @@ from sterna.scheduler.engine import Engine
 from sterna.scheduler.expert_runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
-from sterna.scheduler.messages import RoutingReport, Sampling, Submit
+from sterna.scheduler.messages import Pooling, RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
@@ -85,6 +85,7 @@ class Generated:
     prompt_logprobs: list[float] = field(default_factory=list)
     reason: str | None = None
     routing: list[RoutingReport] = field(default_factory=list)
+    pooled: list[bytes] = field(default_factory=list)
 
 
 class LocalEngine:
@@ -161,8 +162,9 @@ class LocalEngine:
         stop_ids: Sequence[int] = (),
         stepped_from: int | None = None,
         epsilon: float = 0.0,
+        pooling: Sequence[Pooling | None] = (),
     ) -> list[Generated]:
-        """Generate for all prompts at once; greedy unless told otherwise."""
+        """Generate for all prompts at once; greedy unless told otherwise, and but for those to be pooled."""
         todo: list[st.Instruction] = []
         results = [Generated() for _ in prompts]
         for number, prompt in enumerate(prompts):
@@ -177,7 +179,8 @@ class LocalEngine:
                 sampling=sampling[number] if sampling else GREEDY,
                 stop_ids=list(stop_ids),
                 logprobs=0,
-                prompt_logprobs=True,
+                prompt_logprobs=not pooling,
+                pooling=pooling[number] if pooling else None,
                 stepped_from=stepped_from,
                 epsilon=epsilon,
                 lossy_from=len(prompt) if stepped_from is None else stepped_from,
@@ -203,6 +206,7 @@ class LocalEngine:
                     if part.routing is not None:
                         result.routing.append(part.routing)
                     result.prompt_logprobs += part.prompt_logprobs or []
+                    result.pooled += [] if part.pooled is None else [part.pooled]
                     if part.token is not None and part.score is not None:
                         sampled[part.stream] = part.token
                         result.tokens.append(part.token)

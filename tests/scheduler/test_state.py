@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import msgspec
+
 from sterna.scheduler import state as st
 from sterna.scheduler.messages import Sampling, Submit
 
@@ -382,3 +384,18 @@ def test_a_resubmission_replaces_the_stream() -> None:
     assert state.num_streams == 1
     assert state.request(0).serial == 2
     assert brief(step(done(state, s0=3))) == [(0, 0, 5, True)]
+
+
+def test_a_pooled_prompt_ends_when_it_is_computed_and_samples_nothing() -> None:
+    state = make(tokens=20)
+    plain = submitted(3, 30)
+    pooled = st.Submitted(request=msgspec.structs.replace(plain.request, pooling="mean"))
+    assert brief(step(handle(state, pooled))) == [(3, 0, 20, False)]
+    handle(state, submitted(4, 5))
+    # As after a lost worker: the same again, with the rest of the step for who came meanwhile.
+    assert brief(step(lost(state))) == [(3, 0, 20, False)]
+    after = done(state)
+    assert brief(step(after)) == [(3, 20, 10, False), (4, 0, 5, True)]
+    ended = done(state, s4=7)
+    assert st.Finish(stream=3, serial=1, reason="stop") in ended
+    assert brief(step(ended)) == [(4, 5, 1, True)]
