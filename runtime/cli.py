@@ -22,6 +22,7 @@ from .cli_inspect import inspect
 from .cli_kernels import bench, warm
 from .cli_plan import memory, plan
 from .cli_quality import calibrate, perplexity, quality_option, trace
+from .cli_quantize import quantize
 from .cli_simulate import simulate
 from .cli_validate import validate
 from .config import SETTINGS, env_of, flag_of, load_config
@@ -75,6 +76,7 @@ cli.add_command(memory)
 cli.add_command(plan)
 cli.add_command(simulate)
 cli.add_command(perplexity)
+cli.add_command(quantize)
 cli.add_command(trace)
 cli.add_command(validate)
 cli.add_command(warm)

@@ -20,7 +20,7 @@ from ..shm.errors import StartFailed, UsageError
 from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
 from .render import grid, table
 from .terminate import exit_on_sigterm
-from .text_input import read_text
+from .text_input import read_file
 
 if TYPE_CHECKING:
     from .calibration import Point, Table
@@ -317,14 +317,6 @@ def _model_path(model: str) -> Path:
     return embedded_model() if model == "embedded" else Path(model).expanduser().absolute()
 
 
-def _read_text(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return read_text(file, path, MAX_TEXT_BYTES)
-    except OSError as e:
-        raise UsageError(f"{path}: {e.strerror}") from None
-
-
 @contextlib.contextmanager
 def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
@@ -333,7 +325,7 @@ def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tu
     from .start_progress import StartProgress
 
     exit_on_sigterm()
-    content = _read_text(text)
+    content = read_file(text, MAX_TEXT_BYTES)
     path = _model_path(model)
     # Checked here too, so that a wrong value is this command's error and no daemon's.
     config = load_config(None, os.environ, {**flags, "model": str(path)})

@@ -13,6 +13,9 @@ PHASES = {
     "kernels": "compiling kernels (kept for the next start)",
     "weights": "loading dense weights",
     "experts": "loading experts",
+    "calibrating": "running the calibration text",
+    "converting": "converting tensors",
+    "checking": "reading back what was written",
 }
 
 

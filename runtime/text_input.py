@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import BinaryIO
 
 from ..shm.errors import UsageError
+
+
+def read_file(path: str, limit: int) -> str:
+    """Return what the file `path` holds; raises UsageError as `read_text`, and if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return read_text(file, path, limit)
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror}") from None
 
 
 def read_text(file: BinaryIO, where: str, limit: int) -> str:

@@ -7,6 +7,8 @@ that replaces a dead one finds the weights there and loads nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -202,6 +204,20 @@ class FeedForward:
         )  # fmt: skip
 
 
+class Observer(Protocol):
+    """Puts something around matrices as they are made, to see what they are multiplied with."""
+
+    def linear(self, key: str, made: Linear) -> Linear:
+        """Return what stands for the matrix `key`."""
+
+    def feed_forward(self, keys: tuple[str, str, str], made: FeedForward) -> FeedForward:
+        """Return what stands for the network of these matrices: gate, up, down."""
+
+
+OBSERVER: ContextVar[Observer | None] = ContextVar("sterna.observer", default=None)
+"""What `DenseWeights` made in this context show their matrices to; only measuring sets it."""
+
+
 class DenseWeights:
     """Looks tensors of the dense arena up by their key in the plan."""
 
@@ -209,6 +225,7 @@ class DenseWeights:
         self._plan = plan
         self.crew = crew
         self._weights = memory[DENSE_HEADER_NBYTES:]
+        self._observer = OBSERVER.get()
         self._buffers: dict[tuple[int, int, int, int], FeedForwardBuffers] = {}
 
     def entry(self, key: str) -> DenseTensor:
@@ -220,7 +237,8 @@ class DenseWeights:
         entry = self.entry(key)
         if entry.shape is None:
             raise KeyError(f"{key} is not a matrix")
-        return Linear(self._weights, entry.shape, entry.at, self.crew, heads)
+        made = Linear(self._weights, entry.shape, entry.at, self.crew, heads)
+        return made if self._observer is None else self._observer.linear(key, made)
 
     def feed_forward(
         self,
@@ -240,7 +258,8 @@ class DenseWeights:
         key = (capacity, d_model, d_ff, last.kind.block(d_ff))
         if key not in self._buffers:
             self._buffers[key] = FeedForwardBuffers(*key, self.crew.threads)
-        return FeedForward(first, self.linear(up), last, self._buffers[key], self.crew, activation, norm)
+        made = FeedForward(first, self.linear(up), last, self._buffers[key], self.crew, activation, norm)
+        return made if self._observer is None else self._observer.feed_forward((gate, up, down), made)
 
     def vector(self, key: str) -> npt.NDArray[np.float32]:
         """Return the float32 vector `key`."""

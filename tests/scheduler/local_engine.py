@@ -17,63 +17,47 @@ from sterna.scheduler.engine import Engine
 from sterna.scheduler.expert_runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
+from sterna.scheduler.local_lane import LocalLane
 from sterna.scheduler.messages import Pooling, RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import new_policy
 from sterna.scheduler.routing_log import RoutingLog
-from sterna.shm.errors import SternaError
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.tiers import FILE_PRECISION
-from sterna.workers.messages import Configure, ExpertPage, PageIn
+from sterna.workers.messages import Configure, ExpertPage
 from sterna.workers.ownership import owners
 from sterna.workers.serve import ExpertWorker
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
-class LocalLane:
-    """Calls the workers' code directly; counts what it carried."""
+class CountingLane(LocalLane):
+    """Counts what it carried; answers come in a random order with `shuffle`."""
 
     def __init__(self, workers: Sequence[ExpertWorker]) -> None:
+        super().__init__(workers)
         self.workers = workers
         self.batches = 0
         self.pages = 0
-        self.waited_ns = 0
-        self._seq = 0
         self.shuffle: np.random.Generator | None = None
-        """In which order answers come; None: in that of the requests."""
-        self._answers: list[Computed | Loaded] = []
 
     def compute(self, batch: WorkerBatch) -> int:
         self.batches += 1
-        self._seq += 1
-        frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
-        _, rows = self.workers[batch.worker].compute(batch.request(self._seq), frames)
-        # Read-only, as what comes through a socket: numba compiles anew for each array type.
-        copied = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape)
-        self._answers.append(Computed(seq=self._seq, rows=copied))
-        return self._seq
+        return super().compute(batch)
 
     def page_in(self, worker: int, page: ExpertPage, *, urgent: bool) -> int:
         self.pages += 1
-        self._seq += 1
-        try:
-            paged = self.workers[worker].page_in(PageIn(seq=self._seq, page=page, urgent=urgent))
-            self._answers.append(Loaded(seq=self._seq, nbytes=paged.nbytes))
-        except SternaError as error:
-            self._answers.append(Loaded(seq=self._seq, error=error))
-        return self._seq
+        return super().page_in(worker, page, urgent=urgent)
 
     def collect(self, computing: Collection[int], loading: Collection[int], what: str) -> Computed | Loaded:
-        at = 0 if self.shuffle is None else int(self.shuffle.integers(len(self._answers)))
-        return self._answers.pop(at)
-
-    def give_up(self) -> None:
-        self._answers = [answer for answer in self._answers if isinstance(answer, Loaded)]
+        if self.shuffle is not None:
+            at = int(self.shuffle.integers(len(self._answers)))
+            self._answers.insert(0, self._answers.pop(at))
+        return super().collect(computing, loading, what)
 
 
 @dataclass
@@ -119,7 +103,7 @@ class LocalEngine:
         pool = [ExpertWorker(self.slots, self.file.fds) for _ in range(workers)]
         for worker in pool:
             worker.configure(Configure(layers=plan.layer_shapes()))
-        self.lane = LocalLane(pool)
+        self.lane = CountingLane(pool)
         owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
         policy = new_policy(plan.num_experts, 5) if resident else None
         self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from ...shm.errors import InternalError
-from ..kernels import decode, planes
 from .encode import Encoder, relative_error
-from .formats import Format
+from .row_decoder import RowDecoder
 from .tiers import TARGETS, is_convertible, is_ternary
 from .types import TYPES_BY_NAME, Bytes, Floats, TensorType, check_size, dequantize
 
-_K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _ROWS = 16  # decoded at a time, so that they stay in the processor's cache
 
 
@@ -24,8 +22,7 @@ class Converter:
 
     def __init__(self) -> None:
         self._encoder = Encoder()
-        self._unpacked = np.empty(planes.WORK_NBYTES, np.uint8)
-        self._values = np.empty(0, np.float32)
+        self._decoder = RowDecoder()
         self._out = np.empty(0, np.uint8)
 
     def convert(
@@ -52,32 +49,16 @@ class Converter:
         nbytes, row_nbytes = target.nbytes((rows, columns)), file_type.row_bytes(columns)
         if self._out.size < nbytes:
             self._out = np.empty(nbytes, np.uint8)
-        if self._values.size < _ROWS * columns:
-            self._values = np.empty(_ROWS * columns, np.float32)
         out = self._out[:nbytes]
         for row in range(0, rows, _ROWS):
             count = min(_ROWS, rows - row)
             part = raw[row * row_nbytes : (row + count) * row_nbytes]
-            values = self._decode(part, file_type, count, columns)
+            values = self._decoder.decode(part, file_type, count, columns)
             to = target.row_bytes(columns)
             self._encoder.encode(values, target, out[row * to : (row + count) * to], weights, row)
         result = out.view()
         result.flags.writeable = False
         return result
-
-    def _decode(self, raw: Bytes, file_type: TensorType, rows: int, columns: int) -> Floats:
-        """Return the values of some rows as float32 (rows, columns), in the buffer if a kernel makes them."""
-        values = self._values[: rows * columns]
-        if file_type.name in _K_QUANTS:
-            form = int(Format[file_type.name])
-            decode.kquants(form, raw, values.size // planes.BLOCK, self._unpacked, values)
-        elif file_type.name == "Q8_0":
-            decode.q8_0(raw, values.size // 32, values)
-        elif file_type.name in ("F16", "BF16"):
-            decode.halves(file_type.name == "BF16", raw, values.size, values)
-        else:
-            return dequantize(file_type, raw, (rows, columns))
-        return values.reshape(rows, columns)
 
     def error(self, raw: Bytes, file_type: TensorType, rows: int, columns: int, target: TensorType) -> float:
         """Return what conversion loses: sum of squared differences / sum of squares, 0 if not convertible."""

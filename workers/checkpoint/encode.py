@@ -1,15 +1,31 @@
-"""Encoding float32 rows in the file formats that experts are converted to. The kernels are elsewhere."""
+"""Encoding float32 rows in the block types of files. Kernels are elsewhere, plain types in `plain_types`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import InternalError, ModelFileError
-from ..kernels import code_blocks, encode, encode_signed
+from ..kernels import code_blocks, encode, encode_signed, encode_ternary
 from .formats import Format
 from .tiers import TARGETS
 from .types import Bytes, Floats, TensorType
+
+ENCODED: Final = ("Q6_K", *TARGETS, "TQ1_0")
+"""Names of the types that `Encoder` writes, finest first."""
+
+SCALE_RULES: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "lloyd-max": encode_ternary.LLOYD_MAX,
+        "least-squares": encode_ternary.LEAST_SQUARES,
+        "absmean": encode_ternary.ABSMEAN,
+    }
+)
+"""How a ternary block gets its threshold and scale, the best first; what they do: `encode_ternary`."""
 
 _ONE = np.ones(1, np.float32)
 
@@ -28,32 +44,32 @@ class Encoder:
         out: Bytes,
         weights: Floats | None = None,
         first_row: int = 0,
+        scales: str = "lloyd-max",
     ) -> None:
         """Write `values` (float32 (rows, columns), C-contiguous) as blocks of `target` to `out` (uint8).
 
         weights: float32 (columns,), above 0: how much an error in a column matters, such as the mean of
         the squares of what the column is multiplied with; first_row: the number of the first row, for
-        errors. Nothing is allocated. Raises InternalError for
-        another type or size, ModelFileError for a value that is not finite or too large.
+        errors; scales: one of SCALE_RULES, for ternary types. Nothing is allocated. Raises InternalError for
+        a type that is not in ENCODED or another size, ModelFileError for a value that is not finite
+        or too large.
         """
         rows, columns = values.shape
-        if target.name not in TARGETS or out.size != target.nbytes(values.shape):
+        if target.name not in ENCODED or out.size != target.nbytes(values.shape):
             raise InternalError(f"encode ({rows}, {columns}) values as {target.name} in {out.size} bytes")
         if weights is not None and weights.shape != (columns,):
             raise InternalError(f"encode {columns} columns with weights of shape {weights.shape}")
         flat, blocks = values.reshape(-1), values.size // code_blocks.BLOCK
         weighted, per_column = weights is not None, _ONE if weights is None else weights
-        if target.name == "TQ2_0":
-            failed = encode_signed.tq2_0(flat, columns, blocks, per_column, weighted, out)
-        elif target.name == "Q3_K":
-            failed = encode_signed.q3_k(
-                flat, columns, blocks, per_column, weighted, self._work, self._codes, out
+        form = int(Format.__members__.get(target.name, Format.TL1))
+        if target.name in ("TQ2_0", "TQ1_0"):
+            rule, base3 = SCALE_RULES[scales], target.name == "TQ1_0"
+            failed = encode_ternary.ternary(
+                rule, base3, flat, columns, blocks, per_column, weighted, self._codes, out
             )
         else:
-            form = int(Format[target.name])
-            failed = encode.affine(
-                form, flat, columns, blocks, per_column, weighted, self._work, self._codes, out
-            )
+            kernel = encode_signed.signed if target.name in ("Q3_K", "Q6_K") else encode.affine
+            failed = kernel(form, flat, columns, blocks, per_column, weighted, self._work, self._codes, out)
         if failed >= 0:
             raise ModelFileError(
                 f"type {target.name}: row {first_row + failed * code_blocks.BLOCK // columns}:"

@@ -133,6 +133,10 @@ class GgufFile:
         """Return the value of `key`, or `default` if there is none; a wrong type is an error."""
         return self._shards[0].get(key, kind, default)
 
+    def raw_value(self, key: str) -> bytes:
+        """Return the value of `key` as the file has it, its type and its bytes; KeyError if there is none."""
+        return self._metadata.raw(key)
+
     def data(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """Return the tensor's bytes, 1-D, read-only, as a view of the mapping (no copy)."""
         return np.frombuffer(self._shards[info.file].source.mapped, np.uint8, info.nbytes, info.offset)

@@ -292,6 +292,14 @@ class Metadata(Mapping[str, MetadataValue]):
         """Return the byte offset of the key's value; KeyError if there is no such key."""
         return self._entries[key].at
 
+    def raw(self, key: str) -> bytes:
+        """Return the value as the file has it: its type and its bytes; KeyError if there is no such key."""
+        reader = HeaderReader(self._source, self._entries[key].at - 4)
+        reader.what = f"key {quoted(key)}"
+        start = reader.at
+        _read_value(reader, key)
+        return self._source.read(start, reader.at - start)
+
     def typed(self, key: str, kind: type[T]) -> T:
         """Return the value if it is exactly of `kind` (a bool is no int); see GgufFile.require."""
         if key not in self._entries:

@@ -71,3 +71,18 @@ def write_nibbles(codes, out, at):
         first = i // 32 * 64 + i % 32
         low, high = load_dword(codes, first) & _NIBBLE, load_dword(codes, first + 32) & _NIBBLE
         store_dword(out, at + i, np.uint32(low | (high << np.uint32(4))))
+
+
+@merged
+def write_sixes(codes, out, at):
+    """Write 256 codes of six bits as Q6_K holds them: 128 bytes of their low four, 64 of their high two."""
+    for i in range(0, 128, 4):
+        first = i // 64 * 128 + i % 64
+        low, high = load_dword(codes, first) & _NIBBLE, load_dword(codes, first + 64) & _NIBBLE
+        store_dword(out, at + i, np.uint32(low | (high << np.uint32(4))))
+    for i in range(0, 64, 4):
+        first = i // 32 * 128 + i % 32
+        word = np.uint32(0)
+        for k in range(4):
+            word |= ((load_dword(codes, first + 32 * k) >> np.uint32(4)) & _PAIR) << np.uint32(2 * k)
+        store_dword(out, at + 128 + i, word)

@@ -1,0 +1,149 @@
+"""How much each column of a model's matrices matters: mean squares of what a text multiplies them with.
+
+The text runs through the model in this process, exactly and with every step that serving takes; matrices
+and workers show what they read. In here: running and summing. Not in here: quantising with the result
+(`quantize.py`), storing it (`imatrix.py`). Imports numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..scheduler.crew import Crew
+from ..scheduler.dense import OBSERVER, fill_dense
+from ..scheduler.engine import Engine
+from ..scheduler.expert_runner import ExpertRunner
+from ..scheduler.kv import StreamMemory, StreamShape
+from ..scheduler.local_lane import LocalLane
+from ..scheduler.messages import Sampling, Submit
+from ..scheduler.model.plan import ModelPlan
+from ..scheduler.model.planner import read_plan
+from ..scheduler.observing import DenseObserver
+from ..scheduler.residency.expert_memory import ExpertMemory
+from ..scheduler.residency.policies import new_policy
+from ..scheduler.state import Segment
+from ..shm.errors import UsageError
+from ..shm.slots import SlotClasses, SlotTable, arena_nbytes
+from ..workers.checkpoint import names
+from ..workers.checkpoint.gguf import GgufFile
+from ..workers.messages import Configure
+from ..workers.observing import ObservingWorker
+from ..workers.ownership import owners
+from .imatrix import ColumnSums
+from .room import read_room
+
+Progress = Callable[[str, int, int], None]
+Floats = npt.NDArray[np.float32]
+
+WINDOW: Final = 512  # tokens that see each other; the model's context if that is less
+_EXPERTS_SHARE: Final = 0.6  # of the free memory
+_GREEDY: Final = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+def measure(file: GgufFile, token_ids: list[int], progress: Progress) -> ColumnSums:
+    """Run `token_ids` through the model in windows; return the sums for every matrix that is multiplied.
+
+    `progress(what, done, total)` in tokens. Experts that have no room are read as they are needed. Raises
+    ModelFileError for a model that cannot be run, UsageError for fewer than two tokens.
+    """
+    if len(token_ids) < 2:
+        raise UsageError("--calibrate: expected a text of at least two tokens, found fewer")
+    model = _Model(file)
+    try:
+        for start in range(0, len(token_ids), model.window):
+            model.run(token_ids[start : start + model.window])
+            progress("calibrating", min(start + model.window, len(token_ids)), len(token_ids))
+    finally:
+        model.close()
+    return model.sums
+
+
+class _Model:
+    """The engine over arenas of its own, with one worker and one stream."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.sums = ColumnSums()
+        self._plan = plan = read_plan(file)
+        self._file = file
+        self.window = min(WINDOW, plan.hyper.context_length)
+        classes = _classes(plan)
+        slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
+        worker = ObservingWorker(slots, file.fds, self._see_expert)
+        worker.configure(Configure(layers=plan.layer_shapes()))
+        owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0])
+        moe = len(plan.hyper.moe_layers)
+        policy = new_policy(plan.num_experts, moe) if moe else None
+        memory = ExpertMemory(plan, slots, classes, owned, policy)
+        dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
+        fill_dense(plan, file, dense, lambda done, total: None)
+        shape = StreamShape(
+            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=1, context=self.window
+        )
+        self._streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
+        self._streams.tables[0] = np.arange(shape.num_blocks)
+        self._crew = Crew(1)
+        runner = ExpertRunner(plan, file, LocalLane([worker]), memory)
+        token = OBSERVER.set(DenseObserver(self._see_dense))
+        try:
+            self._engine = Engine(plan, dense, self._streams, runner, self.window, self._crew, "off")
+        finally:
+            OBSERVER.reset(token)
+        self._serial = 0
+
+    def run(self, token_ids: list[int]) -> None:
+        """Compute a window of its own."""
+        count = len(token_ids)
+        self._streams.tokens[0, :count] = token_ids
+        self._serial += 1
+        request = Submit(
+            stream=0,
+            serial=self._serial,
+            prompt_length=count,
+            committed=count,
+            computed=0,
+            max_length=count,
+            sampling=_GREEDY,
+            stop_ids=[],
+            logprobs=None,
+            prompt_logprobs=False,
+            lossy_from=count,
+        )
+        self._engine.admit(request)
+        self._engine.step(
+            [Segment(stream=0, serial=self._serial, start=0, count=count, sample=False)], [request]
+        )
+
+    def close(self) -> None:
+        self._crew.close()
+
+    def _see_dense(self, key: str, rows: Floats) -> None:
+        info = self._plan.dense[key].tensor
+        heads = len(info.shape) == 3 and info.shape[0] == len(rows)
+        for head, of_head in enumerate(rows):
+            if of_head.shape[-1] == info.shape[-1]:  # not of a tensor that is cut into parts
+                self.sums.add(info.name, of_head, head if heads else 0, len(rows) if heads else 1)
+
+    def _see_expert(self, layer: int, expert: int, x: Floats, middle: Floats) -> None:
+        for role, rows in (("ffn_gate_exps", x), ("ffn_up_exps", x), ("ffn_down_exps", middle)):
+            stacked = names.find(self._file, role, layer)
+            if stacked is None and role != "ffn_down_exps":
+                stacked = names.find(self._file, "ffn_gate_up_exps", layer)
+                if stacked is not None and role == "ffn_up_exps":
+                    continue  # both halves read the same
+            alone = stacked or names.find(self._file, role, layer, expert)
+            if alone is not None:
+                place = (expert, self._plan.hyper.experts) if stacked else (0, 1)
+                self.sums.add(alone.name, rows, *place)
+
+
+def _classes(plan: ModelPlan) -> SlotClasses:
+    """Return slots for all experts, or for as many of each size as there is memory for."""
+    whole = plan.all_slots()
+    needed = sum(count * nbytes for count, nbytes in whole)
+    share = min(1.0, _EXPERTS_SHARE * read_room().usable / max(1, needed))
+    least = 2 * plan.hyper.experts_used + 2
+    return [(max(min(count, least), int(count * share)), nbytes) for count, nbytes in whole]

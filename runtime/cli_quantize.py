@@ -1,0 +1,205 @@
+"""The command `sterna quantize`: arguments, progress and the report. The work is in `quantize.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..shm.errors import UsageError
+from .config import embedded_model
+from .quantize_journal import check_place
+from .quantize_plan import SCALES, TYPES, Wanted, choose, parse_override
+from .quantize_report import Group, groups
+from .render import grid
+from .terminate import exit_on_sigterm
+from .text_input import read_file
+
+if TYPE_CHECKING:
+    from ..workers.checkpoint.gguf import GgufFile
+    from .calibrated import Calibration
+    from .quantize import Report
+
+Progress = Callable[[str, int, int], None]
+
+MAX_THREADS = 256
+MAX_TEXT_BYTES = 16 * 2**20
+TOKENS = 8192
+_TERNARY = {"TQ1_0", "TQ2_0"}
+
+
+@click.command()
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--type",
+    "type_name",
+    required=True,
+    type=click.Choice(TYPES, case_sensitive=False),
+    help="Of the matrices.",
+)
+@click.option(
+    "--scales",
+    type=click.Choice(SCALES),
+    default=SCALES[0],
+    help=f"How a ternary block gets its scale [{SCALES[0]}].",
+)
+@click.option(
+    "--calibrate",
+    "text",
+    metavar="TEXT",
+    help="File to run through IN first: what columns are multiplied with decides what an error there costs.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=TOKENS,
+    metavar="N",
+    help=f"Of TEXT, at most [{TOKENS}].",
+)
+@click.option("--imatrix", metavar="FILE", help="The same from a file of llama.cpp's `llama-imatrix`.")
+@click.option("--experts-only", is_flag=True, help="Change routed experts and nothing else.")
+@click.option(
+    "--tensor-type",
+    "overrides",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="For tensors of such names (`*`, `?`); TYPE may be `keep`. The first that fits counts.",
+)
+@click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="[one for each CPU]")
+@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--restart", is_flag=True, help="Do not go on with what an earlier run has written.")
+@click.option("--dry-run", is_flag=True, help="Print what would become of each tensor, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def quantize(
+    source: str,
+    out: Path,
+    type_name: str,
+    scales: str,
+    text: str | None,
+    tokens: int,
+    imatrix: str | None,
+    experts_only: bool,
+    overrides: tuple[str, ...],
+    threads: int | None,
+    force: bool,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Write the model file IN to OUT with its matrices as another type.
+
+    Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. Stopped by a
+    signal or a full disk, the same command goes on where it was; OUT appears when it is complete and checked.
+    """
+    from ..workers.checkpoint.gguf import GgufFile
+
+    exit_on_sigterm()
+    wanted = Wanted(
+        type=type_name.upper(),
+        scales=scales,
+        experts_only=experts_only,
+        overrides=tuple(parse_override(text) for text in overrides),
+    )
+    if scales != SCALES[0] and not {wanted.type, *(name for _, name in wanted.overrides)} & _TERNARY:
+        raise UsageError(f"--scales {scales} is for {' and '.join(sorted(_TERNARY))}")
+    if text is not None and imatrix is not None:
+        raise UsageError("--calibrate and --imatrix are two ways to say the same: give one")
+    content = None if text is None else read_file(text, MAX_TEXT_BYTES)
+    with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
+        if dry_run:
+            found = groups(choose(file, wanted))
+            click.echo(_json(found, {}) if as_json else _table(found))
+            return 0
+        check_place(file.path, out, force=force)
+        with _stoppable() as progress:
+            from .quantize import quantize as convert
+
+            calibration = _calibration(file, content, tokens, imatrix, out, progress)
+            report = convert(
+                file,
+                out,
+                wanted,
+                weights=calibration.weights,
+                calibration=calibration.source,
+                threads=threads or len(os.sched_getaffinity(0)),
+                force=force,
+                restart=restart,
+                progress=progress,
+            )
+            calibration.drop()
+    _print(report, as_json)
+    return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Progress]:
+    """Yield what shows progress on stderr; who stops the command is told that it can go on."""
+    from .kernel_environment import prepare
+
+    prepare()
+    from .start_progress import StartProgress
+
+    try:
+        with StartProgress() as progress:
+            yield progress.update
+    except (KeyboardInterrupt, SystemExit):
+        click.echo("sterna: stopped; the same command goes on from here", err=True)
+        raise
+
+
+def _calibration(
+    file: GgufFile, content: str | None, tokens: int, imatrix: str | None, out: Path, progress: Progress
+) -> Calibration:
+    from .calibrated import Calibration, from_imatrix, from_text
+
+    if content is not None:
+        return from_text(file, content, tokens, out, progress)
+    return Calibration() if imatrix is None else from_imatrix(file, Path(imatrix))
+
+
+def _print(report: Report, as_json: bool) -> None:
+    facts: dict[str, Any] = {
+        "path": str(report.path),
+        "bytes": report.nbytes,
+        "seconds": report.seconds,
+        "converted_bytes": report.recoded_nbytes,
+        "resumed_tensors": report.resumed,
+    }
+    if as_json:
+        click.echo(_json(report.groups, facts))
+        return
+    click.echo(_table(report.groups))
+    speed = report.recoded_nbytes / 1e6 / max(report.seconds, 1e-9)
+    resumed = f", {report.resumed} tensors from an earlier run" if report.resumed else ""
+    click.echo(
+        f"\n{report.path}: {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
+        f" ({speed:.0f} MB/s converted{resumed}), read back and compared"
+    )
+
+
+def _json(found: tuple[Group, ...], facts: dict[str, Any]) -> str:
+    return json.dumps({**facts, "groups": [dataclasses.asdict(group) for group in found]})
+
+
+def _table(found: tuple[Group, ...]) -> str:
+    rows = [
+        (
+            group.name,
+            str(group.tensors),
+            group.before,
+            f"{group.nbytes_before / 1e6:.1f}",
+            group.after,
+            f"{group.nbytes_after / 1e6:.1f}",
+            "-" if group.error is None else f"{group.error:.2%}",
+            group.kept and f"kept: {group.kept}",
+        )
+        for group in found
+    ]
+    return grid(("tensors", "number", "from", "MB", "to", "MB", "error", ""), rows)

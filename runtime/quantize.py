@@ -1,0 +1,287 @@
+"""Writing a model file anew with other weight types: tensor by tensor, resumable, read back at the end.
+
+Not in here: which tensor becomes what (`quantize_plan.py`), the unfinished file (`quantize_journal.py`),
+measuring activations (`activation_means.py`), arguments and printing (`cli_quantize.py`). Imports numba.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .. import __version__
+from ..shm.errors import ModelReadError, OutOfResources
+from ..workers.checkpoint.bitnet_types import TILED, find_tiling
+from ..workers.checkpoint.gguf import GgufFile
+from ..workers.checkpoint.recode import Loss, Recoder, chunks_of
+from ..workers.checkpoint.tiers import is_ternary
+from ..workers.checkpoint.types import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
+from ..workers.checkpoint.writer import Layout, lay_out, string_value, uint32_value
+from .quantize_journal import Done, PartFile, check_place
+from .quantize_plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
+from .quantize_report import Group, groups
+
+Progress = Callable[[str, int, int], None]
+
+_PIECE_ELEMENTS: Final = 1 << 22  # of a tensor at a time, which bounds the memory to some 20 MiB
+_COPY_BYTES: Final = 16 << 20
+_MEASURED_CHUNKS: Final = 64  # of a tensor: enough for three digits of its error
+
+Weights = Mapping[str, Floats]
+"""Tensor name -> how much its columns matter: float32 (columns,) or (experts, columns), above 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a conversion did; bytes are of tensors. resumed: tensors that an earlier run had written."""
+
+    path: Path
+    nbytes: int
+    seconds: float
+    resumed: int
+    recoded_nbytes: int
+    groups: tuple[Group, ...]
+
+
+def quantize(
+    file: GgufFile,
+    out: Path,
+    wanted: Wanted,
+    *,
+    weights: Weights | None = None,
+    calibration: str = "",
+    threads: int = 1,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Report:
+    """Write `file` to `out` as `wanted`; what is under way lies in `out`.part and can be gone on with.
+
+    weights: what `activation_means` found; calibration: what it found it with, which a resumed run must
+    repeat. force: replace what is at `out`; restart: begin anew. `progress(what, done, total)` in bytes.
+
+    Raises UsageError, AlreadyRunning, NotPermitted, OutOfResources for files that are in the way or have no
+    room; ModelFileError for what is in `file`; ModelReadError if what is read back is not what was written.
+    """
+    check_place(file.paths, out, force=force)
+    choices = choose(file, wanted)
+    keys = _keys(file, wanted, choices)
+    layout = lay_out(
+        keys, ((choice.info.name, choice.info.shape, choice.target) for choice in choices), file.alignment
+    )
+    began = time.monotonic()
+    with PartFile(out, _identity(file, wanted, layout, calibration), restart=restart) as part:
+        _check_room(part, layout)
+        resumed = set(part.done)
+        conversion = _Conversion(file, part, wanted, weights or {}, threads, progress)
+        conversion.run(choices, layout)
+        part.sync(layout.nbytes)
+        _read_back(part, keys, layout, progress)
+        part.finish()
+    fresh = [choice for choice in choices if choice.info.name not in resumed]
+    return Report(
+        path=out,
+        nbytes=layout.nbytes,
+        seconds=time.monotonic() - began,
+        resumed=len(resumed),
+        recoded_nbytes=sum(choice.info.nbytes for choice in fresh if not choice.kept),
+        groups=groups(choices, part.done),
+    )
+
+
+def _check_room(part: PartFile, layout: Layout) -> None:
+    taken = part.path.stat().st_blocks * 512
+    free = shutil.disk_usage(part.path.parent).free
+    if layout.nbytes - taken > free:
+        missing = (layout.nbytes - taken - free) / 1e6
+        raise OutOfResources(
+            f"{part.path}: the file takes {layout.nbytes / 1e6:.0f} MB; {missing:.0f} MB more room is needed"
+        )
+
+
+def _keys(file: GgufFile, wanted: Wanted, choices: Sequence[Choice]) -> list[tuple[str, bytes]]:
+    """Return the file's keys and values with what has changed; a split file becomes one."""
+    changed = {
+        "general.file_type": uint32_value(FILE_TYPES[wanted.type]),
+        "general.quantized_by": string_value(f"Sterna {__version__}"),
+    }
+    if is_quantized(choices):
+        changed["general.quantization_version"] = uint32_value(QUANTIZATION_VERSION)
+    keys = {key: file.raw_value(key) for key in file.metadata if not key.startswith("split.")}
+    return list((keys | changed).items())
+
+
+def _identity(file: GgufFile, wanted: Wanted, layout: Layout, calibration: str) -> dict[str, Any]:
+    """Return what an unfinished file depends on; a name that differs is what the user is told."""
+    statuses = [Path(path).stat() for path in file.paths]
+    digest = hashlib.sha256(layout.header)
+    for info in file.tensors.values():
+        digest.update(f"{info.name} {info.type.name} {info.file} {info.offset}\n".encode())
+    return {
+        "input": [*([status.st_size, status.st_mtime_ns] for status in statuses), digest.hexdigest()],
+        "type": wanted.type,
+        "scales": wanted.scales,
+        "choice of experts": wanted.experts_only,
+        "tensor types": [list(override) for override in wanted.overrides],
+        "calibration": calibration,
+    }
+
+
+class _Conversion:
+    """One run: writes every tensor that is not done yet."""
+
+    def __init__(
+        self,
+        file: GgufFile,
+        part: PartFile,
+        wanted: Wanted,
+        weights: Weights,
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        self._file = file
+        self._part = part
+        self._wanted = wanted
+        self._weights = weights
+        self._progress = progress
+        self._recoders = [Recoder() for _ in range(threads)]
+        self._read_nbytes = self._total = 0
+
+    def run(self, choices: Sequence[Choice], layout: Layout) -> None:
+        self._total = sum(choice.info.nbytes for choice in choices)
+        self._part.write(layout.header, 0)
+        with ThreadPoolExecutor(len(self._recoders), thread_name_prefix="quantize") as pool:
+            for choice, place in zip(choices, layout.tensors, strict=True):
+                if choice.info.name in self._part.done:
+                    self._advance(choice.info.nbytes)
+                    continue
+                done = (
+                    self._copy(choice, place.offset)
+                    if choice.kept
+                    else self._recode(choice, place.offset, pool)
+                )
+                self._part.note(choice.info.name, done)
+
+    def _advance(self, nbytes: int) -> None:
+        self._read_nbytes += nbytes
+        self._progress("converting", self._read_nbytes, self._total)
+
+    def _copy(self, choice: Choice, offset: int) -> Done:
+        data, crc = self._file.data(choice.info), 0
+        for at in range(0, data.size, _COPY_BYTES):
+            piece = data[at : at + _COPY_BYTES]
+            crc = zlib.crc32(piece.data, crc)
+            self._part.write(piece.data, offset + at)
+            self._advance(piece.size)
+        return Done(crc, 0.0, 0.0)
+
+    def _recode(self, choice: Choice, offset: int, pool: ThreadPoolExecutor) -> Done:
+        columns, target = choice.info.shape[-1], choice.target
+        rows_at_once = max(1, _PIECE_ELEMENTS // columns)
+        out = np.empty(target.nbytes((rows_at_once, columns)), np.uint8)
+        crc, loss = 0, Loss()
+        for raw, source, first_row, weights in self._slabs(choice):
+            row_nbytes = source.row_bytes(columns)
+            for row in range(0, raw.size // row_nbytes, rows_at_once):
+                part = raw[row * row_nbytes : (row + rows_at_once) * row_nbytes]
+                written = out[: target.nbytes((part.size // row_nbytes, columns))]
+                loss += self._spread(pool, choice, part, source, written, weights, first_row + row)
+                crc = zlib.crc32(written.data, crc)
+                self._part.write(written.data, offset)
+                offset += written.size
+                self._advance(part.size if source is choice.info.type else 0)
+        if choice.info.type.matrix is not None:
+            self._advance(choice.info.nbytes)
+        return Done(crc, loss.lost, loss.whole)
+
+    def _slabs(self, choice: Choice) -> Iterator[tuple[Bytes, TensorType, int, Floats | None]]:
+        """Yield bytes, their type, the first row and weights: whole, or each expert where it must be."""
+        info, data = choice.info, self._file.data(choice.info)
+        weights = self._weights.get(info.name)
+        matrix, columns = info.type.matrix, info.shape[-1]
+        apart = (weights is not None and weights.ndim == 2) or (matrix is not None and matrix.has_slices)
+        count = info.shape[0] if apart and len(info.shape) == 3 else 1
+        rows = math.prod(info.shape[:-1]) // count
+        for index in range(count):
+            raw = data[index * (data.size // count) : (index + 1) * (data.size // count)]
+            source = info.type
+            if matrix is not None:  # no rows can be taken out of these
+                raw, source = self._values(info.type, raw, rows, columns), TYPES_BY_NAME["F32"]
+            own = weights[index] if weights is not None and weights.ndim == 2 else weights
+            yield raw, source, index * rows, own
+
+    def _values(self, kind: TensorType, raw: Bytes, rows: int, columns: int) -> Bytes:
+        """Return float32 values of a type that is decoded as a whole, as read-only bytes."""
+        tiling = find_tiling(self._file, kind.name, rows, columns) if kind.name in TILED else None
+        values = ternary_matrix(kind, raw, (rows, columns), tiling).values().reshape(-1).view(np.uint8)
+        values.flags.writeable = False
+        return values
+
+    def _spread(
+        self,
+        pool: ThreadPoolExecutor,
+        choice: Choice,
+        raw: Bytes,
+        source: TensorType,
+        out: Bytes,
+        weights: Floats | None,
+        first_row: int,
+    ) -> Loss:
+        """Recode some rows, an equal share in each thread."""
+        columns, target = choice.info.shape[-1], choice.target
+        rows = raw.size // source.row_bytes(columns)
+        every = max(1, chunks_of(math.prod(choice.info.shape[:-1]), columns) // _MEASURED_CHUNKS)
+        # A ternary block comes back whole from its own codes only, whichever rule others get.
+        scales = "lloyd-max" if is_ternary(choice.info.type) else self._wanted.scales
+
+        def share(index: int) -> Loss:
+            first, end = (rows * part // len(self._recoders) for part in (index, index + 1))
+            row_from, row_to = source.row_bytes(columns), target.row_bytes(columns)
+            return self._recoders[index].recode(
+                raw[first * row_from : end * row_from],
+                source,
+                target,
+                columns,
+                out[first * row_to : end * row_to],
+                weights=weights,
+                scales=scales,
+                first_row=first_row + first,
+                measure_every=every,
+            )
+
+        return sum(pool.map(share, range(len(self._recoders))), Loss())
+
+
+def _read_back(part: PartFile, keys: Sequence[tuple[str, bytes]], layout: Layout, progress: Progress) -> None:
+    """Read the file as any reader would, and compare it with what was meant and what was written."""
+    read = 0
+    with GgufFile.open(part.path) as file:
+        wrong = "its header" if tuple(file.tensors.values()) != layout.tensors else ""
+        if [(key, file.raw_value(key)) for key in file.metadata] != list(keys):
+            wrong = "its metadata"
+        for info in () if wrong else layout.tensors:
+            crc = 0
+            for at in range(info.offset, info.offset + info.nbytes, _COPY_BYTES):
+                block = os.pread(file.fd, min(_COPY_BYTES, info.offset + info.nbytes - at), at)
+                crc = zlib.crc32(block, crc)
+                read += len(block)
+                progress("checking", read, layout.nbytes)
+            if crc != part.done[info.name].crc:
+                wrong = f"tensor {info.name!r}"
+                break
+    if wrong:
+        part.forget()
+        raise ModelReadError(
+            f"{part.path}: {wrong} reads back as something else than was written; the next run begins anew"
+        )

@@ -1,0 +1,182 @@
+"""What a conversion keeps beside its unfinished file, so that it can go on after it was stopped.
+
+FILE.part is the file so far, FILE.part.journal a line of JSON that says what belongs to it (input and
+arguments), then one for each tensor that is complete. Not in here: the conversion (`quantize.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ..shm.errors import AlreadyRunning, NotPermitted, OutOfResources, UsageError
+
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A tensor that is complete: CRC-32 of its bytes; sums of `recode.Loss`."""
+
+    crc: int
+    lost: float
+    whole: float
+
+
+def check_place(sources: Sequence[str], out: Path, *, force: bool) -> None:
+    """Raise UsageError if something lies at `out` that must not be replaced; `sources`: the input's files."""
+    if not out.exists():
+        return
+    if any(out.samefile(source) for source in sources):
+        raise UsageError(f"{out}: input and output are the same file")
+    if not out.is_file():
+        raise UsageError(f"{out}: is there already and is no regular file")
+    if not force:
+        raise UsageError(f"{out}: there is such a file already; --force replaces it when the new one is done")
+
+
+class PartFile:
+    """An unfinished file and its journal, locked; a context that leaves both for the next run.
+
+    `done` maps the names of complete tensors. Every write that fails is an OutOfResources of one line.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool) -> None:
+        """Open or make `out`.part; with `restart` what is there is thrown away.
+
+        identity: what the file is made of and how, plain values. Raises UsageError if what is there was made
+        otherwise, AlreadyRunning if another process writes it, NotPermitted if the folder refuses.
+        """
+        self.path = out.with_name(out.name + ".part")
+        self.journal_path = out.with_name(out.name + ".part.journal")
+        self.done: dict[str, Done] = {}
+        self._out = out
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise NotPermitted(f"{self.path}: cannot be written: {error.strerror}") from None
+        self._journal_fd = -1
+        try:
+            self._lock()
+            kept = b"" if restart else self._resume(identity)
+            self._journal_fd = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._journal_fd, len(kept))
+            os.lseek(self._journal_fd, 0, os.SEEK_END)
+            if not kept:
+                os.ftruncate(self._fd, 0)
+                self._note({"sterna quantize": VERSION, **identity})
+        except OSError as error:
+            self._close()
+            raise self._failure(error) from None
+        except BaseException:
+            self._close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"{self.path}: another `sterna quantize` is writing it") from None
+
+    def _resume(self, identity: Mapping[str, Any]) -> bytes:
+        """Take over what the journal holds; return its complete lines, empty if there is none."""
+        try:
+            text = self.journal_path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        lines = text.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):  # the last write was cut short
+            lines.pop()
+        if not lines or os.fstat(self._fd).st_size == 0:
+            return b""
+        wanted = json.loads(json.dumps({"sterna quantize": VERSION, **identity}))
+        try:
+            found, *entries = (json.loads(line) for line in lines)
+            done = {entry.pop("tensor"): Done(**entry) for entry in entries}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UsageError(f"{self.journal_path}: damaged; --restart begins anew") from None
+        if found != wanted:
+            other = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
+            raise UsageError(
+                f"{self.path}: was begun with another {' and '.join(other) or 'version'};"
+                " give the same again to go on, or --restart to begin anew"
+            )
+        self.done = done
+        return b"".join(lines)
+
+    def _failure(self, error: OSError) -> OutOfResources:
+        return OutOfResources(
+            f"{self.path}: writing failed: {error.strerror}; the same command goes on from there"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for fd in (self._journal_fd, self._fd):
+            if fd >= 0:
+                os.close(fd)
+        self._journal_fd = self._fd = -1
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data` at byte `offset`."""
+        left = memoryview(data).cast("B")
+        try:
+            while left:
+                written = os.pwrite(self._fd, left, offset)
+                left, offset = left[written:], offset + written
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def note(self, name: str, done: Done) -> None:
+        """Write down that a tensor is complete."""
+        self.done[name] = done
+        try:
+            self._note({"tensor": name, "crc": done.crc, "lost": done.lost, "whole": done.whole})
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
+        if os.write(self._journal_fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self, nbytes: int) -> None:
+        """Set the file's length, have it on the medium, and have later reads come from there."""
+        try:
+            os.ftruncate(self._fd, nbytes)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._failure(error) from None
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def forget(self) -> None:
+        """Drop the journal: what was written turned out to be wrong, and the next run begins anew."""
+        self.journal_path.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Give the file its name, replacing what is there, and drop the journal. Raises NotPermitted."""
+        try:
+            self.path.replace(self._out)
+        except OSError as error:
+            raise NotPermitted(f"{self._out}: cannot be replaced: {error.strerror}") from None
+        self.forget()
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            folder = os.open(self._out.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)

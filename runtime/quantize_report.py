@@ -1,0 +1,53 @@
+"""Tensors of a conversion put together by kind, for a table. Pure; no numba."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .quantize_journal import Done
+from .quantize_plan import Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Tensors of a kind that became the same; `kept` says why they stayed as they were, if so.
+
+    error: root of the mean square error as a share of that of the weights, None where nothing is known.
+    """
+
+    name: str
+    tensors: int
+    before: str
+    after: str
+    kept: str
+    nbytes_before: int
+    nbytes_after: int
+    error: float | None
+
+
+def groups(choices: Sequence[Choice], done: Mapping[str, Done] | None = None) -> tuple[Group, ...]:
+    """Return the tensors by kind and what becomes of them; with what was lost where they are `done`."""
+    members: dict[tuple[str, str, str, str], list[Choice]] = {}
+    for choice in choices:
+        key = (choice.group, choice.info.type.name, choice.target.name, choice.kept)
+        members.setdefault(key, []).append(choice)
+    return tuple(
+        Group(
+            name=name,
+            tensors=len(group),
+            before=before,
+            after=after,
+            kept=kept,
+            nbytes_before=sum(choice.info.nbytes for choice in group),
+            nbytes_after=sum(choice.nbytes for choice in group),
+            error=None if kept else _error([choice.info.name for choice in group], done or {}),
+        )
+        for (name, before, after, kept), group in members.items()
+    )
+
+
+def _error(names: Sequence[str], done: Mapping[str, Done]) -> float | None:
+    found = [done[name] for name in names if name in done]
+    whole = sum(one.whole for one in found)
+    return float((sum(one.lost for one in found) / whole) ** 0.5) if whole else None
