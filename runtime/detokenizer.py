@@ -17,7 +17,10 @@ _new_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class StreamDetokenizer:
-    """Text of a growing list of tokens: all pieces joined are `tokenizer.decode` of all the ids."""
+    """Text of a growing list of tokens: all pieces joined are the text of `tokenizer.bytes_of` all the ids.
+
+    The tokens continue a prompt, so a space at their beginning is text (`Tokenizer.decode` may take it away).
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
