@@ -117,7 +117,7 @@ def quantize(
             found = groups(choose(file, wanted))
             click.echo(_json(found, {}) if as_json else _table(found))
             return 0
-        check_place(file.path, out, force=force)
+        check_place(file.paths, out, force=force)
         with _stoppable() as progress:
             from .quantize import quantize as convert
 
