@@ -92,8 +92,11 @@ class GgufArray(Sequence["MetadataValue"]):
         return self._length
 
     def _string(self, index: int) -> str:
-        start = self._starts[index] + 8
-        return decoded(self._source, start, self._starts[index + 1], f"key {quoted(self._key)}[{index}]")
+        start, end = self._starts[index] + 8, self._starts[index + 1]
+        try:  # here and not in `decoded`: its label would take longer than the text
+            return self._source.mapped[start:end].decode()
+        except UnicodeDecodeError:
+            return decoded(self._source, start, end, f"key {quoted(self._key)}[{index}]")  # raises
 
     def _element(self, index: int) -> MetadataValue:
         if self.element_type_id == STRING:
