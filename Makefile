@@ -2,6 +2,7 @@
 # make serve   run the daemon in the foreground
 # make test    all checks of .ci/run: ruff, mypy, pytest
 # make test-aarch64    kernels, formats and shared memory on an emulated Raspberry Pi 5 (x86-64 only)
+# make families    compare all model families with transformers and llama.cpp (installs the former)
 # make lint    ruff and mypy only
 # make clean   remove caches and build products; the environment .venv stays
 
@@ -15,7 +16,7 @@ READY := .venv/.installed
 PYTHONS := python3.13 python3.12 python3.11 python3
 PYTHON_OK := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo serve test test-aarch64 lint clean
+.PHONY: help demo serve test test-aarch64 families lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -31,6 +32,11 @@ test: lint
 
 test-aarch64: $(READY)
 	@PYTHON=$(BIN)/python tests/aarch64/run.sh
+
+# llama_cpp comes from llama-cpp-python; LLAMA_CPP_LIB_PATH may name a folder with libllama.so of your own.
+families: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=5.20'
+	$(BIN)/python -m pytest -s -m "bench or slow" tests/families
 
 lint: $(READY)
 	$(BIN)/ruff check
