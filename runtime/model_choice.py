@@ -104,6 +104,7 @@ class Choices:
         self._ternary = ternary
         self._precision = precision
         self._counts = counts
+        read_plan(file)  # what is measured next relies on shapes
         self._error = measure_activations(file) if activations == "auto" else None
         self._per_token, self._activations_why = _per_token(activations, self._error)
         self._plans: dict[bool, ModelPlan] = {}

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError
+from ..shm.errors import InternalError, ModelFileError
 from ..shm.layout import align
 from ..workers.activation import Activation
 from ..workers.checkpoint.bitnet_types import TILED, find_tiling
@@ -75,7 +75,10 @@ def _part(
         return np.frombuffer(rows.tobytes(), np.uint8), file_type
     values = dequantize(file_type, raw, entry.tensor.shape).reshape(a.heads, a.nope + a.v_dim, a.kv_rank)
     width = np.float32 if file_type.name == "F32" else np.float16
-    keys = values[:, : a.nope].swapaxes(1, 2).astype(width)
+    with np.errstate(over="ignore"):
+        keys = values[:, : a.nope].swapaxes(1, 2).astype(width)
+    if not np.isfinite(keys).all():
+        raise ModelFileError(f"{entry.tensor.name}: a weight that is not finite, or beyond float16")
     return np.frombuffer(keys.tobytes(), np.uint8), TYPES_BY_NAME["F32" if width is np.float32 else "F16"]
 
 

@@ -15,18 +15,29 @@ def yarn_magnitude(factor: float, multiplier: float = 1.0) -> float:
     return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
-def rotation(keys: Keys, *, halves: bool, dims: int) -> Rotation:
-    """Read the rotary embedding; dims: how many values are rotated where `rope.dimension_count` is not there.
+def rotation(
+    keys: Keys, *, halves: bool, dims: int, base: float | None = None, multiplied: bool = False
+) -> Rotation:
+    """Read the rotary embedding; dims, base: where files may leave their keys out.
+
+    multiplied: whether the family reads `yarn_log_multiplier`, which counts for attention, itself.
 
     Raises ModelFileError for a scaling that is not supported: all but none, linear and yarn.
     """
     plain = Rotation(
-        dims=keys.integer("rope.dimension_count", dims), base=keys.number("rope.freq_base"), halves=halves
+        dims=keys.integer("rope.dimension_count", dims),
+        base=keys.number("rope.freq_base", base),
+        halves=halves,
     )
     # Files that do not name a scaling mean the linear one, by a factor that is 1 unless given.
     kind = keys.text("rope.scaling.type", "linear") or "none"
     if kind == "none":
         return plain
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if multiplier and not multiplied:
+        raise keys.refuse("rope.scaling.yarn_log_multiplier", multiplier, "0 in this architecture")
+    if keys.number("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
+        raise keys.refuse("rope.scaling.yarn_ext_factor", keys.number("rope.scaling.yarn_ext_factor"), "1")
     if kind not in ("linear", "yarn"):
         raise keys.refuse("rope.scaling.type", kind, "none, linear or yarn")
     linear = keys.number("rope.scale_linear", 1.0)
@@ -87,6 +98,8 @@ def dense(
     leading: int | None = None,
 ) -> Hyperparameters:
     """Return a model of dense layers; leading: so many, the others get theirs from `with_experts`."""
+    if not keys.flag("attention.causal", True):
+        raise keys.refuse("attention.causal", False, "true: only causal attention is supported")
     layers = main_layers(keys)
     first = layers if leading is None else leading
     return Hyperparameters(
@@ -115,8 +128,9 @@ def with_experts(
         experts_used=keys.integer("expert_used_count"),
         d_ff_expert=keys.integer("expert_feed_forward_length") if d_ff is None else d_ff,
         weights_norm=normalise,
-        weights_scale=keys.number("expert_weights_scale", 1.0),
+        weights_scale=keys.number("expert_weights_scale", 1.0) or 1.0,  # 0 is written for none
         gating=gating,
+        selection_biased=keys.has_tensor("exp_probs_b", model.dense_layers),
     )
 
 

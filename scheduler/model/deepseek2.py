@@ -16,9 +16,13 @@ from .keys import Keys
 
 def read(keys: Keys) -> Hyperparameters:
     """Return the model of a `deepseek2` file."""
+    if temperature := keys.number("attention.temperature_scale", 0.0):
+        raise keys.refuse(
+            "attention.temperature_scale", temperature, "0: queries scaled by position are not supported"
+        )
     rope = keys.integer("rope.dimension_count")
-    rotated, scale = _scaled(keys, rotation(keys, halves=False, dims=rope))
-    joined = keys.has_tensor("attn_kv_b", 0) and not keys.has_tensor("attn_k_b", 0)
+    rotated, scale = _scaled(keys, rotation(keys, halves=False, dims=rope, multiplied=True))
+    joined = keys.has_tensor("attn_kv_b", 0) and not keys.has("attention.key_length_mla")
     # Files with attn_kv_b have no *_mla keys: there key_length is what those are elsewhere.
     key = keys.integer("attention.key_length" if joined else "attention.key_length_mla")
     attention = LatentAttention(
@@ -31,15 +35,11 @@ def read(keys: Keys) -> Hyperparameters:
         scale=scale / math.sqrt(max(1, key)),
         joined=joined,
     )
-    return with_groups(
-        keys,
-        with_experts(
-            keys,
-            dense(keys, attention, rotated, leading=keys.integer("leading_dense_block_count", 0)),
-            normalise=keys.flag("expert_weights_norm", False),
-            gating=_gating(keys),
-        ),
-    )
+    model = dense(keys, attention, rotated, leading=keys.integer("leading_dense_block_count", 0))
+    if model.dense_layers == model.layers:
+        return model
+    normalise = keys.flag("expert_weights_norm", False)
+    return with_groups(keys, with_experts(keys, model, normalise=normalise, gating=_gating(keys)))
 
 
 def _scaled(keys: Keys, rotated: Rotation) -> tuple[Rotation, float]:
@@ -57,6 +57,5 @@ def _scaled(keys: Keys, rotated: Rotation) -> tuple[Rotation, float]:
 
 def _gating(keys: Keys) -> int:
     """Return the gating function; early files lack the key, GLM-4.7-Flash's too (spec section 4.2)."""
-    layers, vocabulary = keys.integer("block_count"), keys.integer("vocab_size", 0)
-    glm = layers in (47, 48) and vocabulary == 154880
-    return keys.integer("expert_gating_func", SIGMOID if glm else SOFTMAX)
+    glm = keys.integer("block_count") in (47, 48) and keys.integer("vocab_size", keys.vocabulary) == 154880
+    return keys.integer("expert_gating_func", 0) or (SIGMOID if glm else SOFTMAX)

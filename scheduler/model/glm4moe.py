@@ -18,9 +18,10 @@ def read(keys: Keys) -> Hyperparameters:
         keys,
         dense(keys, attention, rotated, leading=keys.integer("leading_dense_block_count")),
         normalise=keys.flag("expert_weights_norm"),
-        gating=keys.integer("expert_gating_func", SIGMOID),
+        gating=keys.integer("expert_gating_func", SIGMOID) or SIGMOID,
     )
     return replace(
         with_groups(keys, model),
+        selection_biased=True,
         ffn_norm="post_attention_norm",
     )

@@ -114,9 +114,10 @@ class Hyperparameters:
     dense_layers: the first layers, without experts, `layers` of a dense model; experts and all about them 0
     then. d_ff_shared: width of the shared experts together, 0 without; shared_gated: their sum is scaled by
     the sigmoid of a product of its own; groups, groups_used: experts are chosen from so many of so many
-    groups; expert_biased, router_biased: biases of expert matrices and of the router; ffn_norm: role of the
-    norm in front of the feed-forward; ffn_sub_norm: RMS norm of its middle; the scales are factors of
-    embeddings, of what a layer adds, and of logits.
+    groups; expert_biased, router_biased: biases of expert matrices and of the router; selection_biased: one
+    that counts for the choice of experts alone (`exp_probs_b`); ffn_norm: role of the norm in front of the
+    feed-forward; ffn_sub_norm: RMS norm of its middle; the scales are factors of embeddings, of what a layer
+    adds, and of logits.
     """
 
     architecture: str
@@ -140,6 +141,7 @@ class Hyperparameters:
     groups_used: int = 1
     expert_biased: bool = False
     router_biased: bool = False
+    selection_biased: bool = False
     activation: Activation = Activation.SILU
     ffn_norm: str = "ffn_norm"
     ffn_sub_norm: bool = False
@@ -178,14 +180,31 @@ class Hyperparameters:
         fits = 0.0 < self.eps < 1.0
         yield "attention.layer_norm_rms_epsilon", self.eps, fits, "between 0 and 1"
         yield "context_length", self.context_length, self.context_length > 0, "positive"
+        scales = {
+            "attention.scale": self.attention.scale,
+            "embedding_scale": self.embedding_scale,
+            "residual_scale": self.residual_scale,
+            "logit_scale": self.logit_scale,
+            "expert_weights_scale": self.weights_scale,
+        }
+        for key, value in scales.items():
+            yield key, value, 0.0 < value < 1e6, "positive"
         if self.dense_layers < self.layers:
             yield from self._expert_rules()
 
     def _rotation_rules(self) -> Iterator[Rule]:
-        r = self.rotation
+        r, a = self.rotation, self.attention
+        head = a.rope if isinstance(a, LatentAttention) else a.head
         yield "rope.dimension_count", r.dims, _multiple(r.dims, 16), "a positive multiple of 16"
-        yield "rope.freq_base", r.base, 0.0 < r.base < 1e12, "positive"
-        yield "rope.scaling.factor", r.factor, 1.0 <= r.factor <= 1e6, "1 or more"
+        yield "rope.dimension_count", r.dims, r.dims <= head, f"at most {head}, the values of a head"
+        yield "rope.freq_base", r.base, 1.0 < r.base < 1e12, "more than 1"
+        yield "rope.scaling.factor", r.factor, 1.0 <= r.factor <= 1e6, "1 to 1e6"
+        yield "rope.scaling.attn_factor", r.magnitude, 0.0 < r.magnitude < 1e6, "positive"
+        if r.yarn:
+            old = r.original_context
+            yield "rope.scaling.original_context_length", old, 1 <= old < 2**31, "1 or more"
+            yield "rope.scaling.yarn_beta_fast", r.beta_fast, 0.0 < r.beta_fast < 1e6, "positive"
+            yield "rope.scaling.yarn_beta_slow", r.beta_slow, 0.0 < r.beta_slow < 1e6, "positive"
 
     def _expert_rules(self) -> Iterator[Rule]:
         yield "expert_count", self.experts, 1 <= self.experts <= 4096, "1..4096"

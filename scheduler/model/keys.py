@@ -38,6 +38,12 @@ class Keys:
         """Return a string; raises ModelFileError for another type."""
         return self._file.get(f"{self.architecture}.{key}", str, default)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the vocabulary: rows of the embedding, 0 without one."""
+        embedding = names.find(self._file, "token_embd")
+        return embedding.shape[0] if embedding is not None else 0
+
     def has(self, key: str) -> bool:
         """Return whether the file has the key."""
         return f"{self.architecture}.{key}" in self._file.metadata

@@ -5,6 +5,7 @@ What a model needs is read off its hyperparameters; no family is known here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Final
 
@@ -28,8 +29,13 @@ from .family import read_hyperparameters
 from .hyper import GroupedAttention, LatentAttention
 from .plan import BIASES, PROJECTIONS, DenseTensor, ExpertMatrix, ModelPlan
 
-HARMLESS: Final = ("rope_freqs", "attn_rot_embd", "rope_factors_", "attn_kv_b", "nextn.")
-"""Parts of names of tensors that may lie in a layer unused: tables that are computed here, other forms."""
+UNUSED: Final = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
+"""Names of tensors that may lie unused in any model: tables that are computed here."""
+
+UNUSED_LATENT: Final = re.compile(r"blk\.\d+\.attn_(kv_b|k_b|v_b)\.weight")
+"""The same for latent attention: the other form of its keys and values."""
+
+_IN_LAYER: Final = re.compile(r"(?:blk|model\.layers)\.(\d+)\.")
 
 
 def read_plan(
@@ -89,20 +95,24 @@ class _Planner:
 
     def _refuse_unknown(self) -> None:
         """Refuse tensors that the model would have to use: a bias left out is another model."""
-        layers = tuple(f"blk.{layer}." for layer in range(self._plan.hyper.layers))
-        unknown = [
-            name
-            for name in self._file.tensors
-            if (name.startswith(layers) or name in ("output.bias", "cls.weight"))
-            and name not in self._used
-            and not any(part in name for part in HARMLESS)
-        ]
+        unknown = [name for name in self._file.tensors if name not in self._used and not self._spare(name)]
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise ModelFileError(
                 f"{self._file.label}: {', '.join(map(quoted, unknown[:3]))}{more}: architecture"
                 f" {self._plan.hyper.architecture!r}, as Sterna computes it, has no place for these tensors"
             )
+
+    def _spare(self, name: str) -> bool:
+        """Return whether the model is the same without that tensor."""
+        h = self._plan.hyper
+        if UNUSED.fullmatch(name) or name == "rope_freqs.weight":
+            return True
+        if isinstance(h.attention, LatentAttention) and UNUSED_LATENT.fullmatch(name):
+            return True
+        layer = _IN_LAYER.match(name)
+        further = self._file.get(f"{h.architecture}.nextn_predict_layers", int, 0)
+        return layer is not None and h.layers <= int(layer[1]) < h.layers + further
 
     def _latent(self, a: LatentAttention, layer: int) -> None:
         d_model = self._plan.hyper.d_model
@@ -125,6 +135,10 @@ class _Planner:
     def _parted(self, a: LatentAttention, layer: int) -> None:
         """Place the two matrices of `attn_kv_b`; that of the keys is decoded, because it is transposed."""
         tensor = self._found("attn_kv_b", (a.heads * (a.nope + a.v_dim), a.kv_rank), layer)
+        if tensor.type.matrix is not None:
+            raise ModelFileError(
+                f"{self._file.label}: tensor {tensor.name!r} is {tensor.type.name}, which cannot be cut"
+            )
         decoded = TYPES_BY_NAME["F32" if tensor.type.name == "F32" else "F16"]
         shape = MatrixShape(
             form=self._format(decoded, a.nope, tensor.name), rows=a.heads * a.kv_rank, columns=a.nope
@@ -165,7 +179,7 @@ class _Planner:
         self._matrix("ffn_gate_inp", (h.experts, h.d_model), layer)
         if h.router_biased:
             self._vector("ffn_gate_inp_bias", h.experts, layer)
-        if names.find(self._file, "exp_probs_b", layer) is not None:
+        if h.selection_biased:
             self._vector("exp_probs_b", h.experts, layer)
         if h.d_ff_shared:
             self._feed_forward("ffn_{}_shexp", h.d_ff_shared, layer)

@@ -12,5 +12,11 @@ from .keys import Keys
 def read(keys: Keys) -> Hyperparameters:
     """Return the model of a `qwen2moe` file."""
     rotated = rotation(keys, halves=True, dims=head_size(keys))
-    model = with_experts(keys, dense(keys, grouped(keys), rotated, leading=0), normalise=False)
-    return replace(model, d_ff_shared=keys.integer("expert_shared_feed_forward_length"), shared_gated=True)
+    # Files before these keys hold the width of the shared experts, which is that of those that a token uses.
+    shared = keys.integer("expert_shared_feed_forward_length", keys.integer("feed_forward_length"))
+    each = shared // max(1, keys.integer("expert_used_count"))
+    width = keys.integer("expert_feed_forward_length", each)
+    model = dense(keys, grouped(keys), rotated, leading=0)
+    return replace(
+        with_experts(keys, model, normalise=False, d_ff=width), d_ff_shared=shared, shared_gated=True
+    )
