@@ -93,6 +93,7 @@ class Endpoint:
         self._tasks: set[asyncio.Task[None]] = set()
         self._converting = asyncio.Lock()  # one at a time: the other cores compute
         self._num_converting = 0
+        self._admitting: dict[tuple[str, str], bool] = {}  # (client, id) of long prompts: still wanted
         self._connections: dict[bytes, Connection] = {}
         self._service: Service | None = None
         self.refused_frames = 0
@@ -198,10 +199,10 @@ class Endpoint:
         if self._service is None:
             raise ProtocolError("the daemon is still starting")
         match message:
-            case Generate():
-                self._service.generate(connection.client, identity, message)
-            case Embed():
-                self._service.embed(connection.client, identity, message)
+            case Generate() | Embed():
+                self._admit(identity, connection.client, message)
+            case Cancel() if (connection.client, message.id) in self._admitting:
+                self._admitting[connection.client, message.id] = False
             case Cancel():
                 self._service.cancel(connection.client, message.id)
             case Ping():
@@ -223,6 +224,44 @@ class Endpoint:
         task = self._group.create_task(answer, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _admit(self, identity: bytes, client: str, message: Generate | Embed) -> None:
+        """Hand a request to the service; a long prompt becomes tokens in a thread first."""
+        if message.prompt is None or len(message.prompt) <= MAX_CONVERTED_IN_LOOP:
+            self._hand_over(identity, client, message, None)
+        elif self._num_converting >= MAX_CONVERSIONS:
+            raise Overloaded(f"{self._num_converting} long texts are being converted already")
+        else:
+            self._start(self._admit_long(identity, client, message), "admit")
+
+    def _hand_over(
+        self, identity: bytes, client: str, message: Generate | Embed, ids: list[int] | None
+    ) -> None:
+        if self._service is None:
+            raise ProtocolError("the daemon is still starting")
+        if isinstance(message, Generate):
+            self._service.generate(client, identity, message, ids)
+        else:
+            self._service.embed(client, identity, message, ids)
+
+    async def _admit_long(self, identity: bytes, client: str, message: Generate | Embed) -> None:
+        key = (client, message.id)
+        self._admitting[key] = True
+        self._num_converting += 1
+        try:
+            if self._service is None:
+                raise ProtocolError("the daemon is still starting")
+            async with self._converting:
+                ids = await asyncio.to_thread(self._service.prompt_ids, message)
+            if identity in self._connections:  # who has gone wants no answer
+                self._hand_over(identity, client, message, ids)
+                if not self._admitting[key]:
+                    self._service.cancel(client, message.id)
+        except SternaError as error:
+            self._refuse(identity, message.id, error)
+        finally:
+            self._num_converting -= 1
+            self._admitting.pop(key, None)
 
     def _convert(self, identity: bytes, message: Tokenize | Detokenize, size: int) -> None:
         """Answer now what is short, and in a thread what would hold up everybody else."""

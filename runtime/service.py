@@ -108,18 +108,26 @@ class Service:
 
     # ---- what clients ask for ----
 
-    def embed(self, client: str, owner: bytes, request: Embed) -> None:
+    def embed(self, client: str, owner: bytes, request: Embed, ids: list[int] | None = None) -> None:
         """Admit a request as `generate` does; its answer is a vector, and no `accepted` comes before it."""
         pooling = request.pooling or self._model.default_pooling
         prompt = Generate(
             id=request.id, prompt=request.prompt, token_ids=request.token_ids, seed=0, quality_budget=0.0
         )
-        self.generate(client, owner, prompt, PooledPrompt(pooling, normalize=request.normalize))
+        self.generate(client, owner, prompt, ids, PooledPrompt(pooling, normalize=request.normalize))
 
     def generate(
-        self, client: str, owner: bytes, request: Generate, pooled: PooledPrompt | None = None
+        self,
+        client: str,
+        owner: bytes,
+        request: Generate,
+        ids: list[int] | None = None,
+        pooled: PooledPrompt | None = None,
     ) -> None:
-        """Admit a request; raises BadRequest, TooLong, Overloaded or ShuttingDown."""
+        """Admit a request; raises BadRequest, TooLong, Overloaded or ShuttingDown.
+
+        ids: what `prompt_ids` gave for it, where that was asked before.
+        """
         if self.draining:
             raise ShuttingDown("the daemon is stopping and takes no new requests")
         key = (client, request.id)
@@ -127,7 +135,7 @@ class Service:
             raise BadRequest(f"id: a request {request.id!r} is running already")
         if len(self._waiting) >= self._config.max_queue:
             raise Overloaded(f"the queue is full: {len(self._waiting)} requests wait (max_queue)")
-        prompt = self._prompt(request, to_embed=pooled is not None)
+        prompt = self._prompt(request, to_embed=pooled is not None) if ids is None else ids
         self._serial += 1
         answer = Answer.create(
             request,
@@ -147,6 +155,16 @@ class Service:
             self._send(owner, Accepted(id=request.id, prompt_token_ids=prompt, queue_position=position))
         self._waiting.append(key)
         self._start_waiting()
+
+    def prompt_ids(self, request: Generate | Embed) -> list[int]:
+        """Return the tokens of a request; for any thread, and takes a second for some million characters.
+
+        Raises BadRequest and TooLong.
+        """
+        if isinstance(request, Generate):
+            return self._prompt(request, to_embed=False)
+        text = Generate(id=request.id, prompt=request.prompt, token_ids=request.token_ids)
+        return self._prompt(text, to_embed=True)
 
     def _prompt(self, request: Generate, *, to_embed: bool) -> list[int]:
         if request.token_ids is not None:

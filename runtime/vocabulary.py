@@ -93,6 +93,8 @@ class ByteLevelBpe:
         self._user_defined = frozenset(i for i, t in enumerate(types) if t is TokenType.USER_DEFINED)
         self._missing = bytes(b for b, c in enumerate(ALPHABET) if c not in vocab)
         self._right_aligned = splitting.right_aligned
+        if self._right_aligned:
+            _number_runs()  # here: half a second, which no request should wait for
         self._encoder = Encoder(BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
         self._encoder.pre_tokenizer = splitting.pre_tokenizer()
 

@@ -168,6 +168,25 @@ def test_long_text_to_tokenize_does_not_stop_the_others(shared: Daemon) -> None:
     assert slowest_s < 5.0
 
 
+def test_long_prompts_become_tokens_beside_the_loop(shared: Daemon) -> None:
+    """Sixteen at a time; whoever asks for more, or goes away, holds up nobody."""
+    text = "a tale of old " * 2_000
+    with shared.client() as client, raw_client(shared.url) as raw:
+        raw.hello()
+        for number in range(20):
+            raw.send(frame("generate", id=f"g{number}", prompt=text))
+        raw.send(frame("embed", id="e", prompt=text))
+        slowest_s = max(client.ping() for _ in range(20))
+        answers = [raw.receive()[1] for _ in range(21)]
+        codes = {body["id"]: (body["code"], body["text"]) for body in answers}
+        assert len(codes) == 21
+        assert codes["g0"][0] == "too_long"
+        assert "tokens; the context has" in codes["g0"][1]
+        assert {code for code, _ in codes.values()} <= {"too_long", "overloaded"}
+        assert client.generate("Once upon a time", max_tokens=2).usage.completion_tokens == 2
+    assert slowest_s < 5.0
+
+
 def test_frame_of_a_hundred_megabytes(shared: Daemon) -> None:
     rss_before = psutil.Process(shared.pid).memory_info().rss
     with raw_client(shared.url) as client, shared.client() as good:

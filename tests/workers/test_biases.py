@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,10 @@ class Stage:
     def close(self) -> None:
         self.worker.loader.file.close()
         os.close(self.fd)
+        self.arena.close()
+        # The mapping has a descriptor of its own, which goes with the last array over it.
         self.__dict__.clear()
+        gc.collect()
 
 
 @pytest.fixture(params=["F32", "F16", "BF16"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .kernel import kernel, merged
+from .kernel import kernel, merged, named
 from .simd.ops import (
     add_f32,
     broadcast_f32,
@@ -108,7 +108,6 @@ def _gemm(form, w, codes_at, groups, columns, x, rows, count, out, out_at, out_s
 def _gemm_of(number):
     """Return the product of the format `number` alone."""
 
-    @kernel
     def gemm(
         form, w, codes_at, scales_at, groups, columns, x, q, x_scales, x_sums, rows, count, scratch, out,
         out_at, out_step,
@@ -119,7 +118,7 @@ def _gemm_of(number):
         """
         _gemm(number, w, codes_at, groups, columns, x, rows, count, out, out_at, out_step)
 
-    return gemm
+    return kernel(named(gemm, number))
 
 
 GEMMS = {number: _gemm_of(number) for number in (F32, F16, BF16)}

@@ -10,6 +10,18 @@ from numba import njit
 
 kernel = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
+
+def named(function, suffix):
+    """Return `function` under a name of its own: for kernels that a function makes several of.
+
+    A compiled kernel's symbol is its qualified name, its argument types and a number counted per process. Two
+    of the same name that were compiled in different processes may have the same symbol, and whoever loads
+    both from the cache then calls one of them for both.
+    """
+    function.__qualname__ = function.__name__ = f"{function.__name__}_{suffix}"
+    return function
+
+
 # For pieces of a kernel: merged into each caller before LLVM sees it. A call that stays a call would
 # pass vectors through memory and every array as seven words.
 piece = njit(nogil=True, fastmath=False, error_model="numpy", inline="always")

@@ -15,7 +15,7 @@ import numpy as np
 from numba import literally
 
 from .areas import AREAS_AT, aligned, clear, fill_area, totals_at, write
-from .kernel import inner, kernel, merged
+from .kernel import inner, kernel, merged, named
 from .planes import BLOCK, CHUNK_NBYTES, CHUNK_SCALES_NBYTES, OFFSETS, QUADS, SCALE_NBYTES, SUBS
 from .simd.codes import store_dword
 from .simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales
@@ -249,7 +249,6 @@ def _gemm(
 def _gemm_of(number):
     """Return the product of the format `number` alone: each is compiled only when a model holds it."""
 
-    @kernel
     def gemm(
         form, w, codes_at, scales_at, groups, columns, x, q, x_scales, x_sums, rows, count, scratch, out,
         out_at, out_step,
@@ -260,7 +259,7 @@ def _gemm_of(number):
             out_at, out_step,
         )  # fmt: skip
 
-    return gemm
+    return kernel(named(gemm, number))
 
 
 GEMMS = {number: _gemm_of(number) for number in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)}

@@ -79,3 +79,10 @@ def test_subnormal_values_are_kept() -> None:
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == np.float32(2.0**-22)
     matrix, _ = pack_floating(products.F32, np.full((1, 4), 1e-40, np.float32))
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == 4 * np.float32(1e-40)
+
+
+def test_products_that_differ_have_names_of_their_own() -> None:
+    """Else two that were compiled in different processes could have one symbol, and one address."""
+    kernels = {id(products.kernel_of(form)): products.kernel_of(form) for form in products.FORMS}
+    functions = [kernel.py_func for kernel in kernels.values()]  # type: ignore[attr-defined]
+    assert len({(f.__module__, f.__qualname__) for f in functions}) == len(functions)
