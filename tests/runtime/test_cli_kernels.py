@@ -63,6 +63,7 @@ def error_line(stderr: str) -> str:
 # ---- warm ----
 
 
+@pytest.mark.slow  # a minute; every start compiles the same way
 @compiles
 def test_warm_compiles_once() -> None:
     code, out, err = sterna("warm", timeout=600)
@@ -178,6 +179,7 @@ def test_bench_experts_and_packing(report: dict[str, Any]) -> None:
     assert [row["quantise_seconds_per_token"] > 0 for row in report["packing"]] == [True, True, False]
 
 
+@pytest.mark.slow
 @compiles
 def test_bench_prints_markdown_into_a_pipe_and_frames_on_a_terminal() -> None:
     arguments = ("bench", "kernels", "--formats", "TL1", *TINY)

@@ -48,6 +48,7 @@ def test_both_clients_give_the_same_vectors(shared: Daemon) -> None:
     assert alike[~np.eye(len(alike), dtype=bool)].max() < 0.999
 
 
+@pytest.mark.slow
 def test_killed_processes_change_no_bit(serve: Serve, shared: Daemon) -> None:
     with shared.client() as client:
         expected = client.embed(LONG, pooling="mean")

@@ -108,7 +108,9 @@ def test_private_daemon_that_cannot_start(home: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_signal_stops_the_private_daemon_too(home: Path, number: int, code: int) -> None:
     command = [*COMMAND, "generate", "Once upon a time", "-n", "500"]
     with subprocess.Popen(

@@ -50,7 +50,7 @@ def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "resident"), [pytest.param(1, "100%", marks=pytest.mark.slow), (2, "100%"), (2, "25%")]
+    ("workers", "resident"), [*(pytest.param(n, "100%", marks=pytest.mark.slow) for n in (1, 2)), (2, "25%")]
 )
 def test_killed_worker_costs_no_token(serve: Serve, shared: Daemon, workers: int, resident: str) -> None:
     """With a quarter of the experts in memory most kills hit a worker that is reading one."""

@@ -86,7 +86,11 @@ def test_waiting_answers_are_finished_too(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "code"), [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGTERM, signal.SIGINT, 130)]
+    ("first", "second", "code"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        pytest.param(signal.SIGTERM, signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_second_signal_ends_at_once(serve: Serve, first: int, second: int, code: int) -> None:
     daemon = serve()

@@ -220,6 +220,7 @@ def checked(request: pytest.FixtureRequest) -> dict[str, Any]:
     return report(request.param)
 
 
+@pytest.mark.slow  # compiles for half a minute
 def test_all_targets_give_the_bits_of_the_generic_one(checked: dict[str, Any]) -> None:
     """Exactness and equality with TL1 are asserted in the other process."""
     assert len(checked["digests"]) == 4

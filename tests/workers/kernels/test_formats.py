@@ -182,12 +182,9 @@ def test_smallest_and_largest_powers_of_mxfp4() -> None:
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-43)
 
 
-# They compile for half a minute each, avxvnni shares all but the dot product with avx2, and test_targets
-# looks at both.
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(each, marks=pytest.mark.slow) if each in {"avxvnni", "avx2"} else each for each in TARGETS],
-)
+# They compile for half a minute each; test_targets looks at the dot products of all.
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_all_targets_give_the_same_bits(target: str) -> None:
     if reason := missing(target):
         pytest.skip(reason)
@@ -333,7 +330,9 @@ def test_a_model_with_exact_weights_says_the_same_bit_for_bit(name: str) -> None
     assert speaks(name) == speaks("TQ2_0")
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize(
+    "name", ["MXFP4", *(pytest.param(each, marks=pytest.mark.slow) for each in ("Q4_0", "IQ4_NL"))]
+)
 def test_a_model_of_32_blocks_says_what_its_weights_say_as_q8_0(name: str) -> None:
     assert speaks(name) == speaks(name, through_q8=True)
 
