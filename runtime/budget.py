@@ -15,6 +15,7 @@ from ..scheduler.model.plan import ModelPlan
 from ..shm.errors import ConfigError, OutOfResources
 from ..shm.slots import arena_nbytes, slots_at
 from .config import resident_count
+from .context_buffers import context_nbytes
 from .sizes import format_size
 
 _MIB = 2**20
@@ -173,7 +174,7 @@ def fixed_rows(
         "scheduler": SCHEDULER
         + compiled
         + batch_nbytes(plan, wants.max_batch_tokens, wants.threads)
-        + 4 * shape.streams * shape.context,
+        + context_nbytes(plan, shape, wants.threads),
         "workers": wants.workers
         * (WORKER + compiled + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
         "staging": wants.workers * IO_THREADS * (largest_read + _converted_nbytes(plan)),

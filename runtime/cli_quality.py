@@ -204,6 +204,7 @@ def calibrate(
 
     wanted = [fraction(part.strip(), "--budgets") for part in budgets.split(",")]
     path = _model_path(model)
+    _require_experts(path, "calibrate")
     target = Path(output) if output else cache_path(path)
     measured: list[Table] = []
     try:
@@ -297,6 +298,7 @@ def trace(
     path = Path(output).absolute()
     if path.exists():
         raise UsageError(f"{path}: there is such a file already")
+    _require_experts(_model_path(model), "trace")
     with _scoring(model, text, {**flags, "trace": str(path)}) as (client, content, progress):
         size = _window(client, ctx)
         if answer:
@@ -315,6 +317,16 @@ def trace(
 
 def _model_path(model: str) -> Path:
     return embedded_model() if model == "embedded" else Path(model).expanduser().absolute()
+
+
+def _require_experts(path: Path, purpose: str) -> None:
+    """Raise UsageError for a dense model: it has no experts to `purpose`. Raises the file's errors, too."""
+    from ..scheduler.model.family import read_hyperparameters
+    from ..workers.checkpoint.gguf import GgufFile
+
+    with GgufFile.open(path) as file:
+        if not read_hyperparameters(file).moe_layers:
+            raise UsageError(f"{file.label}: a dense model has no experts to {purpose}")
 
 
 @contextlib.contextmanager

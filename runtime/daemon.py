@@ -124,7 +124,13 @@ class Daemon:
 
         notify("STATUS=compiling kernels")
         plan = self.model.plan
-        request = Warm(arguments={"kinds": sorted(plan.kinds), "conversion": bool(plan.assignment)})
+        request = Warm(
+            arguments={
+                "kinds": sorted(plan.kinds),
+                "conversion": bool(plan.assignment),
+                "value_nbytes": self.model.streams_shape.value_nbytes,
+            }
+        )
         await self.supervisor.warm(warmed, self._config.start_timeout_s, request)
         self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
         self.engine.on_lost = self._on_lost

@@ -154,7 +154,7 @@ class EngineLink:
             generation=self._next_number(),
             lane_url=self._lane_url(self._generation),
             slots=self._model.slots,
-            model_path=str(self._model.path),
+            model_path=self._model.paths[0],  # whichever part was named
             model_id=self._model.id,
             cache_dir=str(user_cache()),
         )

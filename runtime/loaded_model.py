@@ -32,9 +32,10 @@ MIN_PROMPT_CHARS = 65_536
 class LoadedModel:
     """Everything about one model that outlives scheduler and workers.
 
-    decision: how memory is spent now; slots: the classes that the arena was made with; limits: how many of
-    each may be used. Opening raises the errors of the file, ConfigError for a setting that the file forbids,
-    or OutOfResources when the budget is too small.
+    paths: `path`, or of all parts of a split model in their order; decision: how memory is spent now;
+    slots: the classes that the arena was made with; limits: how many of each may be used. Opening raises the
+    errors of the file, ConfigError for a setting that the file forbids, or OutOfResources when the budget is
+    too small.
     """
 
     def __init__(self, config: Config) -> None:
@@ -67,7 +68,7 @@ class LoadedModel:
                 context=self.decision.streams.context,
             )
             name = file.get("general.name", str, Path(self.path).stem)
-            paths = file.paths
+            self.paths = file.paths
             self._pooling_type = file.get(f"{self.plan.hyper.architecture}.pooling_type", int, 0)
         self._log_decision()
         self.streams_shape = self.decision.streams
@@ -84,7 +85,7 @@ class LoadedModel:
             context_length=self.context,
             vocab_size=self.plan.vocab_size,
         )
-        self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
+        self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in self.paths]
         self._arenas: dict[str, Arena] = {}
 
     def _log_decision(self) -> None:

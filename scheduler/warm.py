@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from ..workers import selftest
 from ..workers.activation import Activation
@@ -23,6 +24,8 @@ from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.crew import job_address
 from .crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
+
+Cache = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 _ARENA = np.zeros(1 << 20, np.uint8)
 _SCRATCH = np.zeros(1 << 14, np.uint8)
@@ -42,13 +45,15 @@ ALL_KINDS = tuple(
 
 
 def steps(
-    kinds: Sequence[tuple[str, int]] = ALL_KINDS, conversion: bool = False
+    kinds: Sequence[tuple[str, int]] = ALL_KINDS, conversion: bool = False, value_nbytes: int = 2
 ) -> list[tuple[str, Callable[[], None]]]:
     """Return (name, function) pairs; running each once makes every later call start at once.
 
     kinds: the (file type, format) of the matrices that will be packed and multiplied. Each is also
     tested: a wrong kernel raises InternalError. conversion: whether experts are converted when read in.
+    value_nbytes: of the cache of keys and values, as `StreamShape`'s.
     """
+    cache = _ARENA if value_nbytes == 2 else _ARENA.view(np.float32)
     return [
         ("quantise activations", selftest.check_quantize),
         *((f"kernels for {name}", partial(selftest.check, name, Format(form))) for name, form in kinds),
@@ -57,8 +62,8 @@ def steps(
         ("matrix products", _multiply),
         ("feed-forward", _feed_forward),
         ("experts", _experts),
-        ("norms", _norms),
-        ("attention", _attention),
+        ("norms", partial(_norms, cache)),
+        ("attention", partial(_attention, cache)),
         ("routing", _routing),
         ("residency", _residency),
         *([("conversion", convert.warm)] if conversion else []),
@@ -109,7 +114,7 @@ def _matrix(rows: int) -> tuple[int, int, int, int, int]:
     return matrix_entry(MatrixShape(form=Format.F16, rows=rows, columns=256), 0)
 
 
-def _norms() -> None:
+def _norms(cache: Cache) -> None:
     one, out = np.ones(256, np.float32), np.zeros((1, 256), np.float32)
     table = np.zeros((1, 16), np.float32)
     norms.rms_rows(_ROWS, 256, one, np.float32(1e-6), 1, 256, out)
@@ -118,24 +123,27 @@ def _norms() -> None:
     norms.add_vector(out, one, 1, 256)
     norms.add_scaled_rows(out, out, np.float32(1.0), 1, 256)
     norms.scale_rows(out, np.float32(1.0), 1, 256)
-    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, _ARENA, 0)
+    norms.store_latent(out, out.reshape(-1), 32, 48, 32, 48, np.zeros(1, np.int64), 1, cache, 0)
     norms.add_rows(out, out, 1, 256)
     norms.gate_rows(out, out, 16, 1, 256)
     norms.first_bad_row(out, 1, 256)
 
 
-def _attention() -> None:
+def _attention(cache: Cache) -> None:
+    latent, grouped = attention.latent_chunk, attention.grouped_chunk
+    if cache.dtype == np.float32:
+        latent, grouped = attention.latent_chunk_f32, attention.grouped_chunk_f32
     q, flat = np.zeros((1, 32), np.float32), np.zeros(48, np.float32)
     scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 48))
     attention.latent_attention(
-        Crew(1).board, job_address(attention.latent_chunk), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
-        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        Crew(1).board, job_address(latent), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
+        cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
     scratch, places = (np.zeros(shape) for shape in attention.scratch_shapes(1, 16, 32, 32))
     attention.grouped_attention(
-        Crew(1).board, job_address(attention.grouped_chunk), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
-        _ARENA, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
+        Crew(1).board, job_address(grouped), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
+        cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
         places.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 

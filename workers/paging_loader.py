@@ -10,8 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..shm.errors import InternalError, ModelFileError, ModelReadError
 from ..shm.slots import SlotTable
 from .activation import Activation
@@ -19,7 +17,7 @@ from .checkpoint.convert import Converter
 from .checkpoint.formats import Format, MatrixShape
 from .checkpoint.packing import pack_matrix
 from .checkpoint.tiers import conversion
-from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType, dequantize
+from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType
 from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging
@@ -129,18 +127,17 @@ class ExpertLoader:
         read_ns = time.perf_counter_ns() - begin_ns
         error = None
         try:
-            self._pack(raw, TENSOR_TYPES[slab.type_id], matrix, self._slots.at(page.slot) + at)
+            self._pack(raw, TENSOR_TYPES[slab.type_id], index, matrix, self._slots.at(page.slot) + at)
         except ModelFileError as refused:  # counts only if the checksum says that these are the file's bytes
             error = ModelFileError(f"{slab.tensor}: expert {page.expert}: {refused}")
         return Part(digest(raw), slab.nbytes, read_ns, error)
 
-    def _pack(self, raw: Bytes, file_type: TensorType, matrix: MatrixShape, at: int) -> None:
-        """Pack a slab's bytes to byte `at` of the arena, converted if the slot holds less than the file."""
-        if matrix.columns == 1:  # a bias, float32 in any precision and whatever the file has
-            raw = dequantize(file_type, raw, (1, matrix.rows)).reshape(-1).view(np.uint8)
-            end = at + matrix.nbytes
-            self._slots.memory[at : at + len(raw)] = raw
-            self._slots.memory[at + len(raw) : end] = 0
+    def _pack(self, raw: Bytes, file_type: TensorType, index: int, matrix: MatrixShape, at: int) -> None:
+        """Pack part `index` to byte `at` of the arena, converted if the slot holds less than the file."""
+        if index >= MATRICES:  # a bias: float32 in the file, or the planner refuses it, and in any precision
+            used = at + 4 * matrix.rows
+            self._slots.memory[at:used] = raw
+            self._slots.memory[used : at + matrix.nbytes] = 0
             return
         target = conversion(file_type, matrix.form)
         if target is not None:

@@ -37,7 +37,7 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     arena = Arena.attach("weights", fds["weights"])
     slots = SlotTable(arena.bytes, worker.slots)
     checksums = Checksums(worker.cache_dir, worker.model_id, worker.model_path)
-    files = [fd for name, fd in fds.items() if name.startswith("model.")]  # a mapping keeps their order
+    files = [fds[f"model.{i}"] for i in range(sum(name.startswith("model.") for name in fds))]
     serve = ExpertWorker(slots, files, checksums)
     calibrate = partial(calibrated_threads, serve.loader.file, worker.cache_dir)
     pager = Pager(serve.loader, worker.io_threads, calibrate)

@@ -8,8 +8,8 @@ import msgspec
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker is told when it is forked; `slots` are the classes of the arena, see `shm.slots`.
 
-    model_id: as SchedulerSpec's; cache_dir: folder of the user's cache, "" for none; io_threads: 0 is
-    measured.
+    model_path: of its first file; model_id: as SchedulerSpec's; cache_dir: folder of the user's cache, "" for
+    none; io_threads: 0 is measured.
     """
 
     index: int

@@ -31,9 +31,16 @@ def tables(r: Rotation, context: int, factors: F32 | None = None) -> tuple[F32, 
     if r.factor != 1.0:
         slowed = angles * np.float32(1.0 / r.factor)
         kept = _kept(r) if r.yarn else np.zeros(half, np.float32)
-        angles = slowed * (np.float32(1.0) - kept) + angles * kept
-    magnitude = np.float32(r.magnitude)
-    return np.cos(angles) * magnitude, np.sin(angles) * magnitude
+        slowed *= np.float32(1.0) - kept
+        angles *= kept
+        angles += slowed
+        del slowed
+    # In place: at no time there is more than the two tables, which a long context makes large.
+    cosine = np.cos(angles)
+    sine = np.sin(angles, out=angles)
+    cosine *= np.float32(r.magnitude)
+    sine *= np.float32(r.magnitude)
+    return cosine, sine
 
 
 def _kept(r: Rotation) -> F32:

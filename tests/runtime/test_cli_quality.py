@@ -12,6 +12,8 @@ from sterna.runtime import messages as m
 from sterna.runtime.cli_quality import fraction
 from sterna.shm.errors import UsageError
 
+from ..families.tiny_files import write
+from ..families.tiny_models import tiny_model
 from .peer import Peer
 
 
@@ -94,3 +96,13 @@ def test_trace_overwrites_nothing(capsys: pytest.CaptureFixture[str], text: str)
     code, line = refusal(capsys, "trace", "embedded", text, "-o", text)
     assert (code, line) == (64, f"{text}: there is such a file already")
     assert Path(text).read_text() == "Once upon a time"
+
+
+@pytest.mark.parametrize("command", ["calibrate", "trace"])
+def test_a_dense_model_is_refused_before_a_daemon_is_started(
+    capsys: pytest.CaptureFixture[str], text: str, tmp_path: Path, command: str
+) -> None:
+    model, output = write(tiny_model("qwen3"), tmp_path / "dense.gguf"), tmp_path / "made"
+    code, line = refusal(capsys, command, str(model), text, "-o", str(output))
+    assert (code, line) == (64, f"{model}: a dense model has no experts to {command}")
+    assert not output.exists()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sterna.runtime.config import Config
 from sterna.runtime.loaded_model import LoadedModel
 from sterna.shm.errors import ConfigError
+
+from ..system import gguf_copy as gc
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:
@@ -20,6 +24,15 @@ def test_the_default_context_is_the_model_s() -> None:
         assert model.context == 512
     finally:
         model.close()
+
+
+def test_whichever_part_is_named_the_first_file_is_the_same(tmp_path: Path) -> None:
+    """Checksums are kept by it."""
+    gc.copy_model(tmp_path / "m.gguf", shards=2)
+    for number in (1, 2):
+        model = LoadedModel(Config(model=gc.shard_path(tmp_path / "m.gguf", number, 2)))
+        model.close()
+        assert model.paths == [str(gc.shard_path(tmp_path / "m.gguf", each, 2)) for each in (1, 2)]
 
 
 def test_arenas_are_given_back() -> None:

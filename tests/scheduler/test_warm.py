@@ -6,11 +6,15 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+import pytest
+
 import sterna.workers.kernels as kernels
 from sterna.scheduler import warm
 from sterna.scheduler.model.planner import read_plan
 from sterna.workers.checkpoint.gguf import GgufFile
 
+from ..families.tiny_files import write
+from ..families.tiny_models import tiny_model
 from . import altered_model as altered
 from .local_engine import LocalEngine
 
@@ -45,5 +49,19 @@ def test_a_warm_engine_compiles_nothing() -> None:
     before = _signatures()
     engine = LocalEngine(workers=2, max_batch_tokens=16)
     engine.run([list(range(1, 40)), [5, 6, 7]], 3)
+    compiled = {name: count - before[name] for name, count in _signatures().items() if count != before[name]}
+    assert compiled == {}
+
+
+@pytest.mark.parametrize("name", ["deepseek2-lite", "qwen3"])
+def test_a_float32_cache_compiles_nothing(name: str, tmp_path: Path) -> None:
+    """Latent and grouped attention."""
+    path = write(tiny_model(name), tmp_path / "tiny.gguf")
+    with GgufFile.open(path) as file:
+        kinds = sorted(read_plan(file).kinds)
+    for _, step in warm.steps(kinds, value_nbytes=4):
+        step()
+    before = _signatures()
+    LocalEngine(path, max_batch_tokens=16, value_nbytes=4).run([list(range(1, 40)), [5, 6, 7]], 3)
     compiled = {name: count - before[name] for name, count in _signatures().items() if count != before[name]}
     assert compiled == {}

@@ -40,27 +40,17 @@ def layer_shape(
     return LayerShape(d_model=D_MODEL, d_ff=D_FF, precisions=[parts], activation=int(activation))
 
 
-def as_type(values: oracles.F32, name: str) -> tuple[bytes, oracles.F32]:
-    """Return a file's bytes and the values that they stand for."""
-    if name == "BF16":
-        high = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return high.tobytes(), (high.astype(np.uint32) << 16).view(np.float32)
-    held = values.astype({"F32": np.float32, "F16": np.float16}[name])
-    return held.tobytes(), held.astype(np.float32)
-
-
 class Stage:
-    """A file with one expert, biases of the type `name`, and a worker over two slots for such experts."""
+    """A file with one expert, all float32, and a worker over two slots for such experts."""
 
-    def __init__(self, path: Path, name: str, activation: Activation) -> None:
+    def __init__(self, path: Path, activation: Activation) -> None:
         rng = np.random.default_rng(8)
         self.values: list[oracles.F32] = []
         self.slabs, contents = [], b"header!"
         for i, size in enumerate(SIZES):
-            kind = "F32" if i < 3 else name
-            raw, values = as_type((rng.standard_normal(size) * (0.3, 3.0)[i > 2]).astype(np.float32), kind)
-            self.slabs.append(FileSlab(len(contents), len(raw), TYPES_BY_NAME[kind].id, f"part {i}"))
-            contents += raw
+            values = (rng.standard_normal(size) * (0.3, 3.0)[i > 2]).astype(np.float32)
+            self.slabs.append(FileSlab(len(contents), values.nbytes, TYPES_BY_NAME["F32"].id, f"part {i}"))
+            contents += values.tobytes()
             self.values.append(values)
         path.write_bytes(contents)
         self.fd = os.open(path, os.O_RDONLY)
@@ -96,9 +86,9 @@ class Stage:
         gc.collect()
 
 
-@pytest.fixture(params=["F32", "F16", "BF16"])
-def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
-    made = Stage(tmp_path / "expert", request.param, Activation.CLAMPED)
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    made = Stage(tmp_path / "expert", Activation.CLAMPED)
     yield made
     made.close()
 

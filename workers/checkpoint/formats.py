@@ -72,6 +72,7 @@ _FORMAT_OF = {
     "F16": (Format.F16, 4),
     "BF16": (Format.BF16, 4),
     "Q8_0": (Format.Q8, 32),
+    "Q5_0": (Format.Q8, 32),  # code - 16 with the same scale: exact
     "TQ2_0": (Format.TL1, 256),
     "TQ1_0": (Format.TL1, 256),
     "BITNET_T158": (Format.TL1, 256),

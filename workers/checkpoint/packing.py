@@ -60,7 +60,8 @@ def pack_matrix(
         if pack(raw, shape.rows, shape.columns, out, codes_at, scales_at) >= 0:
             ternary_matrix(file_type, raw, (shape.rows, shape.columns))  # raises, and names the place
     elif shape.form is Format.Q8:
-        repack.q8_0(raw, shape.rows, shape.columns, out, codes_at, scales_at)
+        pack_q8 = repack.q5_0 if file_type.name == "Q5_0" else repack.q8_0
+        pack_q8(raw, shape.rows, shape.columns, out, codes_at, scales_at)
     elif shape.form in _K_QUANTS:
         work = np.empty(planes.WORK_NBYTES, np.uint8)
         planes.pack(int(shape.form), raw, shape.rows, shape.columns, work, out, codes_at, scales_at)

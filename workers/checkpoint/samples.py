@@ -11,6 +11,7 @@ from .types import Bytes, TensorType
 # Where a block keeps its float16 scales; the other bytes may be anything, but for ternary codes.
 _SCALES_AT = {
     "Q8_0": (0,), "TQ2_0": (64,), "BITNET_T158": (64,), "TQ1_0": (52,), "Q4_0": (0,), "IQ4_NL": (0,),
+    "Q5_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
     "F32": (), "F16": (), "BF16": (), "MXFP4": (), **dict.fromkeys(ROW_SCALED[:4], ()),
 }  # fmt: skip
@@ -49,7 +50,7 @@ def sample(
         return _row_scaled(kind.name, rows, columns, random, worst)
     blocks = random.integers(0, 256, (nbytes // kind.block_bytes, kind.block_bytes))
     if worst:
-        blocks[:] = 0x7F if kind.name == "Q8_0" else 0xAA
+        blocks[:] = {"Q8_0": 0x7F, "Q5_0": 0x00}.get(kind.name, 0xAA)
     elif kind.name in ("TQ2_0", "BITNET_T158"):
         blocks &= 0x55 << random.integers(0, 2, blocks.shape)  # no code 3
     elif kind.name == "Q8_0":

@@ -28,6 +28,7 @@ from .simd.transpose import (
     merge_codes,
     offset_bytes,
     part_halves,
+    signed_fives,
     store_lanes,
     store_rows,
     store_u16,
@@ -43,6 +44,7 @@ _store_codes = store_rows(4, ZEROS)
 _store_digits = store_rows(5, ZEROS)
 _store_packet = store_lanes(ZEROS)
 _store_bytes = store_rows(4, 0x80808080)
+_store_block = store_rows(8, 0x80808080)
 _store_floats = store_rows(4, 0)
 _store_scales = store_lanes(0)
 
@@ -231,6 +233,23 @@ def q8_0(raw, rows, columns, out, codes_at, scales_at):
             for i in range(2):
                 tile = offset_bytes(load_rows(raw, at + 2 + i * 16, step, last))
                 _store_bytes(out, to + i * 256, 64, tile, keep)
+            store_u16(out, scales_at + (group * blocks + block) * 32, gather_u16(raw, at, step, last), keep)
+
+
+@kernel
+def q5_0(raw, rows, columns, out, codes_at, scales_at):
+    """Pack Q5_0 (blocks of 32: float16 scale, 4 bytes of fifth bits, 16 of nibbles) in the layout of `q8`."""
+    blocks = columns // 32
+    step = blocks * 22
+    for group in range((rows + 15) // 16):
+        last = min(15, rows - 1 - group * 16)
+        keep = lanes_to(last)
+        for block in range(blocks):
+            at = group * 16 * step + block * 22
+            to = codes_at + (group * blocks + block) * 512
+            fifths = gather_u32(raw, at + 2, step, last)
+            tile = signed_fives(load_rows(raw, at + 6, step, last), fifths)
+            _store_block(out, to, 64, tile, keep)
             store_u16(out, scales_at + (group * blocks + block) * 32, gather_u16(raw, at, step, last), keep)
 
 

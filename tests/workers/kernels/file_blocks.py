@@ -55,6 +55,11 @@ def ternary_blocks(name: str, values: F32) -> U8:
         codes = np.array([7, 8, 9] if name == "Q4_0" else [0, 8, 15], np.uint8)[trits + 1].reshape(-1, 2, 16)
         repeated = (scales / (1 if name == "Q4_0" else 113)).astype(np.float16).repeat(8, axis=0)
         return np.concatenate((repeated.view(np.uint8), codes[:, 0] | (codes[:, 1] << 4)), axis=1)
+    if name == "Q5_0":
+        codes = (trits + 16).astype(np.uint8).reshape(-1, 2, 16)
+        fifths = np.packbits(codes.reshape(-1, 32) >> 4, axis=1, bitorder="little")
+        nibbles = (codes[:, 0] & 15) | (codes[:, 1] << 4)
+        return np.concatenate((scales.repeat(8, axis=0).view(np.uint8), fifths, nibbles), axis=1)
     blocks = np.zeros((len(scales), kind.block_bytes), np.uint8)
     for at in SCALES_AT[name]:
         blocks[:, at : at + 2] = scales.view(np.uint8)

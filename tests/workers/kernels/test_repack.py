@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from sterna.workers.kernels import repack
 
@@ -134,6 +136,19 @@ def test_q8_0(rows: int, columns: int) -> None:
     codes = interleaved(weights.astype(np.uint8).reshape(rows, columns), 4, 0x80)
     scales = interleaved(np.ascontiguousarray(raw[:, :, :2]).view(np.uint16)[:, :, 0], 1, 0)
     packed(repack.q8_0, (encoders.read_only(raw), rows, columns), codes, scales, 64)
+
+
+@pytest.mark.parametrize("columns", [32, 96])
+@pytest.mark.parametrize("rows", ROWS)
+def test_q5_0_as_the_gguf_package_reads_it(rows: int, columns: int) -> None:
+    raw = np.random.default_rng(rows).integers(0, 256, (rows, columns // 32 * 22), np.uint8)
+    blocks = raw.reshape(rows, -1, 22)
+    scales = interleaved(np.ascontiguousarray(blocks[:, :, :2]).view(np.uint16)[:, :, 0], 1, 0)
+    unscaled = raw.copy()
+    unscaled.reshape(rows, -1, 22)[:, :, :2] = np.array([1.0], np.float16).view(np.uint8)
+    weights = dequantize(unscaled, GGMLQuantizationType.Q5_0)
+    codes = interleaved((weights + 128).astype(np.uint8), 4, 0x80)
+    packed(repack.q5_0, (encoders.read_only(raw), rows, columns), codes, scales, 64)
 
 
 @pytest.mark.parametrize("columns", [4, 8, 20, 256])

@@ -236,6 +236,33 @@ def _offset_bytes(builder, vectors):
 offset_bytes = _quad_operation(_offset_bytes)
 
 
+def _fifth_bits(builder, fifths, first: int):
+    """Return bits first .. first + 3 of each lane as 16 in the lane's four bytes."""
+    four = builder.and_(builder.lshr(fifths, constant(I32, first)), constant(I32, 0x0F))
+    # Four copies, 7 bits apart and so without carries, put bit i at bit 8 i, among others.
+    spread = builder.and_(builder.mul(four, constant(I32, 0x00204081)), constant(I32, 0x01010101))
+    return builder.shl(spread, constant(I32, 4))
+
+
+@intrinsic
+def signed_fives(typing, tile, fifths):
+    """Return eight vectors: the tile's low nibbles, then its high ones, as five-bit codes less 16, plus 128.
+
+    Bit j of a lane of `fifths` is the fifth bit of that row's code j.
+    """
+
+    def emit(context, builder, signature, args):
+        results = []
+        for high in (0, 1):
+            for s, x in enumerate(_vectors(builder, args[0], 4)):
+                low = builder.and_(builder.lshr(x, constant(I32, 4 * high)), constant(I32, 0x0F0F0F0F))
+                codes = builder.or_(low, _fifth_bits(builder, args[1], 16 * high + 4 * s))
+                results.append(builder.add(codes, constant(I32, 0x70707070)))  # at most 143: no carry
+        return _tile(builder, results)
+
+    return Tile(8)(_QUAD, v16i32), emit
+
+
 @intrinsic
 def part_halves(typing, tile, keep):
     """Return the tile with, in each vector, the lower halves of all lanes, then the upper ones.
