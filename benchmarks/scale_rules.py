@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sterna.runtime.quantize_plan import WEIGHTED
 from sterna.runtime.render import grid
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
@@ -110,7 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         print(grid(("TQ2_0 scales", "ternary experts", f"experts with noise {NOISE}", "attention"), rows))
         others = [
-            (kind, *(score(quantized(plain, folder, *attention(kind), *c)) for c in calibrations))
+            (
+                kind,
+                *(
+                    score(quantized(plain, folder, *attention(kind), *(c if kind in WEIGHTED else ())))
+                    for c in calibrations
+                ),
+            )
             for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
         ]
         print("\n" + grid(("attention as", "alone", "calibrated"), others))

@@ -26,7 +26,7 @@ from ..scheduler.observing import DenseObserver
 from ..scheduler.residency.expert_memory import ExpertMemory
 from ..scheduler.residency.policies import new_policy
 from ..scheduler.state import Segment
-from ..shm.errors import UsageError
+from ..shm.errors import OutOfResources, UsageError
 from ..shm.slots import SlotClasses, SlotTable, arena_nbytes
 from ..workers.checkpoint import names
 from ..workers.checkpoint.gguf import GgufFile
@@ -35,12 +35,13 @@ from ..workers.observing import ObservingWorker
 from ..workers.ownership import owners
 from .imatrix import ColumnSums
 from .room import read_room
+from .sizes import format_size
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
 
 WINDOW: Final = 512  # tokens that see each other; the model's context if that is less
-_EXPERTS_SHARE: Final = 0.6  # of the free memory
+_EXPERTS_SHARE: Final = 0.6  # of the memory that the rest leaves
 _GREEDY: Final = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
@@ -48,7 +49,8 @@ def measure(file: GgufFile, token_ids: list[int], progress: Progress) -> ColumnS
     """Run `token_ids` through the model in windows; return the sums for every matrix that is multiplied.
 
     `progress(what, done, total)` in tokens. Experts that have no room are read as they are needed. Raises
-    ModelFileError for a model that cannot be run, UsageError for fewer than two tokens.
+    ModelFileError for a model that cannot be run, UsageError for fewer than two tokens, OutOfResources if the
+    free memory does not hold the dense weights and the experts of a token.
     """
     if len(token_ids) < 2:
         raise UsageError("--calibrate: expected a text of at least two tokens, found fewer")
@@ -70,7 +72,10 @@ class _Model:
         self._plan = plan = read_plan(file)
         self._file = file
         self.window = min(WINDOW, plan.hyper.context_length)
-        classes = _classes(plan)
+        shape = StreamShape(
+            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=1, context=self.window
+        )
+        classes = _classes(file, plan, plan.dense_arena_nbytes + shape.layout().nbytes)
         slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
         worker = ObservingWorker(slots, file.fds, self._see_expert)
         worker.configure(Configure(layers=plan.layer_shapes()))
@@ -80,9 +85,6 @@ class _Model:
         memory = ExpertMemory(plan, slots, classes, owned, policy)
         dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
         fill_dense(plan, file, dense, lambda done, total: None)
-        shape = StreamShape(
-            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=1, context=self.window
-        )
         self._streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
         self._streams.tables[0] = np.arange(shape.num_blocks)
         self._crew = Crew(1)
@@ -140,10 +142,23 @@ class _Model:
                 self.sums.add(alone.name, rows, *place)
 
 
-def _classes(plan: ModelPlan) -> SlotClasses:
-    """Return slots for all experts, or for as many of each size as there is memory for."""
+def _classes(file: GgufFile, plan: ModelPlan, fixed: int) -> SlotClasses:
+    """Return slots for all experts, or for as many of each size as there is memory for beside `fixed` bytes.
+
+    Raises OutOfResources if it does not hold the fewest that the model can be run with.
+    """
     whole = plan.all_slots()
+    fewest = [min(count, 2 * plan.hyper.experts_used + 2) for count, _ in whole]
+    least = fixed + sum(count * nbytes for count, (_, nbytes) in zip(fewest, whole, strict=True))
+    usable = read_room().usable
+    if least > usable:
+        raise OutOfResources(
+            f"{file.label}: --calibrate runs the model in {format_size(least)} or more,"
+            f" and {format_size(usable)} can be had; --imatrix takes what was measured elsewhere"
+        )
     needed = sum(count * nbytes for count, nbytes in whole)
-    share = min(1.0, _EXPERTS_SHARE * read_room().usable / max(1, needed))
-    least = 2 * plan.hyper.experts_used + 2
-    return [(max(min(count, least), int(count * share)), nbytes) for count, nbytes in whole]
+    share = min(1.0, _EXPERTS_SHARE * (usable - fixed) / max(1, needed))
+    return [
+        (max(least_count, int(count * share)), nbytes)
+        for least_count, (count, nbytes) in zip(fewest, whole, strict=True)
+    ]

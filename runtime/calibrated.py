@@ -1,13 +1,16 @@
 """Where `sterna quantize` has its weights of columns from: a text that is run, or a file. Imports numba.
 
-What was measured lies beside the unfinished file, so that a run that goes on does not measure again.
+What was measured lies beside the unfinished file, as OUT.part.imatrix, so that a run that goes on does not
+measure again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +20,19 @@ from ..shm.errors import ModelFileError, ModelNotFound, UsageError
 from ..workers.checkpoint.gguf import GgufFile
 from .activation_means import measure
 from .imatrix import ColumnSums
+from .quantize_journal import identify, side_path
 from .tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
+Weights = dict[str, npt.NDArray[np.float32]]
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Weights of columns as `quantize` takes them, what they are of, and where they lie until it is done."""
+    """What finds weights of columns as `quantize` takes them, what they are of, and where they are kept."""
 
-    weights: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    weights: Callable[[], Weights] = dict
     source: str = ""
     kept_at: Path | None = None
 
@@ -38,24 +43,38 @@ class Calibration:
 
 
 def from_text(file: GgufFile, text: str, tokens: int, out: Path, progress: Progress) -> Calibration:
-    """Measure with the first `tokens` tokens of `text`, or take what an earlier run for `out` measured."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    source = f"{tokens} tokens of text {digest} for {file.size_bytes} bytes"
-    path = out.with_name(out.name + ".part.imatrix")
-    sums = _kept(path, source)
+    """Have the first `tokens` tokens of `text` measured, unless an earlier run for `out` did that.
+
+    Nothing is measured before the weights are asked for. Raises UsageError for fewer than two tokens; the
+    weights raise what `measure` and `ColumnSums.save` do, and UsageError if something else lies in the way.
+    """
+    ids = Tokenizer.from_metadata(file.metadata, file.label).encode(text)[:tokens]
+    if len(ids) < 2:
+        raise UsageError("--calibrate: expected a text of at least two tokens, found fewer")
+    source = f"{tokens} tokens of text {hashlib.sha256(text.encode()).hexdigest()}"
+    path = side_path(out, ".part.imatrix")
+    return Calibration(
+        weights=partial(_measured, file, ids, source, path, progress), source=source, kept_at=path
+    )
+
+
+def _measured(file: GgufFile, ids: list[int], source: str, path: Path, progress: Progress) -> Weights:
+    of_input = f"{source} for {json.dumps(identify(file))}"
+    sums = _kept(path, of_input)
     if sums is None:
-        ids = Tokenizer.from_metadata(file.metadata, file.label).encode(text)[:tokens]
-        measure(file, ids, progress).save(path, source)
-        sums = ColumnSums.load(path) or ColumnSums()  # as a run that goes on finds it, to the bit
-    return Calibration(weights=sums.weights(file), source=source, kept_at=path)
+        measure(file, ids, progress).save(path, of_input)
+        sums = ColumnSums.load(path, of_input) or ColumnSums()  # as a run that goes on finds it, to the bit
+    return sums.weights(file)
 
 
 def _kept(path: Path, source: str) -> ColumnSums | None:
-    """Return what lies at `path` if it is whole and of this source."""
+    """Return what lies at `path` if it is of this source, None if there is nothing or what is out of date."""
     try:
         return ColumnSums.load(path, source)
-    except (ModelNotFound, ModelFileError):
-        return None  # none was made, or a run ended while it wrote
+    except ModelNotFound:
+        return None
+    except ModelFileError as error:  # somebody else's, or a run was killed while it wrote
+        raise UsageError(f"{error}; --restart throws it away") from None
 
 
 def from_imatrix(file: GgufFile, path: Path) -> Calibration:
@@ -68,4 +87,4 @@ def from_imatrix(file: GgufFile, path: Path) -> Calibration:
     with path.open("rb") as opened:
         while block := opened.read(_BLOCK):
             digest.update(block)
-    return Calibration(weights=weights, source=f"imatrix {digest.hexdigest()}")
+    return Calibration(weights=lambda: weights, source=f"imatrix {digest.hexdigest()}")

@@ -14,10 +14,8 @@ import click
 
 from ..shm.errors import UsageError
 from .config import embedded_model
-from .quantize_journal import check_place
-from .quantize_plan import SCALES, TYPES, Wanted, choose, parse_override
-from .quantize_report import Group, groups
-from .render import grid
+from .quantize_plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
+from .render import grid, one_line
 from .terminate import exit_on_sigterm
 from .text_input import read_file
 
@@ -25,13 +23,21 @@ if TYPE_CHECKING:
     from ..workers.checkpoint.gguf import GgufFile
     from .calibrated import Calibration
     from .quantize import Report
+    from .quantize_report import Group
 
 Progress = Callable[[str, int, int], None]
 
 MAX_THREADS = 256
 MAX_TEXT_BYTES = 16 * 2**20
 TOKENS = 8192
-_TERNARY = {"TQ1_0", "TQ2_0"}
+LARGE_ERROR = 0.3  # of a ternary tensor: what was trained as ternary has next to none
+
+
+class _Range(click.IntRange):
+    """One whose limits the help tells in words."""
+
+    def _describe_range(self) -> str:
+        return ""
 
 
 @click.command()
@@ -42,26 +48,28 @@ _TERNARY = {"TQ1_0", "TQ2_0"}
     "type_name",
     required=True,
     type=click.Choice(TYPES, case_sensitive=False),
-    help="Of the matrices.",
+    metavar="TYPE",
+    help=f"Of the matrices: {', '.join(TYPES)}.",
 )
 @click.option(
     "--scales",
     type=click.Choice(SCALES),
     default=SCALES[0],
-    help=f"How a ternary block gets its scale [{SCALES[0]}].",
+    metavar="RULE",
+    help=f"How a ternary block gets its scale: {', '.join(SCALES)} [{SCALES[0]}].",
 )
 @click.option(
     "--calibrate",
     "text",
-    metavar="TEXT",
-    help="File to run through IN first: what columns are multiplied with decides what an error there costs.",
+    metavar="FILE",
+    help="Text to run through IN first: what columns are multiplied with decides what an error there costs.",
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(2),
+    type=_Range(2),
     default=TOKENS,
     metavar="N",
-    help=f"Of TEXT, at most [{TOKENS}].",
+    help=f"Of that text, at most; from 2 [{TOKENS}].",
 )
 @click.option("--imatrix", metavar="FILE", help="The same from a file of llama.cpp's `llama-imatrix`.")
 @click.option("--experts-only", is_flag=True, help="Change routed experts and nothing else.")
@@ -72,7 +80,9 @@ _TERNARY = {"TQ1_0", "TQ2_0"}
     metavar="PATTERN=TYPE",
     help="For tensors of such names (`*`, `?`); TYPE may be `keep`. The first that fits counts.",
 )
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="[one for each CPU]")
+@click.option(
+    "--threads", type=_Range(1, MAX_THREADS), metavar="N", help=f"1 to {MAX_THREADS} [one for each CPU]."
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--restart", is_flag=True, help="Do not go on with what an earlier run has written.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of each tensor, and write nothing.")
@@ -107,18 +117,27 @@ def quantize(
         experts_only=experts_only,
         overrides=tuple(parse_override(text) for text in overrides),
     )
-    if scales != SCALES[0] and not {wanted.type, *(name for _, name in wanted.overrides)} & _TERNARY:
-        raise UsageError(f"--scales {scales} is for {' and '.join(sorted(_TERNARY))}")
+    if scales != SCALES[0] and not wanted.types & set(TERNARY):
+        raise UsageError(f"--scales {scales} is for {' and '.join(TERNARY)}")
+    if (text is not None or imatrix is not None) and not wanted.types & set(WEIGHTED):
+        raise UsageError(f"{'--imatrix' if text is None else '--calibrate'} is for {', '.join(WEIGHTED)}")
     if text is not None and imatrix is not None:
         raise UsageError("--calibrate and --imatrix are two ways to say the same: give one")
     content = None if text is None else read_file(text, MAX_TEXT_BYTES)
     with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
         if dry_run:
+            from .quantize_report import groups
+
             found = groups(choose(file, wanted))
             click.echo(_json(found, {}) if as_json else _table(found))
             return 0
-        check_place(file.paths, out, force=force)
-        with _stoppable() as progress:
+        from .quantize_journal import check_place
+
+        check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
+        with _stoppable(calibrates=text is not None) as progress:
+            from .kernel_environment import prepare
+
+            prepare()
             from .quantize import quantize as convert
 
             calibration = _calibration(file, content, tokens, imatrix, out, progress)
@@ -135,22 +154,30 @@ def quantize(
             )
             calibration.drop()
     _print(report, as_json)
+    _warn(report)
     return 0
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[Progress]:
-    """Yield what shows progress on stderr; who stops the command is told that it can go on."""
-    from .kernel_environment import prepare
-
-    prepare()
+def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
+    """Yield what shows progress on stderr; who stops the command is told whether it can go on."""
     from .start_progress import StartProgress
 
+    phase = ""
     try:
-        with StartProgress() as progress:
-            yield progress.update
+        with StartProgress() as shown:
+
+            def progress(what: str, done: int, total: int) -> None:
+                nonlocal phase
+                phase = what
+                shown.update(what, done, total)
+
+            yield progress
     except (KeyboardInterrupt, SystemExit):
-        click.echo("sterna: stopped; the same command goes on from here", err=True)
+        how = "starts the calibration anew" if calibrates else "begins anew"
+        if phase in ("converting", "checking"):
+            how = "goes on from here"
+        click.echo(f"sterna: stopped; the same command {how}", err=True)
         raise
 
 
@@ -182,6 +209,23 @@ def _print(report: Report, as_json: bool) -> None:
         f"\n{report.path}: {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s"
         f" ({speed:.0f} MB/s converted{resumed}), read back and compared"
     )
+
+
+def _warn(report: Report) -> None:
+    """Tell who made weights ternary that were not trained for it."""
+    lost = [
+        group
+        for group in report.groups
+        if group.after in TERNARY and group.error is not None and group.error > LARGE_ERROR
+    ]
+    if lost:
+        worst = max(lost, key=lambda group: group.error or 0.0)
+        more = f", so do {len(lost) - 1} other kinds of tensors" if len(lost) > 1 else ""
+        click.echo(
+            f"sterna: warning: {one_line(worst.name)} has an error of {worst.error:.0%} as {worst.after}"
+            f"{more}: ternary types are for weights that were trained as ternary; --type Q4_K is for others",
+            err=True,
+        )
 
 
 def _json(found: tuple[Group, ...], facts: dict[str, Any]) -> str:

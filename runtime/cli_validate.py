@@ -17,7 +17,7 @@ from .render import one_line
 def validate(model: str, as_json: bool) -> int:
     """Tell whether FILE, a GGUF file, can be loaded. Reads its header only.
 
-    Exit code 0 if it can, 65 if not, 66 if there is no such file, 74 if it cannot be read.
+    Exit code 0 if it can, 65 if not, 66 if there is no such file, 74 if reading fails, 77 without permission.
     """
     from .inspect_model import validate as check
 

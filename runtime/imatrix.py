@@ -6,16 +6,18 @@ NAME.in_sum2, float32 (matrices, columns), and NAME.counts, float32 (matrices, 1
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import ModelFileError, NotPermitted
+from ..shm.errors import ModelFileError
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from ..workers.checkpoint.writer import lay_out, string_value
+from .quantize_journal import write_error
 
 Floats = npt.NDArray[np.float32]
 
@@ -66,7 +68,7 @@ class ColumnSums:
         return found
 
     def save(self, path: Path, text: str) -> None:
-        """Write the file; `text` names what was run. Raises NotPermitted."""
+        """Write the file, or leave none; `text` names what was run. Raises NotPermitted, OutOfResources."""
         kind = TYPES_BY_NAME["F32"]
         tensors = [
             (name + end, shape, kind)
@@ -83,18 +85,21 @@ class ColumnSums:
         try:
             path.write_bytes(image)
         except OSError as error:
-            raise NotPermitted(f"{path}: cannot be written: {error.strerror}") from None
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise write_error(path, error) from None
 
     @classmethod
     def load(cls, path: Path, text: str | None = None) -> ColumnSums | None:
         """Read a file; None if it is of another `text` than that.
 
-        Raises ModelFileError if it is no importance matrix, and what `GgufFile.open` raises.
+        Raises ModelFileError if it is no importance matrix or, with `text`, none that `save` wrote, and what
+        `GgufFile.open` raises.
         """
         with GgufFile.open(path) as file:
             if file.get("general.type", str, "") != "imatrix":
                 raise ModelFileError(f"{file.label}: no importance matrix (key 'general.type')")
-            if text is not None and file.get(_TEXT_KEY, str, "") != text:
+            if text is not None and file.require(_TEXT_KEY, str) != text:
                 return None
             found = cls()
             for name in file.tensors:

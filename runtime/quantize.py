@@ -6,7 +6,7 @@ measuring activations (`activation_means.py`), arguments and printing (`cli_quan
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 import os
 import shutil
@@ -15,29 +15,31 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from .. import __version__
-from ..shm.errors import ModelReadError, OutOfResources
+from ..shm.errors import ModelFileError, ModelReadError, OutOfResources
 from ..workers.checkpoint.bitnet_types import TILED, find_tiling
-from ..workers.checkpoint.gguf import GgufFile
+from ..workers.checkpoint.gguf import GgufFile, TensorInfo
 from ..workers.checkpoint.recode import Loss, Recoder, chunks_of
 from ..workers.checkpoint.tiers import is_ternary
 from ..workers.checkpoint.types import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
 from ..workers.checkpoint.writer import Layout, lay_out, string_value, uint32_value
-from .quantize_journal import Done, PartFile, check_place
+from .quantize_journal import Done, PartFile, check_place, identify
 from .quantize_plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
 from .quantize_report import Group, groups
 
 Progress = Callable[[str, int, int], None]
 
-_PIECE_ELEMENTS: Final = 1 << 22  # of a tensor at a time, which bounds the memory to some 20 MiB
+_PIECE_ELEMENTS: Final = 1 << 22  # of a tensor at a time, which bounds the memory to some 40 MiB
 _COPY_BYTES: Final = 16 << 20
 _MEASURED_CHUNKS: Final = 64  # of a tensor: enough for three digits of its error
 
+_Rows = Callable[[int, int], Bytes]  # first row, number of rows -> their bytes, read-only
 Weights = Mapping[str, Floats]
 """Tensor name -> how much its columns matter: float32 (columns,) or (experts, columns), above 0."""
 
@@ -59,7 +61,7 @@ def quantize(
     out: Path,
     wanted: Wanted,
     *,
-    weights: Weights | None = None,
+    weights: Callable[[], Weights] = dict,
     calibration: str = "",
     threads: int = 1,
     force: bool = False,
@@ -68,11 +70,13 @@ def quantize(
 ) -> Report:
     """Write `file` to `out` as `wanted`; what is under way lies in `out`.part and can be gone on with.
 
-    weights: what `activation_means` found; calibration: what it found it with, which a resumed run must
-    repeat. force: replace what is at `out`; restart: begin anew. `progress(what, done, total)` in bytes.
+    weights: returns what `activation_means` finds, asked for when nothing else is in the way;
+    calibration: what it finds it with, which a resumed run must repeat. force: replace what is at `out`;
+    restart: begin anew. `progress(what, done, total)` in bytes.
 
     Raises UsageError, AlreadyRunning, NotPermitted, OutOfResources for files that are in the way or have no
-    room; ModelFileError for what is in `file`; ModelReadError if what is read back is not what was written.
+    room; ModelFileError for what is in `file`; ModelReadError if it cannot be read, or if what is read back
+    is not what was written.
     """
     check_place(file.paths, out, force=force)
     choices = choose(file, wanted)
@@ -80,11 +84,11 @@ def quantize(
     layout = lay_out(
         keys, ((choice.info.name, choice.info.shape, choice.target) for choice in choices), file.alignment
     )
-    began = time.monotonic()
-    with PartFile(out, _identity(file, wanted, layout, calibration), restart=restart) as part:
+    with PartFile(out, _identity(file, wanted, calibration), restart=restart) as part:
         _check_room(part, layout)
         resumed = set(part.done)
-        conversion = _Conversion(file, part, wanted, weights or {}, threads, progress)
+        conversion = _Conversion(file, part, wanted, weights(), threads, progress)
+        began = time.monotonic()
         conversion.run(choices, layout)
         part.sync(layout.nbytes)
         _read_back(part, keys, layout, progress)
@@ -122,20 +126,26 @@ def _keys(file: GgufFile, wanted: Wanted, choices: Sequence[Choice]) -> list[tup
     return list((keys | changed).items())
 
 
-def _identity(file: GgufFile, wanted: Wanted, layout: Layout, calibration: str) -> dict[str, Any]:
+def _identity(file: GgufFile, wanted: Wanted, calibration: str) -> dict[str, Any]:
     """Return what an unfinished file depends on; a name that differs is what the user is told."""
-    statuses = [Path(path).stat() for path in file.paths]
-    digest = hashlib.sha256(layout.header)
-    for info in file.tensors.values():
-        digest.update(f"{info.name} {info.type.name} {info.file} {info.offset}\n".encode())
     return {
-        "input": [*([status.st_size, status.st_mtime_ns] for status in statuses), digest.hexdigest()],
+        "input": identify(file),
         "type": wanted.type,
         "scales": wanted.scales,
         "choice of experts": wanted.experts_only,
         "tensor types": [list(override) for override in wanted.overrides],
         "calibration": calibration,
+        "version of Sterna": __version__,
     }
+
+
+@contextlib.contextmanager
+def _named(file: GgufFile, info: TensorInfo) -> Iterator[None]:
+    """Have the errors of codecs, which see rows only, say which tensor they are about."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{file.label_of(info)}: tensor {info.name!r}: {error}") from None
 
 
 class _Conversion:
@@ -156,6 +166,7 @@ class _Conversion:
         self._weights = weights
         self._progress = progress
         self._recoders = [Recoder() for _ in range(threads)]
+        self._buffer = np.empty(0, np.uint8)
         self._read_nbytes = self._total = 0
 
     def run(self, choices: Sequence[Choice], layout: Layout) -> None:
@@ -178,25 +189,47 @@ class _Conversion:
         self._progress("converting", self._read_nbytes, self._total)
 
     def _copy(self, choice: Choice, offset: int) -> Done:
-        data, crc = self._file.data(choice.info), 0
-        for at in range(0, data.size, _COPY_BYTES):
-            piece = data[at : at + _COPY_BYTES]
+        info, crc = choice.info, 0
+        for at in range(0, info.nbytes, _COPY_BYTES):
+            piece = self._read(info, at, min(_COPY_BYTES, info.nbytes - at))
             crc = zlib.crc32(piece.data, crc)
             self._part.write(piece.data, offset + at)
             self._advance(piece.size)
         return Done(crc, 0.0, 0.0)
+
+    def _read(self, info: TensorInfo, at: int, count: int) -> Bytes:
+        """Return `count` bytes of a tensor from its byte `at` on, read-only, valid until the next call.
+
+        Not from the mapping, where a medium that fails and a file that shrinks kill the process. Raises
+        ModelReadError for these.
+        """
+        if self._buffer.size < count:
+            self._buffer = np.empty(count, np.uint8)
+        found, label, done = self._buffer[:count], self._file.label_of(info), 0
+        while done < count:
+            offset = info.offset + at + done
+            try:
+                nbytes = os.preadv(self._file.fds[info.file], [found.data[done:]], offset)
+            except OSError as error:
+                raise ModelReadError(f"{label}: byte {offset}: reading failed: {error.strerror}") from None
+            if not nbytes:
+                raise ModelReadError(f"{label}: byte {offset}: the file ends here, it has shrunk")
+            done += nbytes
+        found.flags.writeable = False
+        return found
 
     def _recode(self, choice: Choice, offset: int, pool: ThreadPoolExecutor) -> Done:
         columns, target = choice.info.shape[-1], choice.target
         rows_at_once = max(1, _PIECE_ELEMENTS // columns)
         out = np.empty(target.nbytes((rows_at_once, columns)), np.uint8)
         crc, loss = 0, Loss()
-        for raw, source, first_row, weights in self._slabs(choice):
-            row_nbytes = source.row_bytes(columns)
-            for row in range(0, raw.size // row_nbytes, rows_at_once):
-                part = raw[row * row_nbytes : (row + rows_at_once) * row_nbytes]
-                written = out[: target.nbytes((part.size // row_nbytes, columns))]
-                loss += self._spread(pool, choice, part, source, written, weights, first_row + row)
+        for rows_of, source, first_row, rows, weights in self._slabs(choice):
+            for row in range(0, rows, rows_at_once):
+                count = min(rows_at_once, rows - row)
+                part = rows_of(row, count)
+                written = out[: target.nbytes((count, columns))]
+                with _named(self._file, choice.info):
+                    loss += self._spread(pool, choice, part, source, written, weights, first_row + row)
                 crc = zlib.crc32(written.data, crc)
                 self._part.write(written.data, offset)
                 offset += written.size
@@ -205,26 +238,35 @@ class _Conversion:
             self._advance(choice.info.nbytes)
         return Done(crc, loss.lost, loss.whole)
 
-    def _slabs(self, choice: Choice) -> Iterator[tuple[Bytes, TensorType, int, Floats | None]]:
-        """Yield bytes, their type, the first row and weights: whole, or each expert where it must be."""
-        info, data = choice.info, self._file.data(choice.info)
+    def _slabs(self, choice: Choice) -> Iterator[tuple[_Rows, TensorType, int, int, Floats | None]]:
+        """Yield what reads rows, their type, the first, their number and weights: whole, or by experts."""
+        info = choice.info
         weights = self._weights.get(info.name)
         matrix, columns = info.type.matrix, info.shape[-1]
         apart = (weights is not None and weights.ndim == 2) or (matrix is not None and matrix.has_slices)
         count = info.shape[0] if apart and len(info.shape) == 3 else 1
         rows = math.prod(info.shape[:-1]) // count
         for index in range(count):
-            raw = data[index * (data.size // count) : (index + 1) * (data.size // count)]
-            source = info.type
+            source, start = info.type, index * (info.nbytes // count)
+            rows_of = partial(self._rows, info, start)
             if matrix is not None:  # no rows can be taken out of these
-                raw, source = self._values(info.type, raw, rows, columns), TYPES_BY_NAME["F32"]
+                source = TYPES_BY_NAME["F32"]
+                rows_of = partial(_cut, self._values(info, start, rows, columns), source.row_bytes(columns))
             own = weights[index] if weights is not None and weights.ndim == 2 else weights
-            yield raw, source, index * rows, own
+            yield rows_of, source, index * rows, rows, own
 
-    def _values(self, kind: TensorType, raw: Bytes, rows: int, columns: int) -> Bytes:
-        """Return float32 values of a type that is decoded as a whole, as read-only bytes."""
-        tiling = find_tiling(self._file, kind.name, rows, columns) if kind.name in TILED else None
-        values = ternary_matrix(kind, raw, (rows, columns), tiling).values().reshape(-1).view(np.uint8)
+    def _rows(self, info: TensorInfo, start: int, row: int, count: int) -> Bytes:
+        """Read rows from the one that lies `row` rows behind byte `start` of the tensor."""
+        nbytes = info.type.row_bytes(info.shape[-1])
+        return self._read(info, start + row * nbytes, count * nbytes)
+
+    def _values(self, info: TensorInfo, start: int, rows: int, columns: int) -> Bytes:
+        """Return float32 values of a matrix whose type is decoded as a whole, as read-only bytes."""
+        kind, shape = info.type, (rows, columns)
+        raw = self._read(info, start, info.nbytes * rows // math.prod(info.shape[:-1]))
+        with _named(self._file, info):
+            tiling = find_tiling(self._file, kind.name, rows, columns) if kind.name in TILED else None
+            values = ternary_matrix(kind, raw, shape, tiling).values().reshape(-1).view(np.uint8)
         values.flags.writeable = False
         return values
 
@@ -261,6 +303,10 @@ class _Conversion:
             )
 
         return sum(pool.map(share, range(len(self._recoders))), Loss())
+
+
+def _cut(values: Bytes, row_nbytes: int, row: int, count: int) -> Bytes:
+    return values[row * row_nbytes : (row + count) * row_nbytes]
 
 
 def _read_back(part: PartFile, keys: Sequence[tuple[str, bytes]], layout: Layout, progress: Progress) -> None:

@@ -1,7 +1,8 @@
 """What a conversion keeps beside its unfinished file, so that it can go on after it was stopped.
 
 FILE.part is the file so far, FILE.part.journal a line of JSON that says what belongs to it (input and
-arguments), then one for each tensor that is complete. Not in here: the conversion (`quantize.py`).
+arguments), then one for each tensor that is complete. Beside them, FILE.part.imatrix is what a calibration
+measured (`calibrated.py`). Not in here: the conversion (`quantize.py`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from ..shm.errors import AlreadyRunning, NotPermitted, OutOfResources, UsageError
+from ..shm.errors import AlreadyRunning, NotPermitted, OutOfResources, SternaError, UsageError
+
+if TYPE_CHECKING:
+    from ..workers.checkpoint.gguf import GgufFile
 
 VERSION: Final = 1
+_BEGINS: Final = b'{"sterna quantize": '  # every journal of ours
+_SIDES: Final = ("", ".part", ".part.journal", ".part.imatrix")
+_REFUSED: Final = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENXIO, errno.ETXTBSY,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,46 +43,83 @@ class Done:
 
 
 def check_place(sources: Sequence[str], out: Path, *, force: bool) -> None:
-    """Raise UsageError if something lies at `out` that must not be replaced; `sources`: the input's files."""
+    """Raise UsageError if something lies at `out` that must not be replaced.
+
+    sources: files that are read, of which none may be `out` or a file that a run keeps beside it.
+    """
+    for path in (side_path(out, side) for side in _SIDES):
+        if any(_same(path, source) for source in sources):
+            raise UsageError(f"{path}: input and output are the same file")
     if not out.exists():
         return
-    if any(out.samefile(source) for source in sources):
-        raise UsageError(f"{out}: input and output are the same file")
     if not out.is_file():
         raise UsageError(f"{out}: is there already and is no regular file")
     if not force:
         raise UsageError(f"{out}: there is such a file already; --force replaces it when the new one is done")
 
 
+def side_path(out: Path, side: str) -> Path:
+    """Return the path of a file beside `out`, such as that of side ".part"."""
+    return out.with_name(out.name + side)
+
+
+def _same(path: Path, other: str) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def identify(file: GgufFile) -> list[Any]:
+    """Return what tells `file` from others: sizes and times of its files, a digest of all but the weights."""
+    statuses = [os.fstat(fd) for fd in file.fds]
+    digest = hashlib.sha256()
+    for key in file.metadata:
+        digest.update(key.encode() + b"\n" + file.raw_value(key))
+    for info in file.tensors.values():
+        digest.update(f"{info.name} {info.type.name} {info.shape} {info.file} {info.offset}\n".encode())
+    return [*([status.st_size, status.st_mtime_ns] for status in statuses), digest.hexdigest()]
+
+
+def write_error(path: Path, error: OSError, then: str = "") -> SternaError:
+    """Return the error of one line for a file that could not be written: OutOfResources or NotPermitted."""
+    kind = NotPermitted if error.errno in _REFUSED else OutOfResources
+    return kind(f"{path}: writing failed: {error.strerror}{then}")
+
+
 class PartFile:
     """An unfinished file and its journal, locked; a context that leaves both for the next run.
 
-    `done` maps the names of complete tensors. Every write that fails is an OutOfResources of one line.
+    `done` maps the names of complete tensors. Every write that fails is an error of one line.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool) -> None:
-        """Open or make `out`.part; with `restart` what is there is thrown away.
+        """Open or make `out`.part; with `restart` what is there is thrown away, also what was measured.
 
         identity: what the file is made of and how, plain values. Raises UsageError if what is there was made
-        otherwise, AlreadyRunning if another process writes it, NotPermitted if the folder refuses.
+        otherwise or by something else, AlreadyRunning if another process writes it, NotPermitted if the
+        folder refuses, OutOfResources if it has no room.
         """
-        self.path = out.with_name(out.name + ".part")
-        self.journal_path = out.with_name(out.name + ".part.journal")
+        self.path = side_path(out, ".part")
+        self.journal_path = side_path(out, ".part.journal")
         self.done: dict[str, Done] = {}
         self._out = out
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise NotPermitted(f"{self.path}: cannot be written: {error.strerror}") from None
+            raise write_error(self.path, error) from None
         self._journal_fd = -1
         try:
             self._lock()
             kept = b"" if restart else self._resume(identity)
+            if restart:
+                side_path(out, ".part.imatrix").unlink(missing_ok=True)
+            if not kept:  # before the journal: a file without one is taken for somebody else's
+                os.ftruncate(self._fd, 0)
             self._journal_fd = os.open(self.journal_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._journal_fd, len(kept))
             os.lseek(self._journal_fd, 0, os.SEEK_END)
             if not kept:
-                os.ftruncate(self._fd, 0)
                 self._note({"sterna quantize": VERSION, **identity})
         except OSError as error:
             self._close()
@@ -83,19 +131,28 @@ class PartFile:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(f"{self.path}: another `sterna quantize` is writing it") from None
+            # Who had the lock may have given the file its name since it was opened here.
+            if os.path.samestat(os.fstat(self._fd), self.path.stat()):
+                return
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        raise AlreadyRunning(f"{self.path}: another `sterna quantize` is writing it")
 
     def _resume(self, identity: Mapping[str, Any]) -> bytes:
-        """Take over what the journal holds; return its complete lines, empty if there is none."""
+        """Take over what the journal holds; return its complete lines, empty if no tensor is complete."""
         try:
             text = self.journal_path.read_bytes()
         except FileNotFoundError:
-            return b""
+            text = b""
+        empty = os.fstat(self._fd).st_size == 0
+        if not text and not empty:
+            raise UsageError(f"{self.path}: is there already, without a journal; --restart throws it away")
+        if text and not text.startswith(_BEGINS):
+            raise UsageError(f"{self.journal_path}: damaged; --restart begins anew")
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the last write was cut short
             lines.pop()
-        if not lines or os.fstat(self._fd).st_size == 0:
+        if len(lines) < 2 or empty:
             return b""
         wanted = json.loads(json.dumps({"sterna quantize": VERSION, **identity}))
         try:
@@ -112,10 +169,8 @@ class PartFile:
         self.done = done
         return b"".join(lines)
 
-    def _failure(self, error: OSError) -> OutOfResources:
-        return OutOfResources(
-            f"{self.path}: writing failed: {error.strerror}; the same command goes on from there"
-        )
+    def _failure(self, error: OSError) -> SternaError:
+        return write_error(self.path, error, "; the same command goes on from there")
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +219,8 @@ class PartFile:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def forget(self) -> None:
-        """Drop the journal: what was written turned out to be wrong, and the next run begins anew."""
+        """Drop what was written, which turned out to be wrong: the next run begins anew."""
+        os.ftruncate(self._fd, 0)
         self.journal_path.unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -173,7 +229,7 @@ class PartFile:
             self.path.replace(self._out)
         except OSError as error:
             raise NotPermitted(f"{self._out}: cannot be replaced: {error.strerror}") from None
-        self.forget()
+        self.journal_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # some file systems cannot sync a folder
             folder = os.open(self._out.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:

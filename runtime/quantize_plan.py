@@ -1,7 +1,7 @@
 """What `sterna quantize` makes of each tensor of a file: its type afterwards, or why it stays as it is. Pure.
 
 Recoded are the matrices of attention and of feed-forward networks. Routers, norms, biases, embeddings and
-the head stay, unless a pattern names them. No numba.
+the head stay, unless a pattern names them. No numba, and no numpy before a file is at hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..shm.errors import ModelFileError, UsageError
-from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType
 
 if TYPE_CHECKING:
     from ..workers.checkpoint.gguf import GgufFile, TensorInfo
+    from ..workers.checkpoint.types import TensorType
 
 # Type -> general.file_type of a file that is made with it, llama.cpp's numbers.
 FILE_TYPES: Final = {
@@ -24,6 +24,9 @@ FILE_TYPES: Final = {
     "Q2_K": 10, "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
 TYPES: Final = tuple(FILE_TYPES)
+TERNARY: Final = ("TQ1_0", "TQ2_0")
+WEIGHTED: Final = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", *TERNARY)
+"""Types whose encoders heed how much a column matters."""
 SCALES: Final = ("lloyd-max", "least-squares", "absmean")
 QUANTIZATION_VERSION: Final = 2  # of ggml's block layouts, unchanged since 2023
 
@@ -47,6 +50,11 @@ class Wanted:
     scales: str = "lloyd-max"
     experts_only: bool = False
     overrides: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def types(self) -> set[str]:
+        """The types that anything may become."""
+        return {self.type, *(name for _, name in self.overrides if name is not None)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,8 @@ def choose(file: GgufFile, wanted: Wanted) -> tuple[Choice, ...]:
 
 
 def _choose(file: GgufFile, info: TensorInfo, wanted: Wanted) -> Choice:
+    from ..workers.checkpoint.types import TYPES_BY_NAME
+
     name, kept = _wanted_type(info, wanted)
     if name is None:
         return Choice(info=info, target=info.type, kept=kept)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from sterna.runtime.config import embedded_model
 from sterna.runtime.imatrix import ColumnSums
 from sterna.runtime.quantize import quantize
 from sterna.runtime.quantize_plan import Wanted
+from sterna.runtime.room import Room
 from sterna.runtime.tokenizer import Tokenizer
-from sterna.shm.errors import ModelFileError, UsageError
+from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
 from sterna.workers.checkpoint.encode import Encoder
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
@@ -186,21 +189,74 @@ def test_a_run_that_goes_on_does_not_measure_again(
     def progress(what: str, done: int, total: int) -> None:
         seen.append(what)
 
-    first = calibrated.from_text(file, TEXT, 24, out, progress)
+    calibration = calibrated.from_text(file, TEXT, 24, out, progress)
+    assert (seen, list(tmp_path.iterdir())) == ([], [])
+    first = calibration.weights()
     assert set(seen) == {"calibrating"}
     monkeypatch.setattr(calibrated, "measure", None)
     again = calibrated.from_text(file, TEXT, 24, out, progress)
-    for name, values in first.weights.items():
-        assert (again.weights[name] == values).all()
+    second = again.weights()
+    for name, values in first.items():
+        assert (second[name] == values).all()
     assert again.kept_at is not None
-    assert first.source == again.source
+    assert calibration.source == again.source
     from_file = calibrated.from_imatrix(file, again.kept_at)
-    assert set(from_file.weights) == set(first.weights)
+    assert set(from_file.weights()) == set(first)
     quantize(
         file, out, Wanted(type="Q4_K", experts_only=True), weights=again.weights, calibration=again.source
     )
     again.drop()
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_what_was_measured_is_for_one_input(tmp_path: Path) -> None:
+    copy, out = tmp_path / "in.gguf", tmp_path / "out.gguf"
+    copy.write_bytes(Path(embedded_model()).read_bytes())
+
+    def measured() -> bool:
+        seen: set[str] = set()
+        with GgufFile.open(copy) as file:
+            calibrated.from_text(file, TEXT, 2, out, lambda what, done, total: seen.add(what)).weights()
+        return bool(seen)
+
+    assert [measured(), measured()] == [True, False]
+    os.utime(copy)
+    assert measured()
+    kept = tmp_path / "out.gguf.part.imatrix"
+    kept.write_bytes(b"notes")
+    with pytest.raises(UsageError, match=r"out\.gguf\.part\.imatrix: .*; --restart throws it away"):
+        measured()
+    assert kept.read_bytes() == b"notes"
+    with GgufFile.open(copy) as file:
+        quantize(file, out, Wanted(type="TQ1_0", experts_only=True), restart=True)
+    assert not kept.exists()
+
+
+def test_what_was_measured_has_no_room(tmp_path: Path) -> None:
+    sums = ColumnSums()
+    sums.add("blk.1.ffn_up_exps.weight", np.ones((2, 256), np.float32), 0, 64)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OutOfResources, match=r"x\.imatrix: writing failed: File too large"):
+            sums.save(tmp_path / "x.imatrix", "a text")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_memory_does_not_hold(file: GgufFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(mebibytes: int) -> None:
+        found = Room(available=mebibytes << 20, total=1 << 30, reserve=0, source="", limited=True)
+        monkeypatch.setattr(activation_means, "read_room", lambda: found)
+
+    room(1)
+    with pytest.raises(
+        OutOfResources, match=r"--calibrate runs the model in .* MiB or more, and 1 MiB can be"
+    ):
+        measure(file, [1, 2], lambda what, done, total: None)
+    room(1 << 10)
+    assert len(measure(file, [1, 2], lambda what, done, total: None))
 
 
 def test_what_cannot_be_measured(file: GgufFile) -> None:

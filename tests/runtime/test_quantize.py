@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime import cli
+from sterna.runtime import quantize as conversion
 from sterna.runtime.config import embedded_model
 from sterna.runtime.quantize import quantize
-from sterna.runtime.quantize_plan import TYPES, Wanted, choose, parse_override
+from sterna.runtime.quantize_plan import TYPES, WEIGHTED, Wanted, choose, parse_override
 from sterna.shm.errors import (
     AlreadyRunning,
     ModelFileError,
@@ -27,51 +24,24 @@ from sterna.shm.errors import (
     OutOfResources,
     UsageError,
 )
+from sterna.workers.checkpoint.encode import ENCODED
 from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.names import EXPERT_ROLES, LAYER_ROLES, MODEL_ROLES, candidates
 from sterna.workers.checkpoint.recode import WRITABLE
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
-from sterna.workers.checkpoint.writer import lay_out, string_value, uint32_value
+from sterna.workers.checkpoint.writer import lay_out
+
+from ..workers.checkpoint.ternary_bytes import i2_s, iq2_bn
+from .quantize_source import SHAPES, write_source
 
 TERNARY = Wanted(type="TQ2_0")
-SHAPES = {
-    "token_embd.weight": (32, 512),
-    "output.weight": (32, 512),
-    "output_norm.weight": (512,),
-    "rope_freqs.weight": (64,),
-    "blk.0.attn_q.weight": (512, 512),
-    "blk.0.attn_k_b.weight": (2, 64, 96),
-    "blk.0.attn_sinks.weight": (8,),
-    "blk.0.attn_q.bias": (512,),
-    "blk.0.ffn_gate_inp.weight": (4, 512),
-    "blk.0.exp_probs_b.bias": (4,),
-    "blk.0.ffn_gate_up_exps.weight": (4, 256, 512),
-    "blk.0.ffn_down_exps.weight": (4, 512, 256),
-    "blk.0.ffn_down_shexp.weight": (512, 256),
-    "blk.10.ffn_up.3.weight": (64, 256),
-}
 EXPERTS = {"blk.0.ffn_gate_up_exps.weight", "blk.0.ffn_down_exps.weight", "blk.10.ffn_up.3.weight"}
 MATRICES = {"blk.0.attn_q.weight", "blk.0.ffn_down_shexp.weight"} | EXPERTS
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float file with every kind of tensor; no model, but nobody here computes with it."""
-    path = tmp_path_factory.mktemp("quantize") / "in.gguf"
-    keys = [
-        ("general.architecture", string_value("llama")),
-        ("general.file_type", uint32_value(0)),
-        ("general.license", string_value("CC0-1.0")),
-        ("split.count", uint32_value(1)),
-    ]
-    layout = lay_out(keys, [(n, shape, TYPES_BY_NAME["F32"]) for n, shape in SHAPES.items()], 32)
-    random = np.random.default_rng(1)
-    image = bytearray(layout.header.ljust(layout.nbytes, b"\0"))
-    for info in layout.tensors:
-        image[info.offset : info.offset + info.nbytes] = (
-            random.standard_normal(info.shape).astype(np.float32).tobytes()
-        )
-    path.write_bytes(image)
-    return path
+    return write_source(tmp_path_factory.mktemp("quantize") / "in.gguf")
 
 
 @pytest.fixture
@@ -108,6 +78,7 @@ def left(out: Path) -> set[str]:
 
 def test_every_type_has_a_number_and_an_encoder() -> None:
     assert set(TYPES) == set(WRITABLE)
+    assert set(WEIGHTED) == set(ENCODED)
 
 
 def test_which_tensors_change(file: GgufFile) -> None:
@@ -137,6 +108,26 @@ def test_patterns_come_first(file: GgufFile) -> None:
     for text in ("a", "=F16", "a=", "a=Q9"):
         with pytest.raises(UsageError, match="expected PATTERN=TYPE"):
             parse_override(text)
+
+
+def test_every_matrix_of_every_role_is_converted_and_nothing_else(tmp_path: Path) -> None:
+    matrices = {
+        f"attn_{name}" for name in ("q", "k", "v", "q_a", "q_b", "kv_a_mqa", "k_b", "v_b", "kv_b", "output")
+    }
+    matrices |= {f"ffn_{half}{of}" for half in ("gate", "up", "down") for of in ("", "_exps", "_shexp")}
+    matrices |= {"ffn_gate_up_exps"}
+    assert matrices <= {*LAYER_ROLES, *EXPERT_ROLES}
+    roles = {name: role for role in LAYER_ROLES for name in candidates(role, 11)}
+    roles |= {name: role for role in EXPERT_ROLES for name in candidates(role, 3, 12)}
+    roles |= {name: role for role in MODEL_ROLES for name in candidates(role)}
+    layout = lay_out([], [(name, (2, 256), TYPES_BY_NAME["F32"]) for name in roles], 32)
+    path = tmp_path / "roles.gguf"
+    path.write_bytes(layout.header.ljust(layout.nbytes, b"\0"))
+    with GgufFile.open(path) as file:
+        for only, expected in ((False, matrices), (True, {role for role in matrices if "exps" in role})):
+            choices = choose(file, Wanted(type="Q4_K", experts_only=only))
+            for choice in choices:
+                assert bool(choice.kept) == (roles[choice.info.name] not in expected), choice.info.name
 
 
 # ---- the file ----
@@ -180,7 +171,7 @@ def test_weights_of_columns_and_of_experts(file: GgufFile, out: Path) -> None:
     per_expert = np.ones((4, 256), np.float32)
     per_expert[2, :128] = 40
     weights = {"blk.0.ffn_down_exps.weight": per_expert}
-    quantize(file, out, TERNARY, weights=weights, calibration="x", threads=2, force=True)
+    quantize(file, out, TERNARY, weights=lambda: weights, calibration="x", threads=2, force=True)
     found = quantize_bytes(None, out, "blk.0.ffn_down_exps.weight")
     assert (found[[0, 1, 3]] == plain[[0, 1, 3]]).all()
     assert (found[2] != plain[2]).any()
@@ -211,6 +202,31 @@ def test_ternary_experts_lose_nothing_with_any_rule(tmp_path: Path, rule: str) -
                 assert (made.data(made.tensors[info.name]) == file.data(info)).all(), info.name
 
 
+def test_types_that_are_decoded_whole(tmp_path: Path, out: Path) -> None:
+    """One with no slices, copied and converted; experts of another, one after the other."""
+    random = np.random.default_rng(3)
+    codes, scales = random.integers(0, 3, (512, 256)).astype(np.uint8), np.full((512, 1), 0.5, np.float32)
+    tensors = {
+        "blk.0.attn_q.weight": ("I2_S", (512, 256), i2_s(codes, 0.25), 0.25),
+        "blk.0.attn_k.weight": ("I2_S", (512, 256), i2_s(codes[::-1], 2.0), 2.0),
+        "blk.0.ffn_up_exps.weight": ("IQ2_BN", (4, 128, 256), iq2_bn(codes, scales), 0.5),
+    }
+    layout = lay_out([], [(n, shape, TYPES_BY_NAME[kind]) for n, (kind, shape, *_) in tensors.items()], 32)
+    path = tmp_path / "in.gguf"
+    image = bytearray(layout.header.ljust(layout.nbytes, b"\0"))
+    for info in layout.tensors:
+        image[info.offset : info.offset + info.nbytes] = tensors[info.name][2].tobytes()
+    path.write_bytes(image)
+    with GgufFile.open(path) as file:
+        quantize(file, out, Wanted(type="F16", overrides=(("*attn_k*", None),)), threads=2)
+    with GgufFile.open(out) as made:
+        assert made.tensors["blk.0.attn_k.weight"].type.name == "I2_S"
+        assert (made.data(made.tensors["blk.0.attn_k.weight"]) == tensors["blk.0.attn_k.weight"][2]).all()
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"):
+        expected = (codes.astype(np.float32) - 1) * tensors[name][3]
+        assert (values(out, name).reshape(512, 256) == expected).all()
+
+
 # ---- stopping and going on ----
 
 
@@ -235,6 +251,14 @@ def test_a_run_goes_on_where_one_was_stopped(file: GgufFile, out: Path, share: f
     assert all(group.error is not None for group in report.groups if not group.kept)
 
 
+def test_what_is_begun_otherwise_and_has_no_tensor_yet_is_nothing(file: GgufFile, out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize(file, out, TERNARY, progress=stop_at(0.0))
+    journal = out.with_name("out.gguf.part.journal")
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    assert quantize(file, out, Wanted(type="Q8_0")).resumed == 0
+
+
 def test_a_journal_cut_in_a_line_and_a_lost_file(file: GgufFile, out: Path) -> None:
     wanted = straight(file, out.parent)
     journal = out.with_name("out.gguf.part.journal")
@@ -250,16 +274,22 @@ def test_a_journal_cut_in_a_line_and_a_lost_file(file: GgufFile, out: Path) -> N
     assert out.read_bytes() == wanted
 
 
-def test_another_input_or_other_arguments_do_not_mix(file: GgufFile, source: Path, out: Path) -> None:
+def test_another_input_or_other_arguments_do_not_mix(
+    file: GgufFile, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(file, out, TERNARY, progress=stop_at(0.5))
     for other, what in (
-        (Wanted(type="TQ1_0"), "input and type"),
+        (Wanted(type="TQ1_0"), "type"),
         (replace(TERNARY, scales="absmean"), "scales"),
-        (replace(TERNARY, experts_only=True), "input and choice of experts"),
+        (replace(TERNARY, experts_only=True), "choice of experts"),
     ):
         with pytest.raises(UsageError, match=f"begun with another {what}; give the same again"):
             quantize(file, out, other)
+    monkeypatch.setattr(conversion, "__version__", "0.0.0")
+    with pytest.raises(UsageError, match="begun with another version of Sterna; give the same again"):
+        quantize(file, out, TERNARY)
+    monkeypatch.undo()
     os.utime(source)
     with pytest.raises(UsageError, match="begun with another input; give the same again"):
         quantize(file, out, TERNARY)
@@ -299,6 +329,7 @@ def test_a_byte_that_changes_on_the_medium_is_found(file: GgufFile, out: Path) -
     ):
         quantize(file, out, TERNARY, progress=spoil)
     assert not out.exists()
+    assert (part.stat().st_size, left(out)) == (0, {part.name})
     assert quantize(file, out, TERNARY).resumed == 0
 
 
@@ -319,37 +350,3 @@ def test_what_is_in_the_way(file: GgufFile, source: Path, out: Path) -> None:
     assert out.read_bytes() == b"mine"
     quantize(file, out, TERNARY, force=True)
     assert out.read_bytes()[:4] == b"GGUF"
-
-
-# ---- the command ----
-
-
-def test_the_command(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["quantize", str(source), str(out), "--type", "tq2_0", "--dry-run", "--json"]) == 0
-    groups = {group["name"]: group for group in json.loads(capsys.readouterr().out)["groups"]}
-    assert groups["blk.*.ffn_down_exps.weight"]["nbytes_after"] == 4 * 512 * 66
-    assert groups["output.weight"]["kept"] == "no matrix to convert"
-    assert left(out) == set()
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q8_0", "--scales", "absmean"]) == 64
-    assert "--scales absmean is for TQ1_0 and TQ2_0" in capsys.readouterr().err
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q9"]) == 64
-    assert "'Q9' is not one of" in capsys.readouterr().err
-    both = ["--calibrate", str(source), "--imatrix", str(source)]
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q4_K", *both]) == 64
-    assert "--calibrate and --imatrix are two ways to say the same" in capsys.readouterr().err
-    command = [
-        sys.executable,
-        "-m",
-        "sterna.runtime.cli",
-        "quantize",
-        str(source),
-        str(out),
-        "--type",
-        "TQ2_0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    assert "read back and compared" in done.stdout
-    assert "| blk.*.ffn_down_exps.weight " in done.stdout
-    assert cli.run(["quantize", str(source), str(out), "--type", "TQ2_0"]) == 64
-    message = "there is such a file already; --force replaces it when the new one is done"
-    assert capsys.readouterr().err == f"sterna: error: {out}: {message}\n"

@@ -71,9 +71,13 @@ class Encoder:
             kernel = encode_signed.signed if target.name in ("Q3_K", "Q6_K") else encode.affine
             failed = kernel(form, flat, columns, blocks, per_column, weighted, self._work, self._codes, out)
         if failed >= 0:
+            # Two blocks at a time are encoded as Q4_K and Q5_K: the larger weights are in the one at fault.
+            together = 2 if target.name in ("Q4_K", "Q5_K") else 1
+            at = failed * code_blocks.BLOCK
+            sizes = np.abs(flat[at : at + together * code_blocks.BLOCK])
+            row = first_row + (at + int(np.where(np.isnan(sizes), np.inf, sizes).argmax())) // columns
             raise ModelFileError(
-                f"type {target.name}: row {first_row + failed * code_blocks.BLOCK // columns}:"
-                " a weight that is not finite or too large to be converted"
+                f"type {target.name}: row {row}: a weight that is not finite or too large to be converted"
             )
 
 

@@ -243,8 +243,9 @@ def affine(form, values, columns, blocks, weights, weighted, work, codes, out):
     """Encode `values` (float32, 1-D, blocks * 256) as Q2_K, Q4_K or Q5_K blocks in `out` (uint8).
 
     columns: of a row; weights: float32 (columns,), above 0, read if `weighted`; work: float32
-    (WORK_FLOATS,), codes: uint8 (BLOCK,). Returns -1, or the first block with a value that is not
-    finite (or that no float16 scale can hold); what is in `out` is unusable then.
+    (WORK_FLOATS,), codes: uint8 (BLOCK,). Returns -1, or the first of the blocks encoded together (one as
+    Q2_K, two as others) of which one has a value that is not finite (or that no float16 scale can hold);
+    what is in `out` is unusable then.
     """
     width = 16 if form == Q2_K else 32
     most = 3 if form == Q2_K else (15 if form == Q4_K else 31)
