@@ -117,12 +117,7 @@ def quantize(
         experts_only=experts_only,
         overrides=tuple(parse_override(text) for text in overrides),
     )
-    if scales != SCALES[0] and not wanted.types & set(TERNARY):
-        raise UsageError(f"--scales {scales} is for {' and '.join(TERNARY)}")
-    if (text is not None or imatrix is not None) and not wanted.types & set(WEIGHTED):
-        raise UsageError(f"{'--imatrix' if text is None else '--calibrate'} is for {', '.join(WEIGHTED)}")
-    if text is not None and imatrix is not None:
-        raise UsageError("--calibrate and --imatrix are two ways to say the same: give one")
+    _check_options(wanted, text, imatrix)
     content = None if text is None else read_file(text, MAX_TEXT_BYTES)
     with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
         if dry_run:
@@ -156,6 +151,16 @@ def quantize(
     _print(report, as_json)
     _warn(report)
     return 0
+
+
+def _check_options(wanted: Wanted, text: str | None, imatrix: str | None) -> None:
+    """Raise UsageError for options that say nothing about the types wanted, or the same twice."""
+    if wanted.scales != SCALES[0] and not wanted.types & set(TERNARY):
+        raise UsageError(f"--scales {wanted.scales} is for {' and '.join(TERNARY)}")
+    if (text is not None or imatrix is not None) and not wanted.types & set(WEIGHTED):
+        raise UsageError(f"{'--imatrix' if text is None else '--calibrate'} is for {', '.join(WEIGHTED)}")
+    if text is not None and imatrix is not None:
+        raise UsageError("--calibrate and --imatrix are two ways to say the same: give one")
 
 
 @contextlib.contextmanager
