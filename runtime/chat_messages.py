@@ -95,6 +95,16 @@ class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return message
 
 
+def without_unused(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without the unknown fields that are null or empty.
+
+    Answers of other APIs, which people append to the conversation, carry `refusal`, `audio`, `function_call`
+    and `annotations` so. What has a value stays, and is refused by name.
+    """
+    known = ChatMessage.__struct_fields__
+    return {name: value for name, value in message.items() if name in known or value not in (None, [])}
+
+
 def _plain_call(call: ToolCall, forms: Forms) -> dict[str, Any]:
     arguments: dict[str, Any] | str = _arguments(call.function.arguments)
     if forms.argument_text:

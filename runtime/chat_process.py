@@ -17,12 +17,15 @@ import threading
 import time
 from typing import Any
 
-from ..shm.errors import InternalError, OutOfResources, SternaError
+from ..shm.errors import InternalError, OutOfResources, ShuttingDown, SternaError
 from .chat_renderer import MAX_FRAME_BYTES, MEMORY_NBYTES, frame_of, read_frame
 
 # The process ends itself after its CPU time; this much later on the clock it is stuck, or the machine is.
 WALL_S = 20.0
-_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TZ")
+# Whoever has the turn finds the process killed and gives the turn back.
+_CLOSE_S = 1.0
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TZ")
+_KEPT_STDERR_BYTES = 4096
 
 
 class RenderDiedError(Exception):
@@ -39,27 +42,40 @@ class ChatProcess:
         self._templates = templates
         self._process: subprocess.Popen[bytes] | None = None
         self._turn = threading.Lock()
+        self._closed = False
 
     def open(self, cpu_s: float) -> dict[str, Any]:
         """Start the process unless it runs, and return its reply to `open`.
 
-        Raises RenderDiedError, and OutOfResources if it cannot be started.
+        Raises RenderDiedError, OutOfResources if it cannot be started, InternalError with its last words if
+        it cannot run or was killed, and ShuttingDown after `close`.
         """
         with self._turn:
             return self._start(cpu_s)
 
     def ask(self, request: dict[str, Any], open_cpu_s: float) -> dict[str, Any]:
-        """Return the reply to a request; raises as `open` does."""
+        """Return the reply to a request; raises as `open` does, and RecursionError for too deep a request."""
         with self._turn:
             if self._process is None or self._process.poll() is not None:
                 self._end()
                 self._start(open_cpu_s)
             return self._exchange(request)
 
-    def close(self) -> None:
-        """End the process; may be called twice, and it starts anew when it is asked again."""
+    def rest(self) -> None:
+        """End the process until it is asked again; waits for whoever has the turn."""
         with self._turn:
             self._end()
+
+    def close(self) -> None:
+        """End the process for good, also while a thread waits for its reply; may be called twice."""
+        self._closed = True  # before the kill: a process that is just being started sees it
+        if process := self._process:
+            process.kill()
+        if self._turn.acquire(timeout=_CLOSE_S):
+            try:
+                self._end()
+            finally:
+                self._turn.release()
 
     def _start(self, cpu_s: float) -> dict[str, Any]:
         self._end()
@@ -67,9 +83,10 @@ class ChatProcess:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", f"{__package__}.chat_renderer"],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 env={**environment, "LC_ALL": "C.UTF-8"},
                 process_group=0,  # a Ctrl-C is for the daemon
             )
@@ -79,16 +96,18 @@ class ChatProcess:
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its reply; whatever goes wrong ends the process."""
+        frame = frame_of(request)
         process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise InternalError("the process for chat templates has no pipes")
         try:
-            with contextlib.suppress(BrokenPipeError):  # its end is seen where it would answer
-                process.stdin.write(frame_of(request))
-                process.stdin.flush()
-            return _reply(process, time.monotonic() + WALL_S)
-        except RenderDiedError:
+            if self._closed:
+                raise ShuttingDown("chat templates are closed")
+            if process is None:
+                raise InternalError("the process for chat templates is not there")
+            return _Exchange(process, frame).reply(time.monotonic() + WALL_S)
+        except (RenderDiedError, SternaError):
             self._end()
+            if self._closed:
+                raise ShuttingDown("chat templates are closed") from None
             raise
         except (OSError, ValueError) as error:
             self._end()
@@ -101,45 +120,87 @@ class ChatProcess:
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        for pipe in (process.stdin, process.stdout):
+        for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
 
-def _reply(process: subprocess.Popen[bytes], until_s: float) -> dict[str, Any]:
-    if process.stdout is None:
-        raise InternalError("the process for chat templates has no pipes")
-    buffer = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if len(buffer) >= 4 and len(buffer) >= 4 + int.from_bytes(buffer[:4], "little"):
-                break
-            if len(buffer) > MAX_FRAME_BYTES + 4:
-                raise ValueError("a reply that is too long")
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not selector.select(left_s):
-                raise RenderDiedError(f"was not rendered within {WALL_S:g} s")
-            part = os.read(process.stdout.fileno(), 2**16)
-            if not part:
-                raise _death(process)
-            buffer += part
-    reply = read_frame(io.BytesIO(buffer))
-    if reply is None:
-        raise ValueError("a reply that is none")
-    return reply
+class _Exchange:
+    """One request and its reply: writing and reading wait together, so that neither outlasts the deadline."""
 
+    def __init__(self, process: subprocess.Popen[bytes], frame: bytes) -> None:
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise InternalError("the process for chat templates has no pipes")
+        self._process = process
+        self._stdin, self._stdout, self._stderr = process.stdin, process.stdout, process.stderr
+        self._unsent = memoryview(frame)
+        self._buffer = bytearray()
+        self._said = b""
 
-def _death(process: subprocess.Popen[bytes]) -> SternaError | RenderDiedError:
-    try:
-        code = process.wait(5)
-    except subprocess.TimeoutExpired:
-        return RenderDiedError("closed its process's output")
-    if code == -signal.SIGPROF:
-        return RenderDiedError("needs more CPU time than it is given")
-    if code in (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV):
-        # An engine in Rust aborts when there is no memory, deep recursion overruns the stack.
-        return RenderDiedError(f"needs more than {MEMORY_NBYTES >> 20} MiB of memory")
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return InternalError(f"the process for chat templates {how}")
+    def reply(self, until_s: float) -> dict[str, Any]:
+        """Return the reply; raises RenderDiedError, InternalError, and ValueError for what is no reply."""
+        os.set_blocking(self._stdin.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdin, selectors.EVENT_WRITE)
+            selector.register(self._stdout, selectors.EVENT_READ)
+            selector.register(self._stderr, selectors.EVENT_READ)
+            while not self._is_whole():
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    raise RenderDiedError(f"was not rendered within {WALL_S:g} s")
+                for key, _ in selector.select(left_s):
+                    if not self._move(key.fileobj):
+                        selector.unregister(key.fileobj)
+        if self._unsent:
+            raise ValueError("a reply to half a request")
+        reply = read_frame(io.BytesIO(self._buffer))
+        if reply is None:
+            raise ValueError("a reply that is none")
+        return reply
+
+    def _is_whole(self) -> bool:
+        if len(self._buffer) > MAX_FRAME_BYTES + 4:
+            raise ValueError("a reply that is too long")
+        return len(self._buffer) >= 4 and len(self._buffer) >= 4 + int.from_bytes(self._buffer[:4], "little")
+
+    def _move(self, pipe: object) -> bool:
+        """Write or read what a pipe takes or has; return whether there may be more."""
+        if pipe is self._stdin:
+            try:
+                self._unsent = self._unsent[os.write(self._stdin.fileno(), self._unsent) :]
+            except BrokenPipeError:  # its end is seen where it would answer
+                return False
+            return bool(self._unsent)
+        if pipe is self._stderr:
+            part = os.read(self._stderr.fileno(), 2**16)
+            self._said = (self._said + part)[-_KEPT_STDERR_BYTES:]
+            return bool(part)
+        part = os.read(self._stdout.fileno(), 2**16)
+        if not part:
+            raise self._death()
+        self._buffer += part
+        return True
+
+    def _death(self) -> SternaError | RenderDiedError:
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return RenderDiedError("closed its process's output")
+        if code == -signal.SIGPROF:
+            return RenderDiedError("needs more CPU time than it is given")
+        if code in (-signal.SIGABRT, -signal.SIGSEGV):
+            # An engine in Rust aborts when there is no memory, deep recursion overruns the stack.
+            return RenderDiedError(f"needs more than {MEMORY_NBYTES >> 20} MiB of memory")
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.strsignal(-code) or 'signal'} ({-code})"
+        return InternalError(f"the process for chat templates {how}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        os.set_blocking(self._stderr.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            self._said += os.read(self._stderr.fileno(), 2**16)
+        lines = self._said.decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {ascii(last[:300])[1:-1]}" if last else ""

@@ -30,9 +30,12 @@ MIN_OUTPUT_BYTES: Final = 2**16
 OUTPUT_BYTES_PER_TOKEN: Final = 16
 
 OPEN_CPU_S: Final = 2.0
-# Real templates take a millisecond; more is for long conversations, which take their time to be read alone.
-RENDER_CPU_S: Final = 0.1
+# Real templates take a millisecond, on a Raspberry Pi some; more is for long conversations, which take their
+# time to be read alone. All of it is less than what the clock allows (`chat_process.WALL_S`).
+RENDER_CPU_S: Final = 0.5
 CPU_S_PER_BYTE: Final = 1e-6
+CPU_S_PER_MESSAGE: Final = 1e-3
+MAX_CPU_S: Final = 12.0
 # jinja2 imports and compiles slowly, on a Raspberry Pi most of all.
 JINJA2_CPU_S: Final = 2.0
 
@@ -99,7 +102,7 @@ class ChatTemplate:
             self._forms = {name: self._probe(name) for name in sources}
         finally:
             # Ten megabytes that only those who chat need; it starts again in a tenth of a second.
-            self._process.close()
+            self._process.rest()
 
     @classmethod
     def from_metadata(
@@ -109,21 +112,6 @@ class ChatTemplate:
         sources = template_sources(metadata, source)
         limit = max(MIN_OUTPUT_BYTES, OUTPUT_BYTES_PER_TOKEN * context)
         return cls(sources, tokens, source, limit) if sources else None
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the templates, `default` among them as a rule."""
-        return list(self._forms)
-
-    @property
-    def forms(self) -> dict[str, Forms]:
-        """By name, how a template wants messages."""
-        return dict(self._forms)
-
-    @property
-    def engines(self) -> dict[str, str]:
-        """By name, what renders a template: `minijinja` or `jinja2`."""
-        return {name: self._engines[_key_of(name)] for name in self._forms}
 
     def render(
         self,
@@ -166,7 +154,7 @@ class ChatTemplate:
         }
 
     def close(self) -> None:
-        """End the process behind the templates, if it runs."""
+        """End the process behind the templates for good, also in the midst of a rendering."""
         self._process.close()
 
     def _open(self) -> dict[str, str]:
@@ -191,13 +179,14 @@ class ChatTemplate:
     def _rendered(self, name: str, context: dict[str, Any], now: datetime) -> str:
         try:
             nbytes = len(json.dumps(context))
+            if nbytes > MAX_CONTEXT_BYTES:
+                raise TooLong(
+                    f"the conversation has {nbytes} bytes, at most {MAX_CONTEXT_BYTES} are rendered"
+                )
+            cpu_s = RENDER_CPU_S + CPU_S_PER_BYTE * nbytes + CPU_S_PER_MESSAGE * len(context["messages"])
+            reply = self._ask(name, context, now, min(cpu_s, MAX_CPU_S))
         except RecursionError:
             raise BadRequest("messages: nested too deeply") from None
-        if nbytes > MAX_CONTEXT_BYTES:
-            raise TooLong(f"the conversation has {nbytes} bytes, at most {MAX_CONTEXT_BYTES} are rendered")
-        cpu_s = RENDER_CPU_S + CPU_S_PER_BYTE * nbytes
-        try:
-            reply = self._ask(name, context, now, cpu_s)
         except RenderDiedError as error:
             raise BadRequest(f"chat template {name!r} {error}") from None
         if "error" in reply:

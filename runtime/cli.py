@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import click
 
 from .. import __version__
-from ..shm.errors import DaemonUnreachable, SternaError, UsageError
+from ..shm.errors import BadRequest, DaemonUnreachable, SternaError, UsageError
 from .cli_inspect import inspect
 from .cli_kernels import bench, warm
 from .cli_plan import memory, plan
@@ -25,7 +25,7 @@ from .cli_quality import calibrate, perplexity, quality_option, trace
 from .cli_quantize import quantize
 from .cli_simulate import simulate
 from .cli_validate import validate
-from .config import SETTINGS, env_of, flag_of, load_config
+from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
 from .render import for_terminal, one_line, routing_line, statistics, table
 from .terminate import EXIT_SIGTERM, exit_on_sigterm
 from .text_input import read_text
@@ -160,9 +160,10 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     given = {name: value for name, value in options.items() if value is not None}
     sampling = cast("GenerateOptions", {**given, "stop": list(stop)})
-    with _daemon_for(socket, model, stats) as client:
-        if chat or system is not None:
-            text = client.apply_template(_conversation(system, text))
+    chat = chat or system is not None
+    with _daemon_for(socket, model, stats, chat=chat) as client:
+        if chat:
+            text = _as_prompt(client, _conversation(system, text))
             sampling["special"] = True
         with client.generate(text, stream=True, **sampling) as stream:
             result = _print_answer(stream, text if echo else "", as_json)
@@ -241,10 +242,11 @@ def _client(socket: str | None) -> Client:
 
 
 @contextlib.contextmanager
-def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[Client]:
+def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool = False) -> Iterator[Client]:
     """Yield a client of a daemon that serves the model: one that runs, or one started for this call.
 
-    A socket that was asked for by name must have its daemon: no other one is started then.
+    A socket that was asked for by name must have its daemon: no other one is started then. With `chat` none
+    is started for a model without a chat template.
     """
     path = None if model is None else Path(model).expanduser().absolute()
     with _client(socket) as client:
@@ -261,18 +263,40 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool) -> Iterator[
             note = f"the daemon at {client.url} serves {served.path}"
             if socket is not None:
                 raise UsageError(f"{note}, not {path}")
+    config = load_config(None, os.environ, {"model": model})
+    if chat:
+        _require_template(config.model or embedded_model())
     if stats:
         click.echo(f"sterna: {note}; starting one for this call", err=True)
     from .client import Client
     from .private_daemon import private_daemon
     from .start_progress import StartProgress
 
-    config = load_config(None, os.environ, {"model": model})
     arguments = [] if path is None else [str(path)]
     with contextlib.ExitStack() as stack:
         with StartProgress() as progress:
             url = stack.enter_context(private_daemon(arguments, config.start_timeout_s, progress.update))
         yield stack.enter_context(Client(url))
+
+
+def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:
+    try:
+        return client.apply_template(messages)
+    except BadRequest as error:
+        if not str(error).startswith("no chat template in "):
+            raise
+        said = str(error).rpartition(":")[0]  # the daemon's hint is for those who write programs
+        raise BadRequest(f"{said}: leave out --chat") from None
+
+
+def _require_template(path: Path) -> None:
+    """Refuse a model without a chat template by its header alone; raises BadRequest and the file's errors."""
+    from ..workers.checkpoint.gguf import GgufFile
+    from .chat_template import template_sources
+
+    with GgufFile.open(path) as file:
+        if not template_sources(file.metadata, file.label):
+            raise BadRequest(f"no chat template in {path}: leave out --chat")
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

@@ -121,11 +121,7 @@ def quantize(
     content = None if text is None else read_file(text, MAX_TEXT_BYTES)
     with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
         if dry_run:
-            from .quantize_report import groups
-
-            found = groups(choose(file, wanted))
-            click.echo(_json(found, {}) if as_json else _table(found))
-            return 0
+            return _show_choices(file, wanted, as_json)
         from .quantize_journal import check_place
 
         check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
@@ -150,6 +146,15 @@ def quantize(
             calibration.drop()
     _print(report, as_json)
     _warn(report)
+    return 0
+
+
+def _show_choices(file: GgufFile, wanted: Wanted, as_json: bool) -> int:
+    """Print what would become of each tensor."""
+    from .quantize_report import groups
+
+    found = groups(choose(file, wanted))
+    click.echo(_json(found, {}) if as_json else _table(found))
     return 0
 
 

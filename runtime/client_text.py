@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
+from ..shm.errors import BadRequest
 from . import client_core as core
 from . import codec
+from .chat_messages import without_unused
 from .messages import ApplyTemplate, Detokenize, Detokenized, Templated, Tokenize, Tokenized
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class TextCalls:
         part of the text.
         """
         client = cast("Client", self)
-        prompt = self.apply_template(messages, tools, **(template_options or {}))
+        prompt = self.apply_template(messages, tools, **_options(template_options))
         options["special"] = True
         if stream:
             return client.generate(prompt, stream=True, **options)
@@ -157,7 +159,7 @@ class AsyncTextCalls:
     ) -> Result | AsyncStream:
         """Return the answer to a conversation, or with `stream` an iterator of its parts, to be awaited."""
         client = cast("AsyncClient", self)
-        prompt = await self.apply_template(messages, tools, **(template_options or {}))
+        prompt = await self.apply_template(messages, tools, **_options(template_options))
         options["special"] = True
         if stream:
             return client.generate(prompt, stream=True, **options)
@@ -175,11 +177,32 @@ def template_message(
     """Return the checked request; raises BadRequest for a wrong value."""
     fields: dict[str, Any] = {
         "id": core.new_id(),
-        "messages": [dict(message) for message in messages],
-        "tools": None if tools is None else [dict(tool) for tool in tools],
-        "documents": None if documents is None else [dict(document) for document in documents],
+        "messages": [without_unused(message) for message in _maps("messages", messages)],
+        "tools": None if tools is None else _maps("tools", tools),
+        "documents": None if documents is None else _maps("documents", documents),
         "add_generation_prompt": add_generation_prompt,
         "template": template,
         "options": dict(options),
     }
     return codec.build(ApplyTemplate, fields)
+
+
+def _maps(name: str, values: object) -> list[dict[str, Any]]:
+    """Return a sequence of maps as plain ones; raises BadRequest for anything else."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise BadRequest(f"{name}: expected a list of maps, found {type(values).__name__}")
+    for i, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise BadRequest(f"{name}[{i}]: expected a map, found {type(value).__name__}")
+    return [dict(value) for value in values]
+
+
+def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what `chat` hands on to `apply_template`; raises BadRequest for what that does not take."""
+    options = {} if given is None else given
+    if not isinstance(options, Mapping):
+        raise BadRequest(f"template_options: expected a map, found {type(given).__name__}")
+    for name in options:
+        if not isinstance(name, str) or name in ("self", "messages", "tools"):
+            raise BadRequest(f"template_options: {ascii(name)[:60]} is no option of a template")
+    return dict(options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from enum import Enum
 from typing import Any, TypeVar, cast
 
 import msgpack  # type: ignore[import-untyped]
@@ -23,12 +24,13 @@ PROTOCOL = 1
 MAX_FRAME_BYTES = 16 * 2**20
 MAX_ARRAY_ITEMS = 2**20
 MAX_MAP_ITEMS = 2**12
-MAX_DEPTH = 16
+# A tool's JSON schema takes three levels for each array of objects in it.
+MAX_DEPTH = 64
 
 _TAGS = {cls: tag for registry in (REQUESTS, REPLIES) for tag, cls in registry.items()}
 _LEAVES = frozenset({str, int, bool, type(None)})
 _UNKNOWN_FIELD = re.compile(
-    r"Object contains unknown field `(?P<name>.*)`(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL
+    r"Object contains unknown field `(?P<name>.*?)`(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL
 )
 _MISSING_FIELD = re.compile(r"Object missing required field `(?P<name>.*?)`(?: - at `(?P<path>[^`]*)`)?$")
 _AT_PATH = re.compile(r"^(?P<what>.*) - at `(?P<path>[^`]*)`$", re.DOTALL)
@@ -37,8 +39,11 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """Return the frame of a message; raises BadRequest for text without UTF-8 form and too large integers."""
-    body = msgspec.to_builtins(message)
+    """Return the frame of a message; raises BadRequest for values that have no form in it."""
+    try:
+        body = msgspec.to_builtins(message)
+    except TypeError as e:  # such as a subclass of str where any value may lie
+        raise BadRequest(f"{_TAGS[type(message)]}: {_one_line(e)}") from None
     try:
         return cast(bytes, msgpack.packb([PROTOCOL, _TAGS[type(message)], body], use_bin_type=True))
     except UnicodeEncodeError as e:
@@ -133,13 +138,13 @@ def _open_envelope(frame: bytes, max_frame_bytes: int) -> tuple[str, dict[str, A
 
 
 def _check_values(value: object, path: str, depth: int, error: type[RequestError]) -> None:
-    """Refuse what msgspec lets through: non-finite numbers, keys that are no text, deep nesting."""
+    """Refuse what msgspec lets through: non-finite numbers, keys and values of other types, deep nesting."""
     if depth > MAX_DEPTH:
-        raise ProtocolError(f"frame is nested deeper than {MAX_DEPTH} levels")
+        raise error(f"{_shown_path(path)}: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ProtocolError(f"{_shown_path(path)}: expected text as key, found {_shown(key)}")
+                raise error(f"{_shown_path(path)}: expected text as key, found {_shown(key)}")
             if type(item) not in _LEAVES:
                 _check_values(item, key if depth == 0 else f"{path}.{key}", depth + 1, error)
     elif isinstance(value, (list, tuple)):
@@ -150,6 +155,10 @@ def _check_values(value: object, path: str, depth: int, error: type[RequestError
                 _check_values(item, f"{path}[{i}]", depth + 1, error)
     elif isinstance(value, float) and not math.isfinite(value):
         raise error(f"{_shown_path(path)}: expected a finite number, found {value}")
+    elif depth > 1 and not isinstance(value, (str, int, float, Enum)):  # fields have their own types
+        raise error(
+            f"{_shown_path(path)}: expected text, a number, an array or a map, found {type(value).__name__}"
+        )
 
 
 def _convert(cls: type[M], body: dict[str, Any], error: type[RequestError]) -> M:

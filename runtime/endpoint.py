@@ -92,6 +92,7 @@ class Endpoint:
         self._group = group
         self._tasks: set[asyncio.Task[None]] = set()
         self._converting = asyncio.Lock()  # one at a time: the other cores compute
+        self._rendering = asyncio.Lock()  # has a process of its own, which may take seconds
         self._num_converting = 0
         self._admitting: dict[tuple[str, str], bool] = {}  # (client, id) of long prompts: still wanted
         self._connections: dict[bytes, Connection] = {}
@@ -294,7 +295,7 @@ class Endpoint:
     async def _send_converted(self, identity: bytes, message: Tokenize | Detokenize | ApplyTemplate) -> None:
         self._num_converting += 1
         try:
-            async with self._converting:
+            async with self._rendering if isinstance(message, ApplyTemplate) else self._converting:
                 self.send(identity, await asyncio.to_thread(self._converted, message))
         except SternaError as error:
             self._refuse(identity, message.id, error)

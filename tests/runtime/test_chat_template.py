@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
@@ -12,14 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sterna.runtime.chat_messages import ChatMessage, Forms
-from sterna.runtime.chat_process import ChatProcess, RenderDiedError
+from sterna.runtime.chat_messages import MAX_MESSAGES, ChatMessage
 from sterna.runtime.chat_renderer import MEMORY_NBYTES
 from sterna.runtime.chat_template import (
     KEY,
     MAX_SOURCE_BYTES,
-    OPEN_CPU_S,
-    RENDER_CPU_S,
     ChatTemplate,
     describe_templates,
 )
@@ -161,18 +156,14 @@ def test_glm4_like_with_tools(shown: ChatTemplate) -> None:
 
 
 def test_forms_that_a_template_needs_are_found_out(shown: ChatTemplate) -> None:
-    assert shown.forms["parts"] == Forms(content_parts=True)
     assert shown.render(turns(TALK[2:]), now=NOW, template="parts") == "Hello!.2+2?\nWhy?."
-    assert shown.forms["calls"] == Forms(argument_text=True, null_content=True)
     text = shown.render(turns(CALLS), now=NOW, template="calls")
     assert text == 'Weather?weather{"city": "Ulm"}3 C'
     assert shown.render(turns(CALLS), now=NOW, template="null") == "Weather?"
-    assert {shown.forms[name] for name in ("default", "llama3", "glm4")} == {Forms()}
 
 
 def test_named_templates(load: Load) -> None:
     template = load("plain", tool_use="tools", rag="rag {{ documents[0].title }}")
-    assert template.names == ["default", "tool_use", "rag"]
     assert template.render(turns(TALK), now=NOW) == "plain"
     assert template.render(turns(TALK), now=NOW, tools=[TOOL]) == "tools"
     assert template.render(turns(TALK), now=NOW, template="rag", documents=[{"title": "T"}]) == "rag T"
@@ -232,72 +223,30 @@ def test_errors_when_a_model_is_loaded(load: Load) -> None:
     assert describe_templates({KEY: "abc"}, "m.gguf") == "default (3 characters)"
 
 
-def test_jinja2_renders_what_minijinja_does_not_parse(load: Load) -> None:
-    pytest.importorskip("jinja2")
-    template = load(FOR_JINJA2)
-    assert template.engines == {"default": "jinja2"}
-    assert template.render(turns(TALK), now=NOW) == 'Be brief.|{"ü": 1}\n'
+def test_long_conversations(load: Load) -> None:
+    # As Gemma 4's: every turn looks at the one before it, among all.
+    looks_back = load(
+        "{% for m in messages %}{% set n = namespace(last='') %}{% for before in messages[:loop.index0] %}"
+        "{% set n.last = before.role %}{% endfor %}{{ n.last[:1] }}{{ m.content }}{% endfor %}"
+    )
+    talk = [{"role": ("user", "assistant")[i % 2], "content": "."} for i in range(600)]
+    assert looks_back.render(turns(talk), now=NOW) == "." + "u.a." * 299 + "u."
+    most = turns([{"role": "user", "content": "."}] * MAX_MESSAGES)
+    assert load("{% for m in messages %}{{ m.content }}{% endfor %}").render(most, now=NOW) == "." * len(most)
 
 
-HOSTILE = {
-    "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}",
-    "repetition": "{{ 'A' * 2000000000 }}",
-    "width of a format": "{{ '%1000000000d'|format(1) }}",
-    "lorem ipsum": "{{ lipsum(n=1000000) }}",
-    "huge range": "{{ range(1000000000)|list|length }}",
-    "recursive macro": "{% macro m(n) %}{{ m(n+1) }}{{ m(n+1) }}{% endmacro %}{{ m(0) }}",
-    "doubled string": "{% set n = namespace(s='A') %}{% for i in range(60) %}"
-    "{% set n.s = [n.s, n.s]|join %}{% endfor %}{{ n.s|length }}",
-    "grown namespace": "{% set n = namespace(l=[1]) %}{% for i in range(60) %}"
-    "{% set n.l = (n.l + n.l)|list %}{% endfor %}{{ n.l|length }}",
-    "tree of references": "{% set n = namespace(l=[1]) %}{% for i in range(60) %}"
-    "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l|tojson }}",
-    "sorted lists": "{% for i in range(9999) %}{{ range(99999)|sort|unique|list|length }}{% endfor %}",
-    "padding": "{{ 'a'|indent(1000000000, true) }}{{ [1]|slice(1000000000)|list|length }}",
-    "deep value": "{% set n = namespace(l=[]) %}{% for i in range(100000) %}{% set n.l = [n.l] %}{% endfor %}"
-    "{{ n.l|tojson }}",
-    "attributes": "{{ ''.__class__.__mro__[1] }}{{ cycler.__init__.__globals__.os.getpid() }}",
-    "other files": "{% include '/etc/passwd' %}",
-}  # fmt: skip
-
-
-def test_hostile_templates_end_soon_in_little_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    process = ChatProcess(HOSTILE)
-    times = {}
-    try:
-        assert set(process.open(OPEN_CPU_S)["engines"].values()) == {"minijinja"}
-        for name in HOSTILE:
-            request = {"render": name, "context": {}, "now": NOW.isoformat(), "limit": 2**16}
-            start_s = time.perf_counter()
-            try:
-                reply = process.ask({"cpu_s": RENDER_CPU_S, **request}, OPEN_CPU_S)
-                assert "error" in reply, (name, reply["text"][:100])
-                ending = reply["error"]
-            except RenderDiedError as error:
-                ending = str(error)
-            times[name] = (time.perf_counter() - start_s, ending)
-    finally:
-        process.close()
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    with capsys.disabled():
-        for name, (seconds, ending) in times.items():
-            print(f"\n{name:20} {seconds:.3f} s  {ending[:80]}", end="")
-        print(f"\nlargest process {largest >> 20} MiB")
-    assert max(seconds for seconds, _ in times.values()) < 5
-
-
-def test_attack_on_the_sandbox_of_jinja2(load: Load) -> None:
+def test_jinja2_renders_what_minijinja_does_not_parse_within_the_same_limits(load: Load) -> None:
     pytest.importorskip("jinja2")
     digits = "{% if 1" + "0" * 60 + " %}"
     template = load(
-        digits + "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}{% endif %}",
+        FOR_JINJA2,
+        attack=digits + "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}{% endif %}",
         memory=digits + "{{ 'A' * 2000000000 }}{% endif %}",
     )
-    assert set(template.engines.values()) == {"jinja2"}
+    assert template.render(turns(TALK), now=NOW) == 'Be brief.|{"ü": 1}\n'
     with pytest.raises(BadRequest, match=r"unsafe|undefined|no attribute"):
-        template.render(turns(TALK), now=NOW)
+        template.render(turns(TALK), now=NOW, template="attack")
     with pytest.raises(BadRequest, match=f"more than {MEMORY_NBYTES >> 20} MiB"):
         template.render(turns(TALK), now=NOW, template="memory")
     # The process died or not: the next conversation is rendered.
-    with pytest.raises(BadRequest, match=r"unsafe|undefined|no attribute"):
-        template.render(turns(TALK), now=NOW)
+    assert template.render(turns(TALK), now=NOW) == 'Be brief.|{"ü": 1}\n'

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from sterna.runtime import codec, messages
 from sterna.runtime.chat_messages import ChatMessage, Function
-from sterna.runtime.messages import REPLIES, REQUESTS, Embed, Generate, Message
+from sterna.runtime.messages import REPLIES, REQUESTS, ApplyTemplate, Embed, Generate, Message
 from sterna.shm.errors import BadRequest, ProtocolError, SternaError
 
+TALK = [{"role": "user", "content": "Hi"}]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
     st.none()
@@ -284,8 +285,27 @@ def test_deep_nesting_is_refused_by_name() -> None:
     body: Any = {"x": 1}
     for _ in range(900):
         body = {"x": body}
-    with pytest.raises(ProtocolError, match="nested deeper than 16 levels"):
+    with pytest.raises(ProtocolError, match=r"^body\.x\.x.*: nested deeper than 64 levels$"):
         codec.decode_reply(msgpack.packb([1, "report", {"id": "a", "body": body}]))
+    with pytest.raises(BadRequest, match=r"^options\.x\.x.*: nested deeper than 64 levels$"):
+        codec.build(ApplyTemplate, {"id": "a", "messages": TALK, "options": body})
+    body["again"] = body
+    with pytest.raises(BadRequest, match=r"nested deeper than 64 levels$"):
+        codec.build(ApplyTemplate, {"id": "a", "messages": TALK, "options": body})
+
+
+def test_schema_of_a_real_tool_goes_through() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(8):
+        items = {"type": "object", "properties": {"of": schema}}
+        schema = {"type": "array", "items": items}
+    message = codec.build(ApplyTemplate, {"id": "a", "messages": TALK, "tools": [{"parameters": schema}]})
+    assert codec.decode_request(codec.encode(message)) == message
+
+
+def test_unknown_field_of_a_message_is_named_with_its_place() -> None:
+    said = request_error("apply_template", id="a", messages=[{"role": "user", "refusal": "no"}])
+    assert said == "apply_template.messages[0]: unknown field 'refusal'"
 
 
 def test_frame_over_the_limit_is_not_decoded() -> None:

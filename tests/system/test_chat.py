@@ -75,9 +75,16 @@ def test_conversation_becomes_a_prompt_and_its_answer(serve: Serve, tmp_path: Pa
     assert (done.returncode, done.stdout) == (0, result.text + "\n"), done.stderr
 
 
-def test_model_without_a_template(shared: Daemon) -> None:
+def test_model_without_a_template(shared: Daemon, tmp_path: Path) -> None:
     with shared.client() as client, pytest.raises(BadRequest, match="no chat template in /"):
         client.chat(TALK)
+    done = subprocess.run(
+        [*COMMAND, "generate", "Go on", "--chat", "--socket", shared.url],
+        capture_output=True, text=True, env=clean_env(tmp_path), timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 64
+    assert done.stderr.startswith("sterna: error: no chat template in /")
+    assert done.stderr.endswith(": leave out --chat\n")
 
 
 def test_template_that_does_not_parse_stops_the_start(serve: Serve, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_without_a_daemon_one_is_started_for_the_call(home: Path, shared: Daemon
     assert (done.returncode, done.stdout) == (0, expected.text + "\n")
     assert done.stderr.startswith("sterna: no daemon at ipc://")
     assert "answer 12 tokens" in done.stderr.splitlines()[-1]
+
+
+def test_chat_without_a_template_starts_no_daemon(home: Path) -> None:
+    start_s = time.monotonic()
+    done = sterna(home, *GREEDY, "--chat")
+    print(f"refused after {time.monotonic() - start_s:.2f} s")
+    assert (done.returncode, done.stdout) == (64, "")
+    (line,) = done.stderr.splitlines()  # no "starting one for this call"
+    assert line.startswith("sterna: error: no chat template in /")
+    assert line.endswith(": leave out --chat")
 
 
 def test_with_a_daemon_that_one_answers(home: Path, shared: Daemon) -> None:
