@@ -79,6 +79,7 @@ def test_warm_compiles_once() -> None:
     assert sterna("warm")[1].startswith(f"all {body['kept']} kernels for {body['target']} were there")
 
 
+@pytest.mark.slow
 @compiles
 def test_warm_uses_the_cache_of_the_daemon() -> None:
     """The nursery's own environment names the same folder."""

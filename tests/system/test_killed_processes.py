@@ -83,6 +83,7 @@ def test_killed_scheduler_costs_no_token(serve: Serve, resident: str) -> None:
     assert is_idle(daemon)
 
 
+@pytest.mark.slow
 def test_requests_that_come_while_the_scheduler_is_replaced_are_answered_once(serve: Serve) -> None:
     """They must not be handed to the new scheduler twice, once directly and once with the running ones."""
     daemon = serve("--workers", "1")
@@ -131,6 +132,7 @@ def test_kills_in_prefill_lose_no_prompt_logprob(serve: Serve) -> None:
         wait_until(lambda kind=kind: daemon.pids(kind), 10.0, f"{kind} is there again")
 
 
+@pytest.mark.slow
 def test_scheduler_killed_when_the_oldest_stream_needs_a_block(serve: Serve) -> None:
     """Its successor must not give the oldest a block that another stream still holds."""
     daemon = serve("--workers", "1")

@@ -108,6 +108,7 @@ def test_a_new_scheduler_keeps_to_the_limits(serve: Serve, expected: list[bytes]
     assert status["memory"]["measured_mib"]["arenas"] == arenas
 
 
+@pytest.mark.slow
 def test_sizes_that_cannot_be_are_refused_with_numbers(serve: Serve) -> None:
     facts = plan("--workers", "1", "--resident-experts", "50%")
     budget = facts["smallest_budget_bytes"] + 20 * facts["experts"]["slot_bytes"][0]

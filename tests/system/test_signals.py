@@ -117,6 +117,7 @@ def test_answers_that_take_too_long_are_given_up(serve: Serve) -> None:
     assert daemon.wait() == 0
 
 
+@pytest.mark.slow
 def test_client_that_reads_nothing_does_not_hold_up_the_end(serve: Serve) -> None:
     daemon = serve()
     with daemon.client() as client, client.generate(stream=True, **sampled(0, 200)) as stream:

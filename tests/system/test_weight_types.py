@@ -35,7 +35,7 @@ LIMITS = {Type.TQ1_0: 1e-6, Type.F32: 0.03, Type.F16: 0.03, Type.BF16: 0.04, Typ
 
 
 # A daemon for each; the formats are compared kernel by kernel elsewhere.
-QUICK = (Type.TQ1_0, Type.Q8_0)
+QUICK = (Type.Q8_0,)
 
 
 @pytest.mark.parametrize(

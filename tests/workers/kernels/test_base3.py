@@ -208,10 +208,8 @@ def report(target: str) -> dict[str, Any]:
     return found
 
 
-# Of two alike targets one is left to the slow tests.
-@pytest.fixture(
-    params=[pytest.param(each, marks=pytest.mark.slow) if each == "avxvnni" else each for each in TARGETS]
-)
+# Half a minute of compiling for all of them: left to the slow tests.
+@pytest.fixture(params=[pytest.param(each, marks=pytest.mark.slow) for each in TARGETS])
 def checked(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The report of each target that runs here; the others are skipped with the reason."""
     reason = missing(request.param)
@@ -220,7 +218,6 @@ def checked(request: pytest.FixtureRequest) -> dict[str, Any]:
     return report(request.param)
 
 
-@pytest.mark.slow  # compiles for half a minute
 def test_all_targets_give_the_bits_of_the_generic_one(checked: dict[str, Any]) -> None:
     """Exactness and equality with TL1 are asserted in the other process."""
     assert len(checked["digests"]) == 4

@@ -330,9 +330,8 @@ def test_a_model_with_exact_weights_says_the_same_bit_for_bit(name: str) -> None
     assert speaks(name) == speaks("TQ2_0")
 
 
-@pytest.mark.parametrize(
-    "name", ["MXFP4", *(pytest.param(each, marks=pytest.mark.slow) for each in ("Q4_0", "IQ4_NL", "Q5_0"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "MXFP4", "Q5_0"])
 def test_a_model_of_32_blocks_says_what_its_weights_say_as_q8_0(name: str) -> None:
     assert speaks(name) == speaks(name, through_q8=True)
 
