@@ -112,6 +112,7 @@ def test_cancelling_while_the_scheduler_is_replaced(serve: Serve) -> None:
     wait_until(lambda: is_idle(daemon), 5.0, "all blocks are free")
 
 
+@pytest.mark.slow
 def test_kills_in_prefill_lose_no_prompt_logprob(serve: Serve) -> None:
     daemon = serve("--workers", "1", "--max-batch-tokens", "2")
     request: Request = {"prompt": LONG, "max_tokens": 40, "temperature": 0.0, "prompt_logprobs": True}

@@ -94,6 +94,7 @@ def test_shrinking_and_growing_change_no_answer(serve: Serve, expected: list[byt
     assert arenas == before["memory"]["measured_mib"]["arenas"]
 
 
+@pytest.mark.slow
 def test_a_new_scheduler_keeps_to_the_limits(serve: Serve, expected: list[bytes]) -> None:
     facts = plan("--workers", "1", "--max-num-seqs", "16", "--ctx-size", "512", "--max-batch-tokens", "512")
     daemon = serve("--workers", "1")

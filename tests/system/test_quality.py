@@ -80,6 +80,7 @@ def test_budget_with_half_the_experts(serve: Serve, shared: Daemon) -> None:
     assert lossy.routing.events == 5 * 47  # layers, and tokens after the first
 
 
+@pytest.mark.slow
 def test_a_budget_gives_the_same_bytes_with_any_number_of_workers(serve: Serve) -> None:
     """From the same start: which expert is in memory, also a foreseen one, depends on the requests alone."""
     found = []

@@ -44,6 +44,7 @@ def test_last_words_reach_the_client(serve: Serve) -> None:
         assert daemon.wait() == 0
 
 
+@pytest.mark.slow
 def test_new_requests_are_refused_while_the_running_finish(serve: Serve) -> None:
     daemon = serve()
     errors: list[SternaError] = []

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from .conftest import Serve
 from .daemon_process import Daemon, wait_until
 from .requests import run_alone, run_together, run_while, sampled
@@ -94,6 +96,7 @@ def test_killed_client_alone_is_gone_within_a_second(shared: Daemon) -> None:
         print(f"the killed client's sequence was gone after {time.monotonic() - began_s:.2f} s")
 
 
+@pytest.mark.slow
 def test_client_killed_while_it_waits_leaves_the_queue(serve: Serve) -> None:
     daemon = serve("--max-num-seqs", "1")
     with streaming_process(daemon, 400):
@@ -107,6 +110,7 @@ def test_client_killed_while_it_waits_leaves_the_queue(serve: Serve) -> None:
         assert sequences(daemon)["running"] == 1
 
 
+@pytest.mark.slow
 def test_stopped_client_does_not_slow_others(shared: Daemon) -> None:
     """A client that reads nothing for a while gets all of its answer when it goes on."""
     requests = [sampled(number, max_tokens=100) for number in range(3)]
