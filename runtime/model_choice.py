@@ -18,7 +18,7 @@ from ..scheduler.residency.saved_counts import read_counts
 from ..scheduler.spec import model_id
 from ..shm.errors import ConfigError, OutOfResources
 from ..shm.slots import arena_nbytes
-from ..workers.checkpoint.formats import Storage
+from ..workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from ..workers.checkpoint.gguf import GgufFile
 from ..workers.user_cache import user_cache
 from .budget import SlotDecision, Wants, decide
@@ -104,7 +104,7 @@ class Choices:
         self._ternary = ternary
         self._precision = precision
         self._counts = counts
-        read_plan(file)  # what is measured next relies on shapes
+        self._plain = read_plan(file)  # first: what is measured next relies on its shapes
         self._error = measure_activations(file) if activations == "auto" else None
         self._per_token, self._activations_why = _per_token(activations, self._error)
         self._plans: dict[bool, ModelPlan] = {}
@@ -114,7 +114,7 @@ class Choices:
     def _plan(self, *, small: bool) -> ModelPlan:
         if small not in self._plans:
             storage = Storage(small=small, per_token=self._per_token)
-            plan = read_plan(self._file, storage)
+            plan = self._plain if storage == DEFAULT_STORAGE else read_plan(self._file, storage)
             if self._precision != "off":
                 several = read_plan(self._file, storage, preset_precisions(self._precision))
                 plan = several if can_convert(several) else plan
