@@ -147,7 +147,7 @@ def outcomes(path: Path) -> Iterator[tuple[str, str]]:
             turns = [msgspec.convert(message, ChatMessage) for message in messages]
             # Both get the messages in the forms that the template shows; the reference as `transformers`
             # gives the rest.
-            plain = [turn.plain(template.forms["default"]) for turn in turns]
+            plain = [turn.plain(template._forms["default"]) for turn in turns]
             context = {**TOKENS, "messages": plain, "tools": tools or None, "documents": None}
             ours = theirs = ""
             try:
