@@ -25,7 +25,7 @@ from .terminate import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ..workers.checkpoint.formats import Format
-    from .bench_kernels import Options
+    from .bench.kernels import Options
     from .kernel_environment import KernelEnvironment
 
 Kinds: TypeAlias = Sequence[tuple[str, int]]
@@ -119,11 +119,11 @@ def kernels(
     chosen = _formats(formats, extents)
     peer = None
     if llama_cpp is not None:
-        from .bench_llama import LlamaCpp
+        from .bench.llama import LlamaCpp
 
         peer = LlamaCpp.find(Path(llama_cpp).expanduser())
     _warm(WARM_TIMEOUT_S, _kinds(chosen))
-    from .bench_kernels import Options
+    from .bench.kernels import Options
 
     options = Options(
         shapes=extents,
@@ -142,7 +142,7 @@ def kernels(
 
 
 def _measure(options: Options) -> dict[str, Any]:
-    from .bench_kernels import run
+    from .bench.kernels import run
 
     with StartProgress() as progress:
         return run(options, time.perf_counter, progress.update)
@@ -250,7 +250,7 @@ def _kinds(formats: tuple[Format, ...]) -> Kinds:
 
 def _print_report(report: dict[str, Any]) -> None:
     """Print tables: with rich on a terminal, else as Markdown."""
-    from .bench_report import summary, tables
+    from .bench.report import summary, tables
     from .render import grid
 
     for line in summary(report):

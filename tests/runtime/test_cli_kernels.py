@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.runtime.bench_llama import LlamaCpp, best_rate, their_name
+from sterna.runtime.bench.llama import LlamaCpp, best_rate, their_name
 from sterna.runtime.render import grid
 from sterna.shm.errors import ModelFileError, StartFailed, UsageError
 from sterna.workers.checkpoint.formats import Format, MatrixShape

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..workers.kernels.bandwidth import cache_nbytes
-from ..workers.kernels.features import host_features
-from ..workers.kernels.target import TARGET
-from ..workers.pinned import cpus_by_core
+from ... import __version__
+from ...workers.kernels.bandwidth import cache_nbytes
+from ...workers.kernels.features import host_features
+from ...workers.kernels.target import TARGET
+from ...workers.pinned import cpus_by_core
 
 # Of all features, those by which kernels are chosen or LLVM decides.
 _TOLD = (

@@ -9,15 +9,15 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.layout import align
-from ..workers.checkpoint.packing import matrix_entry
-from ..workers.checkpoint.types import TYPES_BY_NAME
-from ..workers.kernels import ffn
-from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.bandwidth import allocate
-from ..workers.kernels.products import scratch_nbytes
-from ..workers.pinned import PinnedThreads
-from .bench_operands import Clock, Matrix, Product, Tokens, time_call
+from ...shm.layout import align
+from ...workers.checkpoint.packing import matrix_entry
+from ...workers.checkpoint.types import TYPES_BY_NAME
+from ...workers.kernels import ffn
+from ...workers.kernels.activations import QuantizedRows
+from ...workers.kernels.bandwidth import allocate
+from ...workers.kernels.products import scratch_nbytes
+from ...workers.pinned import PinnedThreads
+from .operands import Clock, Matrix, Product, Tokens, time_call
 
 MOST_EXPERTS = 8
 LARGEST_NBYTES = 64 << 20

@@ -12,8 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shm.errors import StartFailed, UsageError
-from ..workers.pinned import PinnedThreads
+from ...shm.errors import StartFailed, UsageError
+from ...workers.pinned import PinnedThreads
 
 PROGRAM = "test-quantize-perf"
 _PLACES = ("", "bin", "build/bin")

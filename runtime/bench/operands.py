@@ -14,16 +14,16 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ..scheduler.crew import Crew
-from ..shm.errors import OutOfResources
-from ..workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from ..workers.checkpoint.packing import matrix_entry, pack_matrix
-from ..workers.checkpoint.samples import file_type_of, sample
-from ..workers.checkpoint.types import TYPES_BY_NAME
-from ..workers.kernels import dense
-from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.bandwidth import allocate, available_nbytes
-from ..workers.kernels.products import scratch_nbytes
+from ...scheduler.crew import Crew
+from ...shm.errors import OutOfResources
+from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
+from ...workers.checkpoint.packing import matrix_entry, pack_matrix
+from ...workers.checkpoint.samples import file_type_of, sample
+from ...workers.checkpoint.types import TYPES_BY_NAME
+from ...workers.kernels import dense
+from ...workers.kernels.activations import QuantizedRows
+from ...workers.kernels.bandwidth import allocate, available_nbytes
+from ...workers.kernels.products import scratch_nbytes
 
 Bytes = npt.NDArray[np.uint8]
 Clock = Callable[[], float]

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ..workers.checkpoint.formats import ActivationKind, Format, activation_kind
-from ..workers.kernels import bandwidth, peak
-from ..workers.kernels.bandwidth import ReadBandwidth
-from ..workers.pinned import PinnedThreads
-from .bench_experts import ExpertRow, measure_experts
-from .bench_llama import LlamaCpp
-from .bench_operands import Clock, Matrix, Product, Timing, Tokens, heads_for, time_call
+from ...workers.checkpoint.formats import ActivationKind, Format, activation_kind
+from ...workers.kernels import bandwidth, peak
+from ...workers.kernels.bandwidth import ReadBandwidth
+from ...workers.pinned import PinnedThreads
+from .experts import ExpertRow, measure_experts
+from .llama import LlamaCpp
 from .machine import describe_machine
+from .operands import Clock, Matrix, Product, Timing, Tokens, heads_for, time_call
 
 SCHEMA = 1
 ROUNDS = 3  # ours, theirs, ours, theirs, ours, theirs
