@@ -1,7 +1,7 @@
 """The messages of a conversation as they come from a client, and as a chat template wants them.
 
 In here: `ChatMessage` with its checks, and its plain form. Not in here: the request around them
-(`messages.py`), templates (`chat_template.py`).
+(`messages.py`), templates (`chat/template.py`).
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:
 def _require_template(path: Path) -> None:
     """Refuse a model without a chat template by its header alone; raises BadRequest and the file's errors."""
     from ..workers.checkpoint.gguf import GgufFile
-    from .chat_template import template_sources
+    from .chat.template import template_sources
 
     with GgufFile.open(path) as file:
         if not template_sources(file.metadata, file.label):

@@ -13,7 +13,7 @@ from ..scheduler.model.plan import ModelPlan
 from ..shm.errors import ModelFileError, OutOfResources
 from ..workers.checkpoint.formats import activation_kind, is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufArray, GgufFile, TensorInfo
-from .chat_template import describe_templates
+from .chat.template import describe_templates
 from .config import Activations, Config, Precision, Ternary
 from .model_check import Examined, examine
 from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes

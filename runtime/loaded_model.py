@@ -15,7 +15,7 @@ from ..shm.errors import BadRequest, OutOfResources
 from ..shm.slots import arena_nbytes
 from ..workers.checkpoint.gguf import GgufFile
 from .budget import SlotDecision, decide
-from .chat_template import ChatTemplate, token_texts
+from .chat.template import ChatTemplate, token_texts
 from .config import Config, embedded_model
 from .messages import ModelFacts
 from .model_choice import choose, known_counts, wants_of

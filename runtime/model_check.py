@@ -19,7 +19,7 @@ from ..workers.checkpoint.formats import is_decoded_at_load
 from ..workers.checkpoint.gguf import GgufFile, TensorInfo
 from ..workers.checkpoint.names import TensorProblem
 from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType
-from .chat_template import ChatTemplate, token_texts
+from .chat.template import ChatTemplate, token_texts
 from .tokenizer import Tokenizer
 
 MAX_PROBLEMS: Final = 64

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from sterna.runtime import chat_process
-from sterna.runtime.chat_process import ChatProcess, RenderDiedError
-from sterna.runtime.chat_template import OPEN_CPU_S
+from sterna.runtime.chat import process as chat_process
+from sterna.runtime.chat.process import ChatProcess, RenderDiedError
+from sterna.runtime.chat.template import OPEN_CPU_S
 from sterna.shm.errors import InternalError, ShuttingDown
 
 NOW = datetime(2026, 11, 21, 12, 0)

@@ -10,14 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from sterna.runtime.chat.renderer import MEMORY_NBYTES
+from sterna.runtime.chat.template import KEY, MAX_SOURCE_BYTES, ChatTemplate, describe_templates
 from sterna.runtime.chat_messages import MAX_MESSAGES, ChatMessage
-from sterna.runtime.chat_renderer import MEMORY_NBYTES
-from sterna.runtime.chat_template import (
-    KEY,
-    MAX_SOURCE_BYTES,
-    ChatTemplate,
-    describe_templates,
-)
 from sterna.shm.errors import BadRequest, ModelFileError
 
 NOW = datetime(2026, 11, 21, 12, 0)

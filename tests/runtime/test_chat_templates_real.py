@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from sterna.runtime.chat.template import KEY, ChatTemplate
 from sterna.runtime.chat_messages import ChatMessage
-from sterna.runtime.chat_template import KEY, ChatTemplate
 from sterna.shm.errors import SternaError
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,7 @@
 """The process that renders chat templates, as the daemon sees it: started, asked, and ended when it overruns.
 
 In here: one `ChatProcess`, its pipes and how its death is told. Not in here: what runs in it
-(`chat_renderer.py`), what it is asked (`chat_template.py`).
+(`renderer.py`), what it is asked (`template.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import threading
 import time
 from typing import Any
 
-from ..shm.errors import InternalError, OutOfResources, ShuttingDown, SternaError
-from .chat_renderer import MAX_FRAME_BYTES, MEMORY_NBYTES, frame_of, read_frame
+from ...shm.errors import InternalError, OutOfResources, ShuttingDown, SternaError
+from .renderer import MAX_FRAME_BYTES, MEMORY_NBYTES, frame_of, read_frame
 
 # The process ends itself after its CPU time; this much later on the clock it is stuck, or the machine is.
 WALL_S = 20.0

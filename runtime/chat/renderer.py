@@ -1,11 +1,11 @@
-"""The process in which chat templates are parsed and rendered: `python -m sterna.runtime.chat_renderer`.
+"""The process in which chat templates are parsed and rendered: `python -m sterna.runtime.chat.renderer`.
 
 A template comes with a model from anywhere. Fuel bounds its steps, but one step may double a string or sort a
 list: minijinja then aborts its process for want of memory, and the jinja2 sandbox knows no bounds at all. So
 templates run here, under RLIMIT_AS and a timer of CPU time that kills; nobody else is in this process.
 
 In here: both engines in the environment that templates are written for, limits, the loop over requests. Not
-in here: who starts and ends this process (`chat_process.py`), what a template is given (`chat_template.py`).
+in here: who starts and ends this process (`process.py`), what a template is given (`template.py`).
 
 A request and its reply are each `frame_of` a JSON object:
 

@@ -1,7 +1,7 @@
 """The chat templates that a model file holds: which there are, and conversations as prompt text.
 
 In here: reading them from metadata, checking them when a model is loaded, and what a template is given. Not
-in here: the engines and their limits (`chat_renderer.py`), the process they run in (`chat_process.py`). No
+in here: the engines and their limits (`renderer.py`), the process they run in (`process.py`). No
 template ever comes from a request.
 """
 
@@ -14,10 +14,10 @@ from datetime import datetime
 from itertools import product
 from typing import Any, Final
 
-from ..shm.errors import BadRequest, ModelFileError, TooLong
-from .chat_messages import ChatMessage, Forms, Function, ToolCall
-from .chat_process import ChatProcess, RenderDiedError
-from .tokenizer import Tokenizer
+from ...shm.errors import BadRequest, ModelFileError, TooLong
+from ..chat_messages import ChatMessage, Forms, Function, ToolCall
+from ..tokenizer import Tokenizer
+from .process import ChatProcess, RenderDiedError
 
 KEY: Final = "tokenizer.chat_template"
 DEFAULT: Final = "default"
