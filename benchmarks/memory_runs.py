@@ -26,7 +26,7 @@ from memory_cgroup import MemoryCgroup, Usage, make_cold
 from sterna.runtime.client import Client
 from sterna.shm.errors import SternaError
 
-SERVE: Final = [sys.executable, "-m", "sterna.runtime.cli", "serve"]
+SERVE: Final = [sys.executable, "-m", "sterna.runtime.cli.main", "serve"]
 _READY: Final = b"ready socket="
 _STOP_S: Final = 30.0
 # What status()["experts"] counts since the start, if it does: lookups that found an expert, and that did not.

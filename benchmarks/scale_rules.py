@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sterna.runtime.cli.render import grid
 from sterna.runtime.quantize_plan import WEIGHTED
-from sterna.runtime.render import grid
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.checkpoint.writer import lay_out
@@ -30,7 +30,7 @@ NOISE, SEED = 0.3, 20
 
 def sterna(*arguments: str) -> str:
     """Run a command and return its stdout."""
-    command = [sys.executable, "-m", "sterna.runtime.cli", *arguments]
+    command = [sys.executable, "-m", "sterna.runtime.cli.main", *arguments]
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ).stdout

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from .cli.render import grid, one_line, table
 from .config import SETTINGS, embedded_model
-from .render import grid, one_line, table
 
 
 @click.command()

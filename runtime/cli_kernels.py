@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import click
 
 from ..shm.errors import StartFailed, UsageError
-from .start_progress import StartProgress
-from .terminate import exit_on_sigterm
+from .cli.progress import StartProgress
+from .cli.signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ..workers.checkpoint.formats import Format
@@ -251,7 +251,7 @@ def _kinds(formats: tuple[Format, ...]) -> Kinds:
 def _print_report(report: dict[str, Any]) -> None:
     """Print tables: with rich on a terminal, else as Markdown."""
     from .bench.report import summary, tables
-    from .render import grid
+    from .cli.render import grid
 
     for line in summary(report):
         click.echo(line)

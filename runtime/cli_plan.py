@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from .cli.render import grid
 from .config import SETTINGS, env_of, flag_of, load_config, read_size
-from .render import grid
 from .sizes import format_size
 
 _PLANNED = (

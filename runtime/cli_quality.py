@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..shm.errors import StartFailed, UsageError
+from .cli.reading import read_file
+from .cli.render import grid, table
+from .cli.signals import exit_on_sigterm
 from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
-from .render import grid, table
-from .terminate import exit_on_sigterm
-from .text_input import read_file
 
 if TYPE_CHECKING:
     from .calibration import Point, Table
@@ -332,9 +332,9 @@ def _require_experts(path: Path, purpose: str) -> None:
 @contextlib.contextmanager
 def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
+    from .cli.private_daemon import private_daemon
+    from .cli.progress import StartProgress
     from .client import Client
-    from .private_daemon import private_daemon
-    from .start_progress import StartProgress
 
     exit_on_sigterm()
     content = read_file(text, MAX_TEXT_BYTES)

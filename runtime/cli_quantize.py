@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..shm.errors import UsageError
+from .cli.reading import read_file
+from .cli.render import grid, one_line
+from .cli.signals import exit_on_sigterm
 from .config import embedded_model
 from .quantize_plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
-from .render import grid, one_line
-from .terminate import exit_on_sigterm
-from .text_input import read_file
 
 if TYPE_CHECKING:
     from ..workers.checkpoint.gguf import GgufFile
@@ -171,7 +171,7 @@ def _check_options(wanted: Wanted, text: str | None, imatrix: str | None) -> Non
 @contextlib.contextmanager
 def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
     """Yield what shows progress on stderr; who stops the command is told whether it can go on."""
-    from .start_progress import StartProgress
+    from .cli.progress import StartProgress
 
     phase = ""
     try:

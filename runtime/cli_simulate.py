@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..shm.errors import UsageError
-from .render import grid
+from .cli.render import grid
 from .sizes import format_size, parse_share, parse_size
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..shm.errors import ModelFileError
-from .render import one_line
+from .cli.render import one_line
 
 
 @click.command()

@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from sterna import __version__
-from sterna.runtime import cli, private_daemon, render
 from sterna.runtime import messages as m
+from sterna.runtime.cli import main, private_daemon, render
 from sterna.runtime.config import SETTINGS, flag_of
 from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
 
 from .peer import Peer
 
-COMMAND = [sys.executable, "-m", "sterna.runtime.cli"]
+COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]
 ENV = {key: value for key, value in os.environ.items() if not key.startswith("STERNA_")}
 
 
@@ -60,7 +60,7 @@ def test_version_and_help_load_nothing_heavy() -> None:
 
 
 def test_help_shows_every_setting() -> None:
-    text = CliRunner().invoke(cli.cli, ["serve", "--help"]).output
+    text = CliRunner().invoke(main.cli, ["serve", "--help"]).output
     for name in SETTINGS:
         assert name == "model" or flag_of(name) in text
     assert "--exit-with-parent" not in text
@@ -246,12 +246,12 @@ def test_unexpected_exception_is_one_line(
 
     monkeypatch.setattr(cli, "_client", broken)
     monkeypatch.delenv("STERNA_DEBUG", raising=False)
-    assert cli.run(["status"]) == 70
+    assert main.run(["status"]) == 70
     text = error_line(capsys.readouterr().err)
     assert text == "unexpected ValueError: one two (STERNA_DEBUG=1 shows where)"
     monkeypatch.setenv("STERNA_DEBUG", "1")
     with pytest.raises(ValueError, match="one"):
-        cli.run(["status"])
+        main.run(["status"])
 
 
 # ---- a daemon for one call ----

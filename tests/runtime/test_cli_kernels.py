@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sterna.runtime.bench.llama import LlamaCpp, best_rate, their_name
-from sterna.runtime.render import grid
+from sterna.runtime.cli.render import grid
 from sterna.shm.errors import ModelFileError, StartFailed, UsageError
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.checkpoint.packing import pack_matrix
@@ -23,7 +23,7 @@ from sterna.workers.checkpoint.samples import file_type_of, sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.pinned import PinnedThreads
 
-COMMAND = [sys.executable, "-m", "sterna.runtime.cli"]
+COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]
 ENV = {key: value for key, value in os.environ.items() if not key.startswith("STERNA_")}
 compiles = pytest.mark.timeout(600)  # everything, in an empty cache
 TINY = ("--shapes", "256x512", "--tokens", "8,1", "--seconds", "0.005", "--threads", "1")

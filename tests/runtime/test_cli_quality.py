@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime import cli, render
 from sterna.runtime import messages as m
+from sterna.runtime.cli import main, render
 from sterna.runtime.cli_quality import fraction
 from sterna.shm.errors import UsageError
 
@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> str:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    code = cli.run(list(arguments))
+    code = main.run(list(arguments))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("sterna: error: ")
@@ -40,9 +40,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_generate_passes_a_budget_on(peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["generate", "abc", "--socket", peer.url, "--quality-budget", "0.5%", "--json"]) == 0
+    assert main.run(["generate", "abc", "--socket", peer.url, "--quality-budget", "0.5%", "--json"]) == 0
     assert '"routing": null' in capsys.readouterr().out
-    assert cli.run(["generate", "abc", "--socket", peer.url]) == 0
+    assert main.run(["generate", "abc", "--socket", peer.url]) == 0
     budget, none = peer.messages(m.Generate)
     assert isinstance(budget, m.Generate)
     assert isinstance(none, m.Generate)

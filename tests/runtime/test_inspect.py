@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from sterna.runtime.budget import Wants
-from sterna.runtime.cli import cli
+from sterna.runtime.cli.main import cli
 from sterna.runtime.config import embedded_model
 from sterna.runtime.model_choice import choose, weights_nbytes
 from sterna.runtime.tensor_groups import groups

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
 
-from sterna.runtime.cli import cli
+from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, embedded_model
 from sterna.runtime.loaded_model import LoadedModel
 from sterna.runtime.plan_model import HIGH, LOW, Rates, describe_plan, hit_rate, probe

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
 
 from sterna.runtime.budget import Wants, least_slots
-from sterna.runtime.cli import cli
+from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, Precision
 from sterna.runtime.loaded_model import LoadedModel
 from sterna.runtime.model_choice import UNLIMITED, Choices, known_counts

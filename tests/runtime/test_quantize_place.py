@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime import cli
+from sterna.runtime.cli import main
 from sterna.runtime.cli_quantize import _stoppable, _warn
 from sterna.runtime.quantize import quantize
 from sterna.runtime.quantize_plan import TYPES, Wanted
@@ -150,31 +150,31 @@ def test_an_input_that_shrinks_is_an_error(source: Path, out: Path, name: str) -
 
 
 def test_what_the_command_refuses(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["quantize", str(source), str(out), "--type", "tq2_0", "--dry-run", "--json"]) == 0
+    assert main.run(["quantize", str(source), str(out), "--type", "tq2_0", "--dry-run", "--json"]) == 0
     groups = {group["name"]: group for group in json.loads(capsys.readouterr().out)["groups"]}
     assert groups["blk.*.ffn_down_exps.weight"]["nbytes_after"] == 4 * 512 * 66
     assert groups["output.weight"]["kept"] == "no matrix to convert"
     assert left(out) == set()
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q8_0", "--scales", "absmean"]) == 64
+    assert main.run(["quantize", str(source), str(out), "--type", "Q8_0", "--scales", "absmean"]) == 64
     assert "--scales absmean is for TQ1_0 and TQ2_0" in capsys.readouterr().err
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q9"]) == 64
+    assert main.run(["quantize", str(source), str(out), "--type", "Q9"]) == 64
     assert "'Q9' is not one of" in capsys.readouterr().err
     for option in ("--calibrate", "--imatrix"):
         override = ["--tensor-type", "*=F16"]
-        assert cli.run(["quantize", str(source), str(out), "--type", "Q8_0", *override, option, "x"]) == 64
+        assert main.run(["quantize", str(source), str(out), "--type", "Q8_0", *override, option, "x"]) == 64
         assert f"{option} is for Q6_K, Q5_K, Q4_K, Q3_K, Q2_K, TQ1_0, TQ2_0" in capsys.readouterr().err
     both = ["--calibrate", str(source), "--imatrix", str(source)]
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q4_K", *both]) == 64
+    assert main.run(["quantize", str(source), str(out), "--type", "Q4_K", *both]) == 64
     assert "--calibrate and --imatrix are two ways to say the same" in capsys.readouterr().err
     text = out.with_name("out.gguf.part.imatrix")
     text.write_text("a text")
-    assert cli.run(["quantize", str(source), str(out), "--type", "Q4_K", "--calibrate", str(text)]) == 64
+    assert main.run(["quantize", str(source), str(out), "--type", "Q4_K", "--calibrate", str(text)]) == 64
     assert f"{text}: input and output are the same file" in capsys.readouterr().err
     assert text.read_text() == "a text"
 
 
 def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["quantize", "--help"]) == 0
+    assert main.run(["quantize", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"--type TYPE Of the matrices: {', '.join(TYPES)}." in text
     assert "--calibrate FILE Text to run" in text
@@ -215,7 +215,7 @@ def test_the_command(source: Path, out: Path, capsys: pytest.CaptureFixture[str]
     command = [
         sys.executable,
         "-m",
-        "sterna.runtime.cli",
+        "sterna.runtime.cli.main",
         "quantize",
         str(source),
         str(out),
@@ -226,6 +226,6 @@ def test_the_command(source: Path, out: Path, capsys: pytest.CaptureFixture[str]
     assert "read back and compared" in done.stdout
     assert "sterna: warning: blk." in done.stderr
     assert "| blk.*.ffn_down_exps.weight " in done.stdout
-    assert cli.run(["quantize", str(source), str(out), "--type", "TQ2_0"]) == 64
+    assert main.run(["quantize", str(source), str(out), "--type", "TQ2_0"]) == 64
     message = "there is such a file already; --force replaces it when the new one is done"
     assert capsys.readouterr().err == f"sterna: error: {out}: {message}\n"

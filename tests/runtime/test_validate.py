@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
 
-from sterna.runtime.cli import cli
+from sterna.runtime.cli.main import cli
 from sterna.runtime.config import embedded_model
 from sterna.runtime.inspect_model import describe, validate
 from sterna.runtime.tensor_groups import group_of

@@ -131,7 +131,7 @@ def test_another_answer_is_an_error() -> None:
 
 
 def sterna(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "sterna.runtime.cli", *arguments]
+    command = [sys.executable, "-m", "sterna.runtime.cli.main", *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, timeout=30, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 

@@ -22,7 +22,7 @@ import psutil
 from sterna import Client
 from sterna.workers.kernels.cache import cache_root
 
-COMMAND = [sys.executable, "-m", "sterna.runtime.cli"]
+COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]
 # The first start after an edit of a kernel compiles them all.
 START_TIMEOUT_S = 100.0
 STOP_TIMEOUT_S = 45.0

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 
-from .. import __version__
-from ..shm.errors import BadRequest, DaemonUnreachable, SternaError, UsageError
-from .cli_inspect import inspect
-from .cli_kernels import bench, warm
-from .cli_plan import memory, plan
-from .cli_quality import calibrate, perplexity, quality_option, trace
-from .cli_quantize import quantize
-from .cli_simulate import simulate
-from .cli_validate import validate
-from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from ... import __version__
+from ...shm.errors import BadRequest, DaemonUnreachable, SternaError, UsageError
+from ..cli_inspect import inspect
+from ..cli_kernels import bench, warm
+from ..cli_plan import memory, plan
+from ..cli_quality import calibrate, perplexity, quality_option, trace
+from ..cli_quantize import quantize
+from ..cli_simulate import simulate
+from ..cli_validate import validate
+from ..config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from .reading import read_text
 from .render import for_terminal, one_line, routing_line, statistics, table
-from .terminate import EXIT_SIGTERM, exit_on_sigterm
-from .text_input import read_text
+from .signals import EXIT_SIGTERM, exit_on_sigterm
 
 if TYPE_CHECKING:
-    from .client import Client, Stream
-    from .client_core import GenerateOptions
-    from .results import Result
+    from ..client import Client, Stream
+    from ..client_core import GenerateOptions
+    from ..results import Result
 
 EXIT_INTERNAL = 70
 EXIT_SIGINT = 130
@@ -112,7 +112,7 @@ def serve(
         raise UsageError("the model is given twice, as argument and with --model")
     flags["model"] = model or model_flag
     config = load_config(Path(config_file) if config_file else None, os.environ, flags)
-    from .daemon import serve as run_daemon
+    from ..daemon import serve as run_daemon
 
     if exit_with_parent is None:
         return run_daemon(config)
@@ -235,8 +235,8 @@ def tokenize(text: str, socket: str | None, special: bool, as_json: bool) -> int
 
 
 def _client(socket: str | None) -> Client:
-    from .client import Client
-    from .sockets import check_url
+    from ..client import Client
+    from ..sockets import check_url
 
     return Client(None if socket is None else check_url(socket, "--socket"))
 
@@ -268,9 +268,9 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool =
         _require_template(config.model or embedded_model())
     if stats:
         click.echo(f"sterna: {note}; starting one for this call", err=True)
-    from .client import Client
+    from ..client import Client
     from .private_daemon import private_daemon
-    from .start_progress import StartProgress
+    from .progress import StartProgress
 
     arguments = [] if path is None else [str(path)]
     with contextlib.ExitStack() as stack:
@@ -291,8 +291,8 @@ def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:
 
 def _require_template(path: Path) -> None:
     """Refuse a model without a chat template by its header alone; raises BadRequest and the file's errors."""
-    from ..workers.checkpoint.gguf import GgufFile
-    from .chat.template import template_sources
+    from ...workers.checkpoint.gguf import GgufFile
+    from ..chat.template import template_sources
 
     with GgufFile.open(path) as file:
         if not template_sources(file.metadata, file.label):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
-from ..shm.errors import UsageError
+from ...shm.errors import UsageError
 
 
 def read_file(path: str, limit: int) -> str:

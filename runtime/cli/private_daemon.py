@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..shm.errors import StartFailed, SternaError, error_of_exit
+from ...shm.errors import StartFailed, SternaError, error_of_exit
 
 STOP_TIMEOUT_S = 15.0
 _READY = b"ready socket="
@@ -49,7 +49,7 @@ def private_daemon(
     with tempfile.TemporaryDirectory(prefix="sterna-", ignore_cleanup_errors=True) as folder:
         url = f"ipc://{folder}/sterna.sock"
         stderr_path = Path(folder) / "stderr"
-        command = [sys.executable, "-m", "sterna.runtime.cli", "serve", *arguments]
+        command = [sys.executable, "-m", "sterna.runtime.cli.main", "serve", *arguments]
         with stderr_path.open("wb") as stderr:
             child = subprocess.Popen(
                 [*command, "--socket", url, "--exit-with-parent", str(os.getpid())],

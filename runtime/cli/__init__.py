@@ -1,0 +1,1 @@
+"""The command line: options, progress, rendering, signals; the commands are in `commands/`."""
