@@ -2,7 +2,7 @@
 
 In here: windows of a text, teacher-forced scores with any budget, differences between two runs of the same
 text with their standard error, and the search of `sterna calibrate`. Not in here: arguments and printing
-(`cli_quality.py`), where tables are stored (`calibration.py`).
+(`cli/commands/quality.py`), where tables are stored (`calibration.py`).
 """
 
 from __future__ import annotations

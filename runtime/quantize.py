@@ -1,7 +1,7 @@
 """Writing a model file anew with other weight types: tensor by tensor, resumable, read back at the end.
 
 Not in here: which tensor becomes what (`quantize_plan.py`), the unfinished file (`quantize_journal.py`),
-measuring activations (`activation_means.py`), arguments and printing (`cli_quantize.py`). Imports numba.
+measuring activations (`activation_means.py`), arguments and printing (`cli/commands/quantize.py`). Imports numba.
 """
 
 from __future__ import annotations

@@ -18,14 +18,14 @@ import click
 
 from ... import __version__
 from ...shm.errors import BadRequest, DaemonUnreachable, SternaError, UsageError
-from ..cli_inspect import inspect
-from ..cli_kernels import bench, warm
-from ..cli_plan import memory, plan
-from ..cli_quality import calibrate, perplexity, quality_option, trace
-from ..cli_quantize import quantize
-from ..cli_simulate import simulate
 from ..cli_validate import validate
 from ..config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from .commands.inspect import inspect
+from .commands.kernels import bench, warm
+from .commands.plan import memory, plan
+from .commands.quality import calibrate, perplexity, quality_option, trace
+from .commands.quantize import quantize
+from .commands.simulate import simulate
 from .reading import read_text
 from .render import for_terminal, one_line, routing_line, statistics, table
 from .signals import EXIT_SIGTERM, exit_on_sigterm

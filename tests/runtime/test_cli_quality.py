@@ -9,7 +9,7 @@ import pytest
 
 from sterna.runtime import messages as m
 from sterna.runtime.cli import main, render
-from sterna.runtime.cli_quality import fraction
+from sterna.runtime.cli.commands.quality import fraction
 from sterna.shm.errors import UsageError
 
 from ..families.tiny_files import write

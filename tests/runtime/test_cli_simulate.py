@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from sterna.runtime.cli_simulate import simulate
+from sterna.runtime.cli.commands.simulate import simulate
 from sterna.scheduler.residency.simulate import POLICIES
 from sterna.shm.errors import ModelNotFound, SternaError, UsageError
 

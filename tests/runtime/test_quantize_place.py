@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sterna.runtime.cli import main
-from sterna.runtime.cli_quantize import _stoppable, _warn
+from sterna.runtime.cli.commands.quantize import _stoppable, _warn
 from sterna.runtime.quantize import quantize
 from sterna.runtime.quantize_plan import TYPES, Wanted
 from sterna.shm.errors import (

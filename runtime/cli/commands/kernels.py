@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import click
 
-from ..shm.errors import StartFailed, UsageError
-from .cli.progress import StartProgress
-from .cli.signals import exit_on_sigterm
+from ....shm.errors import StartFailed, UsageError
+from ..progress import StartProgress
+from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ..workers.checkpoint.formats import Format
-    from .bench.kernels import Options
-    from .kernel_environment import KernelEnvironment
+    from ....workers.checkpoint.formats import Format
+    from ...bench.kernels import Options
+    from ...kernel_environment import KernelEnvironment
 
 Kinds: TypeAlias = Sequence[tuple[str, int]]
 
@@ -119,11 +119,11 @@ def kernels(
     chosen = _formats(formats, extents)
     peer = None
     if llama_cpp is not None:
-        from .bench.llama import LlamaCpp
+        from ...bench.llama import LlamaCpp
 
         peer = LlamaCpp.find(Path(llama_cpp).expanduser())
     _warm(WARM_TIMEOUT_S, _kinds(chosen))
-    from .bench.kernels import Options
+    from ...bench.kernels import Options
 
     options = Options(
         shapes=extents,
@@ -142,7 +142,7 @@ def kernels(
 
 
 def _measure(options: Options) -> dict[str, Any]:
-    from .bench.kernels import run
+    from ...bench.kernels import run
 
     with StartProgress() as progress:
         return run(options, time.perf_counter, progress.update)
@@ -158,7 +158,7 @@ def _warm(timeout_s: float, kinds: Kinds | None) -> tuple[KernelEnvironment, int
     Returns where it is kept, how many kernels are new, and what each step took. Raises StartFailed
     after `timeout_s`, and what a step raises.
     """
-    from ..workers.kernels.cache import cache_root
+    from ....workers.kernels.cache import cache_root
 
     before = frozenset(cache_root().glob("kernels-*/*/*.nbc"))
     taken: list[dict[str, Any]] = []
@@ -181,11 +181,11 @@ def _run_steps(kinds: Kinds | None, taken: list[dict[str, Any]]) -> KernelEnviro
     """Run the steps of `scheduler.warm`, and append name and seconds of each that is done."""
     with StartProgress() as progress:
         progress.update(_PROOF, 0, 1)
-        from .kernel_environment import prepare
+        from ...kernel_environment import prepare
 
         environment = prepare()
         progress.update(_PROOF, 1, 1)
-        from ..scheduler.warm import ALL_KINDS, steps
+        from ....scheduler.warm import ALL_KINDS, steps
 
         todo = steps(kinds or ALL_KINDS)
         progress.update("kernels", 0, len(todo))
@@ -220,9 +220,9 @@ def _integer(flag: str, text: str, largest: int) -> int:
 
 def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[Format, ...]:
     """Return the formats to measure, each once; the file's name of a format counts too."""
-    from ..workers.checkpoint.formats import Format
-    from ..workers.checkpoint.samples import file_type_of
-    from ..workers.checkpoint.types import TYPES_BY_NAME
+    from ....workers.checkpoint.formats import Format
+    from ....workers.checkpoint.samples import file_type_of
+    from ....workers.checkpoint.types import TYPES_BY_NAME
 
     by_name = {name.lower(): form for form in Format for name in (file_type_of(form), form.name)}
     names = list(by_name) if text is None else [name.strip().lower() for name in text.split(",")]
@@ -243,15 +243,15 @@ def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[For
 
 def _kinds(formats: tuple[Format, ...]) -> Kinds:
     """Return the (file type, format) pairs that are measured."""
-    from ..workers.checkpoint.samples import file_type_of
+    from ....workers.checkpoint.samples import file_type_of
 
     return [(file_type_of(form), int(form)) for form in formats]
 
 
 def _print_report(report: dict[str, Any]) -> None:
     """Print tables: with rich on a terminal, else as Markdown."""
-    from .bench.report import summary, tables
-    from .cli.render import grid
+    from ...bench.report import summary, tables
+    from ..render import grid
 
     for line in summary(report):
         click.echo(line)

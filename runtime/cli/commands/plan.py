@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from .cli.render import grid
-from .config import SETTINGS, env_of, flag_of, load_config, read_size
-from .sizes import format_size
+from ...config import SETTINGS, env_of, flag_of, load_config, read_size
+from ...sizes import format_size
+from ..render import grid
 
 _PLANNED = (
     "memory",
@@ -44,7 +44,7 @@ def plan(model: str | None, as_json: bool, **flags: str | None) -> int:
 
     Without MODEL, the embedded one.
     """
-    from .plan_model import describe_plan
+    from ...plan_model import describe_plan
 
     facts = describe_plan(load_config(None, os.environ, {**flags, "model": model}))
     click.echo(json.dumps(facts, ensure_ascii=False) if as_json else _text(facts))
@@ -59,8 +59,8 @@ def memory(size: str, socket: str | None, as_json: bool) -> int:
     """Have the running daemon use SIZE of memory, such as 2GiB; `auto` is what it started with."""
     if size != "auto":
         read_size(size, "SIZE")
-    from .client import Client
-    from .sockets import check_url
+    from ...client import Client
+    from ...sockets import check_url
 
     with Client(None if socket is None else check_url(socket, "--socket")) as client:
         held = client.resize(size)

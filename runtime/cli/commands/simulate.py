@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..shm.errors import UsageError
-from .cli.render import grid
-from .sizes import format_size, parse_share, parse_size
+from ....shm.errors import UsageError
+from ...sizes import format_size, parse_share, parse_size
+from ..render import grid
 
 if TYPE_CHECKING:
-    from ..scheduler.residency.simulate import Report, Setting
-    from ..scheduler.residency.trace import Trace
+    from ....scheduler.residency.simulate import Report, Setting
+    from ....scheduler.residency.trace import Trace
 
 DEFAULT_MEMORY = ("12.5%", "25%", "50%")
 PLOT_MEMORY = tuple(f"{share}%" for share in (5, 7.5, 10, 12.5, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60))
@@ -67,11 +67,11 @@ def simulate(
     figure_class = _figure_class() if plot else None
     # A process that has numba already keeps its own settings.
     if "numba" not in sys.modules:
-        from .kernel_environment import prepare
+        from ...kernel_environment import prepare
 
         prepare()
-    from ..scheduler.residency.simulate import CACHE_PRIOR, Setting, compare
-    from ..scheduler.residency.trace import read_trace
+    from ....scheduler.residency.simulate import CACHE_PRIOR, Setting, compare
+    from ....scheduler.residency.trace import read_trace
 
     read = read_trace(Path(trace))
     names: Sequence[str] = policies

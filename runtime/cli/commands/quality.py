@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..shm.errors import StartFailed, UsageError
-from .cli.reading import read_file
-from .cli.render import grid, table
-from .cli.signals import exit_on_sigterm
-from .config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from ....shm.errors import StartFailed, UsageError
+from ...config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from ..reading import read_file
+from ..render import grid, table
+from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from .calibration import Point, Table
-    from .client import Client
-    from .perplexity import How, Progress, Scores
+    from ...calibration import Point, Table
+    from ...client import Client
+    from ...perplexity import How, Progress, Scores
 
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_BUDGET = 0.1
@@ -116,7 +116,7 @@ def perplexity(
 
     MODEL may be `embedded`.
     """
-    from .perplexity import How, score, windows
+    from ...perplexity import How, score, windows
 
     lossy = _routing(routing, quality_budget, lost_mass)
     stepped = lossy if stepped is None else stepped
@@ -149,7 +149,7 @@ def _routing(routing: str | None, quality_budget: float | None, lost_mass: float
 
 
 def _facts(scores: Scores, how: How, exact: Scores | None) -> dict[str, Any]:
-    from .perplexity import mean_difference, rise
+    from ...perplexity import mean_difference, rise
 
     facts: dict[str, Any] = {
         "perplexity": scores.perplexity,
@@ -200,7 +200,7 @@ def calibrate(
     TEXT is scored one token per step, exactly and with several budgets; the memory settings decide how many
     experts are there. Ctrl-C keeps what was measured.
     """
-    from .calibration import cache_path, store
+    from ...calibration import cache_path, store
 
     wanted = [fraction(part.strip(), "--budgets") for part in budgets.split(",")]
     path = _model_path(model)
@@ -228,8 +228,8 @@ def _measure(
     progress: Progress,
 ) -> Iterator[Table]:
     """Yield the table after each epsilon that was measured; the last one is the whole."""
-    from .calibration import SHARE_DIGITS, Table
-    from .perplexity import How, point, resident_share, score, search, windows
+    from ...calibration import SHARE_DIGITS, Table
+    from ...perplexity import How, point, resident_share, score, search, windows
 
     share = round(resident_share(client), SHARE_DIGITS)
     if share >= 1:
@@ -293,7 +293,7 @@ def trace(
 
     TEXT is computed one token per step, as an answer is; with --generate it is a prompt instead.
     """
-    from .perplexity import How, score, windows
+    from ...perplexity import How, score, windows
 
     path = Path(output).absolute()
     if path.exists():
@@ -321,8 +321,8 @@ def _model_path(model: str) -> Path:
 
 def _require_experts(path: Path, purpose: str) -> None:
     """Raise UsageError for a dense model: it has no experts to `purpose`. Raises the file's errors, too."""
-    from ..scheduler.model.family import read_hyperparameters
-    from ..workers.checkpoint.gguf import GgufFile
+    from ....scheduler.model.family import read_hyperparameters
+    from ....workers.checkpoint.gguf import GgufFile
 
     with GgufFile.open(path) as file:
         if not read_hyperparameters(file).moe_layers:
@@ -332,9 +332,9 @@ def _require_experts(path: Path, purpose: str) -> None:
 @contextlib.contextmanager
 def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
-    from .cli.private_daemon import private_daemon
-    from .cli.progress import StartProgress
-    from .client import Client
+    from ...client import Client
+    from ..private_daemon import private_daemon
+    from ..progress import StartProgress
 
     exit_on_sigterm()
     content = read_file(text, MAX_TEXT_BYTES)

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from .cli.render import grid, one_line, table
-from .config import SETTINGS, embedded_model
+from ...config import SETTINGS, embedded_model
+from ..render import grid, one_line, table
 
 
 @click.command()
@@ -35,7 +35,7 @@ def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any, pr
 
     Without MODEL, the embedded one.
     """
-    from .inspect_model import describe
+    from ...inspect_model import describe
 
     facts = describe(Path(model) if model else embedded_model(), ternary, activations, precision)
     if as_json:

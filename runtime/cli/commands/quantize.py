@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..shm.errors import UsageError
-from .cli.reading import read_file
-from .cli.render import grid, one_line
-from .cli.signals import exit_on_sigterm
-from .config import embedded_model
-from .quantize_plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
+from ....shm.errors import UsageError
+from ...config import embedded_model
+from ...quantize_plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
+from ..reading import read_file
+from ..render import grid, one_line
+from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ..workers.checkpoint.gguf import GgufFile
-    from .calibrated import Calibration
-    from .quantize import Report
-    from .quantize_report import Group
+    from ....workers.checkpoint.gguf import GgufFile
+    from ...calibrated import Calibration
+    from ...quantize import Report
+    from ...quantize_report import Group
 
 Progress = Callable[[str, int, int], None]
 
@@ -108,7 +108,7 @@ def quantize(
     Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. Stopped by a
     signal or a full disk, the same command goes on where it was; OUT appears when it is complete and checked.
     """
-    from ..workers.checkpoint.gguf import GgufFile
+    from ....workers.checkpoint.gguf import GgufFile
 
     exit_on_sigterm()
     wanted = Wanted(
@@ -122,14 +122,14 @@ def quantize(
     with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
         if dry_run:
             return _show_choices(file, wanted, as_json)
-        from .quantize_journal import check_place
+        from ...quantize_journal import check_place
 
         check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
         with _stoppable(calibrates=text is not None) as progress:
-            from .kernel_environment import prepare
+            from ...kernel_environment import prepare
 
             prepare()
-            from .quantize import quantize as convert
+            from ...quantize import quantize as convert
 
             calibration = _calibration(file, content, tokens, imatrix, out, progress)
             report = convert(
@@ -151,7 +151,7 @@ def quantize(
 
 def _show_choices(file: GgufFile, wanted: Wanted, as_json: bool) -> int:
     """Print what would become of each tensor."""
-    from .quantize_report import groups
+    from ...quantize_report import groups
 
     found = groups(choose(file, wanted))
     click.echo(_json(found, {}) if as_json else _table(found))
@@ -171,7 +171,7 @@ def _check_options(wanted: Wanted, text: str | None, imatrix: str | None) -> Non
 @contextlib.contextmanager
 def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
     """Yield what shows progress on stderr; who stops the command is told whether it can go on."""
-    from .cli.progress import StartProgress
+    from ..progress import StartProgress
 
     phase = ""
     try:
@@ -194,7 +194,7 @@ def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
 def _calibration(
     file: GgufFile, content: str | None, tokens: int, imatrix: str | None, out: Path, progress: Progress
 ) -> Calibration:
-    from .calibrated import Calibration, from_imatrix, from_text
+    from ...calibrated import Calibration, from_imatrix, from_text
 
     if content is not None:
         return from_text(file, content, tokens, out, progress)

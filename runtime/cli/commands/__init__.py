@@ -1,0 +1,1 @@
+"""The commands of `sterna`, one file for each or for a few that share what they print."""
