@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from memory_cgroup import MemoryCgroup, Usage, make_cold
 
-from sterna.runtime.client import Client
+from sterna.runtime.client.client import Client
 from sterna.shm.errors import SternaError
 
 SERVE: Final = [sys.executable, "-m", "sterna.runtime.cli.main", "serve"]

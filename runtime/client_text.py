@@ -1,7 +1,7 @@
 """The clients' calls that turn text into something else: into tokens and back, conversations into answers.
 
-In here: one base class for each client. Not in here: connections and answers (`client.py`, `aclient.py`),
-what the messages mean (`client_core.py`).
+In here: one base class for each client. Not in here: connections and answers (`client/client.py`, `client/async_client.py`),
+what the messages mean (`client/replies.py`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 from ..shm.errors import BadRequest
-from . import client_core as core
 from . import codec
 from .chat_messages import without_unused
+from .client import replies as core
 from .messages import ApplyTemplate, Detokenize, Detokenized, Templated, Tokenize, Tokenized
 
 if TYPE_CHECKING:
-    from .aclient import AsyncClient, AsyncStream
-    from .client import Client, Stream
-    from .results import Result
+    from .client.async_client import AsyncClient, AsyncStream
+    from .client.client import Client, Stream
+    from .client.results import Result
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .calibration import Point, envelope
-from .client import Client
+from .client.client import Client
+from .client.results import Result, RoutingFacts
 from .messages import Basis
-from .results import Result, RoutingFacts
 
 # Neighbouring tokens are hard or easy together; beyond a sentence or two no longer.
 BLOCK_TOKENS = 32

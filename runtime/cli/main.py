@@ -31,9 +31,9 @@ from .render import for_terminal, one_line, routing_line, statistics, table
 from .signals import EXIT_SIGTERM, exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ..client import Client, Stream
-    from ..client_core import GenerateOptions
-    from ..results import Result
+    from ..client.client import Client, Stream
+    from ..client.replies import GenerateOptions
+    from ..client.results import Result
 
 EXIT_INTERNAL = 70
 EXIT_SIGINT = 130
@@ -235,7 +235,7 @@ def tokenize(text: str, socket: str | None, special: bool, as_json: bool) -> int
 
 
 def _client(socket: str | None) -> Client:
-    from ..client import Client
+    from ..client.client import Client
     from ..sockets import check_url
 
     return Client(None if socket is None else check_url(socket, "--socket"))
@@ -268,7 +268,7 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool =
         _require_template(config.model or embedded_model())
     if stats:
         click.echo(f"sterna: {note}; starting one for this call", err=True)
-    from ..client import Client
+    from ..client.client import Client
     from .private_daemon import private_daemon
     from .progress import StartProgress
 

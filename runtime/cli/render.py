@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..results import Result, RoutingFacts
+    from ..client.results import Result, RoutingFacts
 
 # Everything that moves a cursor, sets a title or answers back; tab and newline stay.
 _CONTROLS = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}

@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 # Resolved on first use: `sterna --version` must not pay for ZeroMQ and msgspec.
 _PUBLIC = {
-    "AsyncClient": "runtime.aclient",
-    "Client": "runtime.client",
+    "AsyncClient": "runtime.client.async_client",
+    "Client": "runtime.client.client",
     "SternaError": "shm.errors",
 }
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime import client_core
 from sterna.runtime import messages as m
-from sterna.runtime.client import Client
+from sterna.runtime.client import replies
+from sterna.runtime.client.client import Client
 from sterna.shm.errors import (
     REQUEST_ERRORS,
     BadRequest,
@@ -314,7 +314,7 @@ def test_daemon_that_announces_its_end(client: Client, peer: Peer) -> None:
 
 def test_going_away_instead_of_welcome() -> None:
     with pytest.raises(ShuttingDown, match="stopping"):
-        client_core.settle(m.GoingAway(text="stopping"), m.Welcome)
+        replies.settle(m.GoingAway(text="stopping"), m.Welcome)
 
 
 # ---- life of a client ----

@@ -14,7 +14,7 @@ import pytest
 
 from sterna import AsyncClient, Client
 from sterna.runtime import messages as m
-from sterna.runtime.vectors import WINDOW, Embedding
+from sterna.runtime.client.embedding import WINDOW, Embedding
 from sterna.shm.errors import BadRequest, EngineLost, Overloaded, ProtocolError, TooLong
 
 from .peer import Peer

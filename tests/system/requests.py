@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sterna import AsyncClient, Client
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 
 Request = dict[str, Any]
 TIMEOUT_S = 80.0

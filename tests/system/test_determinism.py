@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 
 from .conftest import Serve
 from .requests import Request, essence, run_alone, run_together

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 
 from .daemon_process import Daemon
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from sterna.runtime.calibration import Stored
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 
 from .conftest import Serve
 from .daemon_process import COMMAND, Daemon, clean_env, wait_until

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 from sterna.shm.errors import DaemonUnreachable, ShuttingDown, SternaError
 
 from .conftest import Serve

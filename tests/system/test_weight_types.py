@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from sterna.runtime.results import Result
+from sterna.runtime.client.results import Result
 
 from . import gguf_copy as gc
 from .conftest import Serve

@@ -59,7 +59,7 @@ def memory(size: str, socket: str | None, as_json: bool) -> int:
     """Have the running daemon use SIZE of memory, such as 2GiB; `auto` is what it started with."""
     if size != "auto":
         read_size(size, "SIZE")
-    from ...client import Client
+    from ...client.client import Client
     from ...sockets import check_url
 
     with Client(None if socket is None else check_url(socket, "--socket")) as client:

@@ -24,7 +24,7 @@ from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ...calibration import Point, Table
-    from ...client import Client
+    from ...client.client import Client
     from ...perplexity import How, Progress, Scores
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -332,7 +332,7 @@ def _require_experts(path: Path, purpose: str) -> None:
 @contextlib.contextmanager
 def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
-    from ...client import Client
+    from ...client.client import Client
     from ..private_daemon import private_daemon
     from ..progress import StartProgress
 

@@ -1,7 +1,7 @@
 """What both clients decide alike, without a socket or a clock: time is an argument, frames are bytes.
 
 In here: building requests, liveness of a connection (`Link`), sorting replies by request (`route`), putting
-answers together (`Answer`). Not in here: sending, receiving (`wire.py`), waiting (`client.py`, `aclient.py`).
+answers together (`Answer`). Not in here: sending, receiving (`wire.py`), waiting (`client.py`, `async_client.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict, TypeVar
 from uuid import uuid4
 
-from ..shm.errors import (
+from ...shm.errors import (
     Cancelled,
     DaemonUnreachable,
     EngineLost,
@@ -22,8 +22,8 @@ from ..shm.errors import (
     UsageError,
     request_error,
 )
-from . import codec
-from .messages import (
+from .. import codec
+from ..messages import (
     Accepted,
     Detokenized,
     Drained,
@@ -45,8 +45,8 @@ from .messages import (
     Tokens,
     Welcome,
 )
+from ..sockets import unreachable
 from .results import Chunk, Result
-from .sockets import unreachable
 
 DEFAULT_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0

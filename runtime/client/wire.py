@@ -1,7 +1,7 @@
 """One connection of a client to the daemon; every call returns at once.
 
 In here: a DEALER with its monitor and its `Link`. Not in here: waiting for it, which is a poll in `client.py`
-and the event loop in `aclient.py`.
+and the event loop in `async_client.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import zmq
 
-from ..shm.errors import DaemonUnreachable, OutOfResources
-from .client_core import Event, Link, went_away
-from .messages import Message
-from .sockets import client_socket, probe
+from ...shm.errors import DaemonUnreachable, OutOfResources
+from ..messages import Message
+from ..sockets import client_socket, probe
+from .replies import Event, Link, went_away
 
 _LOSS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 # One frame after another, but a daemon in full flow must not keep the caller from its own work.

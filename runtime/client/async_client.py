@@ -2,7 +2,7 @@
 
 In here: one connection for all calls, driven by the event loop's readiness callbacks. No task reads the
 socket, so no cancelled `recv` can lose a message. Not in here: the calls that turn text into something else
-(`client_text.py`), what the messages mean (`client_core.py`), sockets (`wire.py`).
+(`client_text.py`), what the messages mean (`replies.py`), sockets (`wire.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import zmq
 
-from .. import __version__
-from ..shm.errors import SternaError, UsageError
-from . import client_core as core
-from .client_text import AsyncTextCalls
-from .messages import (
+from ... import __version__
+from ...shm.errors import SternaError, UsageError
+from ..client_text import AsyncTextCalls
+from ..messages import (
     Cancel,
     Drain,
     Drained,
@@ -38,9 +37,10 @@ from .messages import (
     Status,
     Welcome,
 )
+from ..sockets import check_url, default_socket_url
+from . import replies as core
+from .embedding import embed_texts_async
 from .results import Chunk, Result
-from .sockets import check_url, default_socket_url
-from .vectors import embed_texts_async
 from .wire import Wire
 
 _Mailbox = asyncio.Queue[core.Event | SternaError]

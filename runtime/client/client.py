@@ -1,8 +1,8 @@
 """The blocking client: `Client` and the `Stream` it returns.
 
 In here: waiting, and a pool of connections so that threads can share a client. Not in here: the calls that
-turn text into something else (`client_text.py`), what the messages mean (`client_core.py`), sockets
-(`wire.py`), asyncio (`aclient.py`).
+turn text into something else (`client_text.py`), what the messages mean (`replies.py`), sockets
+(`wire.py`), asyncio (`async_client.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import zmq
 
-from .. import __version__
-from ..shm.errors import SternaError
-from . import client_core as core
-from .client_text import TextCalls
-from .messages import (
+from ... import __version__
+from ...shm.errors import SternaError
+from ..client_text import TextCalls
+from ..messages import (
     Cancel,
     Drain,
     Drained,
@@ -38,9 +37,10 @@ from .messages import (
     Status,
     Welcome,
 )
+from ..sockets import check_url, default_socket_url
+from . import replies as core
+from .embedding import embed_texts
 from .results import Chunk, Result
-from .sockets import check_url, default_socket_url
-from .vectors import embed_texts
 from .wire import Wire
 
 _MAX_IDLE_WIRES = 8

@@ -1,7 +1,7 @@
 """The clients' `embed`: many texts as vectors, some of them in flight at a time.
 
 In here: the requests of one call and their order (`Embedding`), and `embed` of both clients. Not in here:
-what a vector is (`scheduler/pooling.py`), connections (`client.py`, `aclient.py`).
+what a vector is (`scheduler/pooling.py`), connections (`client.py`, `async_client.py`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..shm.errors import BadRequest, Overloaded
-from . import client_core as core
-from . import codec
-from .messages import Embed, Embedded, Failed
+from ...shm.errors import BadRequest, Overloaded
+from .. import codec
+from ..messages import Embed, Embedded, Failed
+from . import replies as core
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .aclient import AsyncClient
+    from .async_client import AsyncClient
     from .client import Client
 
 Text = str | Sequence[int]

@@ -1,0 +1,1 @@
+"""The clients: requests and replies without a socket, connections, streams, `Client`, `AsyncClient`."""
