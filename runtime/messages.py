@@ -1,7 +1,7 @@
 """The messages between clients and the daemon, as typed structures, and nothing else.
 
 In here: one frozen `msgspec.Struct` per message with its ranges, and a registry per direction. Not in here:
-bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon.py`).
+bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/daemon.py`).
 
     client -> daemon                 daemon -> client
     hello                            welcome | refused

@@ -112,7 +112,7 @@ def serve(
         raise UsageError("the model is given twice, as argument and with --model")
     flags["model"] = model or model_flag
     config = load_config(Path(config_file) if config_file else None, os.environ, flags)
-    from ..daemon import serve as run_daemon
+    from ..daemon.daemon import serve as run_daemon
 
     if exit_with_parent is None:
         return run_daemon(config)

@@ -1,7 +1,7 @@
 """A daemon for one command: started on a socket of its own, stopped at the end.
 
 In here: starting, waiting for its ready line, stopping; only by the process id that was started. Not in here:
-the daemon (`daemon.py`).
+the daemon (`daemon/daemon.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sterna.runtime.config import Config
-from sterna.runtime.loaded_model import LoadedModel
+from sterna.runtime.daemon.loaded_model import LoadedModel
 from sterna.shm.errors import ConfigError
 
 from ..system import gguf_copy as gc

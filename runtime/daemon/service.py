@@ -15,23 +15,12 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from ..scheduler.messages import Step, StreamsFailed
-from ..scheduler.pooling import PooledPrompt
-from ..shm.errors import (
-    BadRequest,
-    NotFound,
-    Overloaded,
-    RequestError,
-    ShuttingDown,
-    TooLong,
-    request_error,
-)
-from .answers import Answer
-from .calibration import Allowance, Calibration
-from .config import Config
-from .engine_link import EngineLink
-from .loaded_model import LoadedModel
-from .messages import (
+from ...scheduler.messages import Step, StreamsFailed
+from ...scheduler.pooling import PooledPrompt
+from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
+from ..calibration import Allowance, Calibration
+from ..config import Config
+from ..messages import (
     Accepted,
     ApplyTemplate,
     Embed,
@@ -42,6 +31,9 @@ from .messages import (
     TokenItem,
     Tokens,
 )
+from .answers import Answer
+from .engine_link import EngineLink
+from .loaded_model import LoadedModel
 
 RATE_WINDOW_S = 10.0
 

@@ -27,21 +27,21 @@ import zmq
 
 import sterna
 
-from ..scheduler.messages import Loading
-from ..shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
-from . import codec
-from .config import Config
+from ...scheduler.messages import Loading
+from ...shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
+from .. import codec
+from ..config import Config
+from ..messages import Limits, Welcome
+from ..nursery_wire import Warm
+from ..sockets import ipc_path, server_socket
+from ..supervisor import Supervisor, WarmProgress
 from .endpoint import Endpoint
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
 from .memory_control import MemoryControl
-from .messages import Limits, Welcome
 from .notify import notify
-from .nursery_wire import Warm
 from .service import Service
-from .sockets import ipc_path, server_socket
 from .status import report
-from .supervisor import Supervisor, WarmProgress
 
 log = logging.getLogger("sterna.daemon")
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
-from ..scheduler.pooling import PooledPrompt
-from ..shm.errors import Cancelled
-from .calibration import Allowance
-from .detokenizer import StopMatcher, StreamDetokenizer
-from .messages import (
+from ...scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
+from ...scheduler.pooling import PooledPrompt
+from ...shm.errors import Cancelled
+from ..calibration import Allowance
+from ..detokenizer import StopMatcher, StreamDetokenizer
+from ..messages import (
     Embedded,
     Failed,
     Finished,
@@ -24,7 +24,7 @@ from .messages import (
     TokenLogprob,
     Usage,
 )
-from .tokenizer import Tokenizer
+from ..tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -6,22 +6,22 @@ import logging
 import os
 from pathlib import Path
 
-from ..scheduler.kv import StreamMemory
-from ..scheduler.messages import Pooling
-from ..scheduler.pooling import FILE_POOLINGS
-from ..scheduler.spec import model_id
-from ..shm.arena import Arena
-from ..shm.errors import BadRequest, OutOfResources
-from ..shm.slots import arena_nbytes
-from ..workers.checkpoint.gguf import GgufFile
-from .budget import SlotDecision, decide
-from .chat.template import ChatTemplate, token_texts
-from .config import Config, embedded_model
-from .messages import ModelFacts
-from .model_choice import choose, known_counts, wants_of
-from .room import choose_budget, own_nbytes, read_room
-from .sizes import format_size
-from .tokenizer import Tokenizer
+from ...scheduler.kv import StreamMemory
+from ...scheduler.messages import Pooling
+from ...scheduler.pooling import FILE_POOLINGS
+from ...scheduler.spec import model_id
+from ...shm.arena import Arena
+from ...shm.errors import BadRequest, OutOfResources
+from ...shm.slots import arena_nbytes
+from ...workers.checkpoint.gguf import GgufFile
+from ..budget import SlotDecision, decide
+from ..chat.template import ChatTemplate, token_texts
+from ..config import Config, embedded_model
+from ..messages import ModelFacts
+from ..model_choice import choose, known_counts, wants_of
+from ..room import choose_budget, own_nbytes, read_room
+from ..sizes import format_size
+from ..tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.model")
 

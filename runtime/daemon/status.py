@@ -10,8 +10,8 @@ import psutil
 
 import sterna
 
-from ..scheduler.messages import Stats
-from .plan_model import by_precision
+from ...scheduler.messages import Stats
+from ..plan_model import by_precision
 
 if TYPE_CHECKING:
     from .daemon import Daemon

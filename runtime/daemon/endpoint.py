@@ -17,9 +17,9 @@ from typing import Any
 
 import zmq
 
-from ..shm.errors import Overloaded, ProtocolError, SternaError, TooLong
-from . import codec
-from .messages import (
+from ...shm.errors import Overloaded, ProtocolError, SternaError, TooLong
+from .. import codec
+from ..messages import (
     ApplyTemplate,
     Cancel,
     Detokenize,
@@ -44,9 +44,9 @@ from .messages import (
     Welcome,
     tag_of,
 )
+from ..tokenizer import Tokenizer
 from .service import Service
 from .socket_reader import SocketReader
-from .tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.endpoint")
 

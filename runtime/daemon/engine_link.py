@@ -17,16 +17,16 @@ from typing import Any
 import msgspec
 import zmq
 
-from ..scheduler import messages as wire
-from ..scheduler.spec import SchedulerSpec
-from ..shm.errors import EngineLost, OutOfResources, StartFailed, SternaError, error_of
-from ..workers.spec import WorkerSpec
-from ..workers.user_cache import user_cache
-from .child import Child
-from .config import Config
+from ...scheduler import messages as wire
+from ...scheduler.spec import SchedulerSpec
+from ...shm.errors import EngineLost, OutOfResources, StartFailed, SternaError, error_of
+from ...workers.spec import WorkerSpec
+from ...workers.user_cache import user_cache
+from ..child import Child
+from ..config import Config
+from ..supervisor import Supervisor
 from .loaded_model import LoadedModel
 from .socket_reader import SocketReader
-from .supervisor import Supervisor
 
 log = logging.getLogger("sterna.engine")
 

@@ -1,0 +1,1 @@
+"""The daemon: its life, its ZeroMQ door, sessions, the link to the engine, its report on itself."""
