@@ -19,7 +19,7 @@ def validate(model: str, as_json: bool) -> int:
 
     Exit code 0 if it can, 65 if not, 66 if there is no such file, 74 if reading fails, 77 without permission.
     """
-    from .inspect_model import validate as check
+    from .examine.describe import validate as check
 
     facts = check(Path(model))
     code = 0 if facts["loads"] else ModelFileError.exit_code

@@ -11,7 +11,7 @@ import psutil
 import sterna
 
 from ...scheduler.messages import Stats
-from ..plan_model import by_precision
+from ..examine.forecast import by_precision
 
 if TYPE_CHECKING:
     from .daemon import Daemon

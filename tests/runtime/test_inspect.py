@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from sterna.runtime.budget import Wants
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import embedded_model
+from sterna.runtime.examine.groups import groups
 from sterna.runtime.model_choice import choose, weights_nbytes
-from sterna.runtime.tensor_groups import groups
 from sterna.scheduler.model import storage
 from sterna.scheduler.model.storage import ActivationError, measure_activations
 from sterna.shm.errors import ModelFileError

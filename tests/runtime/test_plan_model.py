@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, embedded_model
 from sterna.runtime.daemon.loaded_model import LoadedModel
-from sterna.runtime.plan_model import HIGH, LOW, Rates, describe_plan, hit_rate, probe
+from sterna.runtime.examine.forecast import HIGH, LOW, Rates, describe_plan, hit_rate, probe
 from sterna.runtime.sizes import format_size
 
 from .sparse_model import write_flash

@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import embedded_model
-from sterna.runtime.inspect_model import describe, validate
-from sterna.runtime.tensor_groups import group_of
+from sterna.runtime.examine.describe import describe, validate
+from sterna.runtime.examine.groups import group_of
 from sterna.shm.errors import ModelFileError, ModelNotFound
 from sterna.workers.checkpoint.gguf import GgufFile
 

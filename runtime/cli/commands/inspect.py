@@ -35,7 +35,7 @@ def inspect(model: str | None, as_json: bool, ternary: Any, activations: Any, pr
 
     Without MODEL, the embedded one.
     """
-    from ...inspect_model import describe
+    from ...examine.describe import describe
 
     facts = describe(Path(model) if model else embedded_model(), ternary, activations, precision)
     if as_json:

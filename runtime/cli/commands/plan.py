@@ -44,7 +44,7 @@ def plan(model: str | None, as_json: bool, **flags: str | None) -> int:
 
     Without MODEL, the embedded one.
     """
-    from ...plan_model import describe_plan
+    from ...examine.forecast import describe_plan
 
     facts = describe_plan(load_config(None, os.environ, {**flags, "model": model}))
     click.echo(json.dumps(facts, ensure_ascii=False) if as_json else _text(facts))

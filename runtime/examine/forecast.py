@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ..scheduler.model.plan import ModelPlan
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.ownership import owners
-from .budget import BudgetTooSmall, SlotDecision, Wants
-from .config import Config, embedded_model
-from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
-from .room import choose_budget, own_nbytes, read_room
+from ...scheduler.model.plan import ModelPlan
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.ownership import owners
+from ..budget import BudgetTooSmall, SlotDecision, Wants
+from ..config import Config, embedded_model
+from ..model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
+from ..room import choose_budget, own_nbytes, read_room
 
 # Hit rate of LRU, exact routing, one answer at a time, by the share of experts kept. Measured on traces of
 # DeepSeek-V2-Lite (6 of 64 experts, 15 long prompts): the same family, and the flattest routing known.

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..scheduler.model.plan import ModelPlan
-from ..shm.errors import ModelFileError, OutOfResources
-from ..workers.checkpoint.formats import activation_kind, is_decoded_at_load
-from ..workers.checkpoint.gguf import GgufArray, GgufFile, TensorInfo
-from .chat.template import describe_templates
-from .config import Activations, Config, Precision, Ternary
-from .model_check import Examined, examine
-from .model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
-from .room import choose_budget, own_nbytes, read_room
-from .tensor_groups import groups, unused_names
+from ...scheduler.model.plan import ModelPlan
+from ...shm.errors import ModelFileError, OutOfResources
+from ...workers.checkpoint.formats import activation_kind, is_decoded_at_load
+from ...workers.checkpoint.gguf import GgufArray, GgufFile, TensorInfo
+from ..chat.template import describe_templates
+from ..config import Activations, Config, Precision, Ternary
+from ..model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
+from ..room import choose_budget, own_nbytes, read_room
+from .check import Examined, examine
+from .groups import groups, unused_names
 
 
 def describe(

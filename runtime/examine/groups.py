@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Set
 from typing import Any, Final
 
-from ..scheduler.model.plan import ModelPlan
-from ..workers.checkpoint.formats import Format
-from ..workers.checkpoint.gguf import GgufFile, TensorInfo
-from .budget import SlotDecision
+from ...scheduler.model.plan import ModelPlan
+from ...workers.checkpoint.formats import Format
+from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ..budget import SlotDecision
 
 EXPERTS: Final = "experts"
 IGNORED: Final = "ignored"

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..scheduler.model.plan import ModelPlan
-from ..scheduler.model.planner import read_plan
-from ..shm.errors import ModelFileError
-from ..workers.checkpoint.bitnet_types import CONFIG_NAME, TILED, find_tiling
-from ..workers.checkpoint.formats import is_decoded_at_load
-from ..workers.checkpoint.gguf import GgufFile, TensorInfo
-from ..workers.checkpoint.names import TensorProblem
-from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType
-from .chat.template import ChatTemplate, token_texts
-from .tokenizer import Tokenizer
+from ...scheduler.model.plan import ModelPlan
+from ...scheduler.model.planner import read_plan
+from ...shm.errors import ModelFileError
+from ...workers.checkpoint.bitnet_types import CONFIG_NAME, TILED, find_tiling
+from ...workers.checkpoint.formats import is_decoded_at_load
+from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.names import TensorProblem
+from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
+from ..chat.template import ChatTemplate, token_texts
+from ..tokenizer import Tokenizer
 
 MAX_PROBLEMS: Final = 64
 

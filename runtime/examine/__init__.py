@@ -1,0 +1,1 @@
+"""What a file's header tells: description, check, groups of tensors, forecast."""
