@@ -34,7 +34,7 @@ from ..workers.messages import Configure
 from ..workers.observing import ObservingWorker
 from ..workers.ownership import owners
 from .imatrix import ColumnSums
-from .room import read_room
+from .memory.room import read_room
 from .sizes import format_size
 
 Progress = Callable[[str, int, int], None]

@@ -14,12 +14,12 @@ from ...shm.arena import Arena
 from ...shm.errors import BadRequest, OutOfResources
 from ...shm.slots import arena_nbytes
 from ...workers.checkpoint.gguf import GgufFile
-from ..budget import SlotDecision, decide
 from ..chat.template import ChatTemplate, token_texts
 from ..config import Config, embedded_model
+from ..memory.budget import SlotDecision, decide
+from ..memory.choice import choose, known_counts, wants_of
+from ..memory.room import choose_budget, own_nbytes, read_room
 from ..messages import ModelFacts
-from ..model_choice import choose, known_counts, wants_of
-from ..room import choose_budget, own_nbytes, read_room
 from ..sizes import format_size
 from ..tokenizer import Tokenizer
 

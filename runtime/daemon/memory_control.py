@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...shm.errors import BadRequest, ConfigError, OutOfResources, Overloaded, SternaError
-from ..budget import SlotDecision, least_slots, spread
 from ..config import read_size
-from ..pressure import Governor, Pressure, read_pressure
-from ..room import Room, read_room
+from ..memory.budget import SlotDecision, least_slots, spread
+from ..memory.pressure import Governor, Pressure, read_pressure
+from ..memory.room import Room, read_room
 from ..sizes import format_size
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel

@@ -1,7 +1,7 @@
 """Whether a model can be run, told from its header: every problem that is seen at once, and what is unused.
 
 No tensor is read. Not in here: the plan itself, which finds the problems (`scheduler.model.planner`), memory
-(`model_choice.py`).
+(`memory/choice.py`).
 """
 
 from __future__ import annotations

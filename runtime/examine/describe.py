@@ -15,8 +15,8 @@ from ...workers.checkpoint.formats import activation_kind, is_decoded_at_load
 from ...workers.checkpoint.gguf import GgufArray, GgufFile, TensorInfo
 from ..chat.template import describe_templates
 from ..config import Activations, Config, Precision, Ternary
-from ..model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
-from ..room import choose_budget, own_nbytes, read_room
+from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
+from ..memory.room import choose_budget, own_nbytes, read_room
 from .check import Examined, examine
 from .groups import groups, unused_names
 

@@ -1,7 +1,7 @@
 """What `sterna plan` tells from a file's header: whether it fits, what is kept, how fast it will be.
 
 In here: the forecast and two probes of this machine, 0.3 s each. Not in here: the arithmetic of the budget
-(`budget.py`), which is the daemon's own.
+(`memory/budget.py`), which is the daemon's own.
 
 The forecast: a token reads the missing part of the experts that it uses from the disk, and all weights that
 it uses from memory; the slower of the two is its time, plus a message to the workers in each layer.
@@ -22,10 +22,10 @@ import numpy as np
 from ...scheduler.model.plan import ModelPlan
 from ...workers.checkpoint.gguf import GgufFile
 from ...workers.ownership import owners
-from ..budget import BudgetTooSmall, SlotDecision, Wants
 from ..config import Config, embedded_model
-from ..model_choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
-from ..room import choose_budget, own_nbytes, read_room
+from ..memory.budget import BudgetTooSmall, SlotDecision, Wants
+from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
+from ..memory.room import choose_budget, own_nbytes, read_room
 
 # Hit rate of LRU, exact routing, one answer at a time, by the share of experts kept. Measured on traces of
 # DeepSeek-V2-Lite (6 of 64 experts, 15 long prompts): the same family, and the flattest routing known.

@@ -10,7 +10,7 @@ from typing import Any, Final
 from ...scheduler.model.plan import ModelPlan
 from ...workers.checkpoint.formats import Format
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
-from ..budget import SlotDecision
+from ..memory.budget import SlotDecision
 
 EXPERTS: Final = "experts"
 IGNORED: Final = "ignored"

@@ -15,9 +15,9 @@ from sterna.runtime import activation_means, calibrated
 from sterna.runtime.activation_means import measure
 from sterna.runtime.config import embedded_model
 from sterna.runtime.imatrix import ColumnSums
+from sterna.runtime.memory.room import Room
 from sterna.runtime.quantize import quantize
 from sterna.runtime.quantize_plan import Wanted
-from sterna.runtime.room import Room
 from sterna.runtime.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
 from sterna.workers.checkpoint.encode import Encoder

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sterna.runtime.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
 from sterna.runtime.config import embedded_model
-from sterna.runtime.context_buffers import context_nbytes
+from sterna.runtime.memory.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
+from sterna.runtime.memory.buffers import context_nbytes
 from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.model import rotary
 from sterna.scheduler.model.hyper import LatentAttention

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from sterna.runtime.budget import Wants
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import embedded_model
 from sterna.runtime.examine.groups import groups
-from sterna.runtime.model_choice import choose, weights_nbytes
+from sterna.runtime.memory.budget import Wants
+from sterna.runtime.memory.choice import choose, weights_nbytes
 from sterna.scheduler.model import storage
 from sterna.scheduler.model.storage import ActivationError, measure_activations
 from sterna.shm.errors import ModelFileError

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime import pressure
 from sterna.runtime.config import Config
 from sterna.runtime.daemon import memory_control
 from sterna.runtime.daemon.loaded_model import LoadedModel
 from sterna.runtime.daemon.memory_control import MemoryControl
+from sterna.runtime.memory import pressure
 from sterna.scheduler.messages import Resize, Resized
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.resizer import Resizer

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
 
-from sterna.runtime.budget import Wants, least_slots
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, Precision
 from sterna.runtime.daemon.loaded_model import LoadedModel
-from sterna.runtime.model_choice import UNLIMITED, Choices, known_counts
+from sterna.runtime.memory.budget import Wants, least_slots
+from sterna.runtime.memory.choice import UNLIMITED, Choices, known_counts
 from sterna.scheduler.residency.policies import new_policy
 from sterna.scheduler.residency.saved_counts import COUNT_ROW, SavedCounts, read_counts
 from sterna.scheduler.spec import model_id

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.pressure import Governor, Pressure, read_pressure
-from sterna.runtime.room import PRESETS, Room, cgroup_folders, choose_budget, own_nbytes, read_room
+from sterna.runtime.memory.pressure import Governor, Pressure, read_pressure
+from sterna.runtime.memory.room import PRESETS, Room, cgroup_folders, choose_budget, own_nbytes, read_room
 from sterna.shm.errors import OutOfResources
 
 MIB, GIB = 2**20, 2**30

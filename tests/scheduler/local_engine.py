@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sterna.runtime.budget import spread
 from sterna.runtime.config import embedded_model
+from sterna.runtime.memory.budget import spread
 from sterna.scheduler import state as st
 from sterna.scheduler.crew import Crew
 from sterna.scheduler.dense import fill_dense

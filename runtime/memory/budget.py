@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..scheduler.kv import StreamShape
-from ..scheduler.model.hyper import GroupedAttention, LatentAttention
-from ..scheduler.model.plan import ModelPlan
-from ..shm.errors import ConfigError, OutOfResources
-from ..shm.slots import arena_nbytes, slots_at
-from .config import resident_count
-from .context_buffers import context_nbytes
-from .sizes import format_size
+from ...scheduler.kv import StreamShape
+from ...scheduler.model.hyper import GroupedAttention, LatentAttention
+from ...scheduler.model.plan import ModelPlan
+from ...shm.errors import ConfigError, OutOfResources
+from ...shm.slots import arena_nbytes, slots_at
+from ..config import resident_count
+from ..sizes import format_size
+from .buffers import context_nbytes
 
 _MIB = 2**20
 

@@ -5,9 +5,9 @@ Not here: buffers of a step's tokens (`budget.batch_nbytes`) and the cache itsel
 
 from __future__ import annotations
 
-from ..scheduler.kv import StreamShape
-from ..scheduler.model.hyper import GroupedAttention
-from ..scheduler.model.plan import ModelPlan
+from ...scheduler.kv import StreamShape
+from ...scheduler.model.hyper import GroupedAttention
+from ...scheduler.model.plan import ModelPlan
 
 
 def context_nbytes(plan: ModelPlan, shape: StreamShape, threads: int) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..shm.errors import OutOfResources
-from .sizes import format_size
+from ...shm.errors import OutOfResources
+from ..sizes import format_size
 
 _GIB, _MIB = 2**30, 2**20
 

@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from ..scheduler.model.plan import ModelPlan
-from ..scheduler.model.planner import read_plan
-from ..scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
-from ..scheduler.residency.precision_plan import preset_precisions
-from ..scheduler.residency.saved_counts import read_counts
-from ..scheduler.spec import model_id
-from ..shm.errors import ConfigError, OutOfResources
-from ..shm.slots import arena_nbytes
-from ..workers.checkpoint.formats import DEFAULT_STORAGE, Storage
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.user_cache import user_cache
+from ...scheduler.model.plan import ModelPlan
+from ...scheduler.model.planner import read_plan
+from ...scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
+from ...scheduler.residency.precision_plan import preset_precisions
+from ...scheduler.residency.saved_counts import read_counts
+from ...scheduler.spec import model_id
+from ...shm.errors import ConfigError, OutOfResources
+from ...shm.slots import arena_nbytes
+from ...workers.checkpoint.formats import DEFAULT_STORAGE, Storage
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.user_cache import user_cache
+from ..config import Activations, Config, Precision, Ternary
+from ..sizes import format_size
 from .budget import SlotDecision, Wants, decide
-from .config import Activations, Config, Precision, Ternary
-from .precision_choice import assign, can_convert
-from .sizes import format_size
+from .precisions import assign, can_convert
 
 UNLIMITED = 2**62
 

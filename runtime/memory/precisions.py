@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..scheduler.model.plan import ModelPlan
-from ..scheduler.residency.precision_plan import ExpertPrecisions, typical_errors
+from ...scheduler.model.plan import ModelPlan
+from ...scheduler.residency.precision_plan import ExpertPrecisions, typical_errors
 from .budget import SlotDecision, Wants, decide
 
 
