@@ -11,7 +11,7 @@ import os
 
 from hypothesis import settings
 
-from sterna.runtime.kernel_environment import SETTINGS
+from sterna.runtime.processes.kernel_environment import SETTINGS
 from sterna.workers.kernels.cache import cache_dir
 
 os.environ.update(SETTINGS)

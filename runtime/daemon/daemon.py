@@ -32,9 +32,9 @@ from ...shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown
 from .. import codec
 from ..config import Config
 from ..messages import Limits, Welcome
-from ..nursery_wire import Warm
+from ..processes.nursery_wire import Warm
+from ..processes.supervisor import Supervisor, WarmProgress
 from ..sockets import ipc_path, server_socket
-from ..supervisor import Supervisor, WarmProgress
 from .endpoint import Endpoint
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel

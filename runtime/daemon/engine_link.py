@@ -22,9 +22,9 @@ from ...scheduler.spec import SchedulerSpec
 from ...shm.errors import EngineLost, OutOfResources, StartFailed, SternaError, error_of
 from ...workers.spec import WorkerSpec
 from ...workers.user_cache import user_cache
-from ..child import Child
 from ..config import Config
-from ..supervisor import Supervisor
+from ..processes.child import Child
+from ..processes.supervisor import Supervisor
 from .loaded_model import LoadedModel
 from .socket_reader import SocketReader
 

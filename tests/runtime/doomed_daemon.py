@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from sterna.runtime.supervisor import Supervisor
+from sterna.runtime.processes.supervisor import Supervisor
 
 
 async def main() -> None:

@@ -85,7 +85,7 @@ def test_warm_uses_the_cache_of_the_daemon() -> None:
     """The nursery's own environment names the same folder."""
     body = json.loads(sterna("warm", "--json", timeout=600)[1])
     script = (
-        "import os\nfrom sterna.runtime.nursery import Nursery\nimport socket\n"
+        "import os\nfrom sterna.runtime.processes.nursery import Nursery\nimport socket\n"
         "Nursery(socket.socketpair()[0])._prepare_imports()\nprint(os.environ['NUMBA_CACHE_DIR'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENV, timeout=60)

@@ -9,8 +9,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from sterna.runtime import kernel_target
-from sterna.runtime.kernel_target import VARIABLE, proven_target
+from sterna.runtime.processes import kernel_target
+from sterna.runtime.processes.kernel_target import VARIABLE, proven_target
 from sterna.shm.errors import StartFailed
 from sterna.workers.kernels import features
 from sterna.workers.kernels.cache import cache_dir, cache_root, sources_digest

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime import nursery_wire as wire
-from sterna.runtime.nursery import resolve
+from sterna.runtime.processes import nursery_wire as wire
+from sterna.runtime.processes.nursery import resolve
 from sterna.workers.kernels.cache import sources_digest
 
 HERE = Path(__file__).parent
@@ -87,7 +87,7 @@ class Running:
 def nursery(pair: Pair, tmp_path: Path) -> Iterator[Running]:
     """Start a nursery and hand it over once it has said that it is ready."""
     ours, theirs = pair
-    command = [sys.executable, "-m", "sterna.runtime.nursery", str(theirs.fileno())]
+    command = [sys.executable, "-m", "sterna.runtime.processes.nursery", str(theirs.fileno())]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),

@@ -20,9 +20,9 @@ import psutil
 import pytest
 import uvloop
 
-from sterna.runtime.child import Child, ExitStatus
-from sterna.runtime.nursery_wire import Warm
-from sterna.runtime.supervisor import Supervisor, WarmProgress
+from sterna.runtime.processes.child import Child, ExitStatus
+from sterna.runtime.processes.nursery_wire import Warm
+from sterna.runtime.processes.supervisor import Supervisor, WarmProgress
 from sterna.shm.errors import StartFailed
 
 HERE = Path(__file__).parent

@@ -26,7 +26,7 @@ from ..signals import exit_on_sigterm
 if TYPE_CHECKING:
     from ....workers.checkpoint.formats import Format
     from ...bench.kernels import Options
-    from ...kernel_environment import KernelEnvironment
+    from ...processes.kernel_environment import KernelEnvironment
 
 Kinds: TypeAlias = Sequence[tuple[str, int]]
 
@@ -181,7 +181,7 @@ def _run_steps(kinds: Kinds | None, taken: list[dict[str, Any]]) -> KernelEnviro
     """Run the steps of `scheduler.warm`, and append name and seconds of each that is done."""
     with StartProgress() as progress:
         progress.update(_PROOF, 0, 1)
-        from ...kernel_environment import prepare
+        from ...processes.kernel_environment import prepare
 
         environment = prepare()
         progress.update(_PROOF, 1, 1)

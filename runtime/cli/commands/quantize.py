@@ -126,7 +126,7 @@ def quantize(
 
         check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
         with _stoppable(calibrates=text is not None) as progress:
-            from ...kernel_environment import prepare
+            from ...processes.kernel_environment import prepare
 
             prepare()
             from ...quantize import quantize as convert

@@ -67,7 +67,7 @@ def simulate(
     figure_class = _figure_class() if plot else None
     # A process that has numba already keeps its own settings.
     if "numba" not in sys.modules:
-        from ...kernel_environment import prepare
+        from ...processes.kernel_environment import prepare
 
         prepare()
     from ....scheduler.residency.simulate import CACHE_PRIOR, Setting, compare

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..shm.errors import NotPermitted
-from ..workers.kernels.cache import cache_dir
+from ...shm.errors import NotPermitted
+from ...workers.kernels.cache import cache_dir
 from .kernel_target import VARIABLE, proven_target
 
 # OpenBLAS starts its threads when numpy is imported; Numba's default layer may be GNU OpenMP,

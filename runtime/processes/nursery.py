@@ -1,6 +1,6 @@
 """The nursery: one small single-threaded process that has the kernels loaded and forks the others.
 
-Started by the daemon as `python -m sterna.runtime.nursery FD`. It warms the kernels up, forks the
+Started by the daemon as `python -m sterna.runtime.processes.nursery FD`. It warms the kernels up, forks the
 scheduler and the workers on request, hands their pidfds over and reports how they end. It decides
 nothing: who runs, who is replaced and when to stop is the daemon's (supervisor.py). When the daemon
 goes, by whatever death, the nursery goes, and all children with it.
@@ -28,7 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, cast
 
-from ..shm.errors import SternaError
+from ...shm.errors import SternaError
 from . import nursery_wire as wire
 from .trim import trim
 

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..shm.errors import StartFailed
-from ..workers.kernels.cache import cache_dir, cache_root, sources_digest
+from ...shm.errors import StartFailed
+from ...workers.kernels.cache import cache_dir, cache_root, sources_digest
 
 VARIABLE = "STERNA_KERNEL_TARGET"
 TIMEOUT_S = 600.0  # it compiles
@@ -36,7 +36,7 @@ def proven_target() -> str:
     if os.environ.get(VARIABLE):
         return os.environ[VARIABLE]
     memory = cache_root() / f"target-{_machine_digest()}"
-    from ..workers.kernels.features import TARGETS, candidates
+    from ...workers.kernels.features import TARGETS, candidates
 
     with contextlib.suppress(OSError):
         remembered = memory.read_text(errors="replace")

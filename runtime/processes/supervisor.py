@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..shm.errors import StartFailed
+from ...shm.errors import StartFailed
 from . import nursery_wire as wire
 from .child import Child, ExitStatus, collect_orphan
 
@@ -370,7 +370,7 @@ def _start_nursery(
         raise StartFailed(f"cannot start the nursery: {error.strerror}") from error
     ours.setblocking(False)
     # -P: a file msgspec.py in the current folder must not become part of us.
-    command = [sys.executable, "-P", "-m", "sterna.runtime.nursery", str(theirs.fileno())]
+    command = [sys.executable, "-P", "-m", "sterna.runtime.processes.nursery", str(theirs.fileno())]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     try:
         process = subprocess.Popen(
