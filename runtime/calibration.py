@@ -23,7 +23,7 @@ import msgspec
 from ..scheduler.spec import model_id
 from ..shm.errors import NotPermitted
 from ..workers.user_cache import user_cache
-from .messages import Basis
+from .protocol.messages import Basis
 
 log = logging.getLogger("sterna.calibration")
 

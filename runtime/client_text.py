@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 from ..shm.errors import BadRequest
-from . import codec
-from .chat_messages import without_unused
 from .client import replies as core
-from .messages import ApplyTemplate, Detokenize, Detokenized, Templated, Tokenize, Tokenized
+from .protocol import codec
+from .protocol.chat import without_unused
+from .protocol.messages import ApplyTemplate, Detokenize, Detokenized, Templated, Tokenize, Tokenized
 
 if TYPE_CHECKING:
     from .client.async_client import AsyncClient, AsyncStream

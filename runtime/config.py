@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..shm.errors import ConfigError, ModelNotFound
 from . import sizes
-from .sockets import check_url, default_socket_url
+from .protocol.sockets import check_url, default_socket_url
 
 Lane = Literal["auto", "zmq"]
 CacheType = Literal["f16", "f32"]

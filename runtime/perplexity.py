@@ -18,7 +18,7 @@ import numpy as np
 from .calibration import Point, envelope
 from .client.client import Client
 from .client.results import Result, RoutingFacts
-from .messages import Basis
+from .protocol.messages import Basis
 
 # Neighbouring tokens are hard or easy together; beyond a sentence or two no longer.
 BLOCK_TOKENS = 32

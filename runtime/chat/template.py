@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any, Final
 
 from ...shm.errors import BadRequest, ModelFileError, TooLong
-from ..chat_messages import ChatMessage, Forms, Function, ToolCall
+from ..protocol.chat import ChatMessage, Forms, Function, ToolCall
 from ..tokenizer import Tokenizer
 from .process import ChatProcess, RenderDiedError
 

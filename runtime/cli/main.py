@@ -236,7 +236,7 @@ def tokenize(text: str, socket: str | None, special: bool, as_json: bool) -> int
 
 def _client(socket: str | None) -> Client:
     from ..client.client import Client
-    from ..sockets import check_url
+    from ..protocol.sockets import check_url
 
     return Client(None if socket is None else check_url(socket, "--socket"))
 

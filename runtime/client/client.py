@@ -22,7 +22,7 @@ import zmq
 from ... import __version__
 from ...shm.errors import SternaError
 from ..client_text import TextCalls
-from ..messages import (
+from ..protocol.messages import (
     Cancel,
     Drain,
     Drained,
@@ -37,7 +37,7 @@ from ..messages import (
     Status,
     Welcome,
 )
-from ..sockets import check_url, default_socket_url
+from ..protocol.sockets import check_url, default_socket_url
 from . import replies as core
 from .embedding import embed_texts
 from .results import Chunk, Result

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...shm.errors import BadRequest, Overloaded
-from .. import codec
-from ..messages import Embed, Embedded, Failed
+from ..protocol import codec
+from ..protocol.messages import Embed, Embedded, Failed
 from . import replies as core
 
 if TYPE_CHECKING:

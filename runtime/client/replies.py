@@ -22,8 +22,8 @@ from ...shm.errors import (
     UsageError,
     request_error,
 )
-from .. import codec
-from ..messages import (
+from ..protocol import codec
+from ..protocol.messages import (
     Accepted,
     Detokenized,
     Drained,
@@ -45,7 +45,7 @@ from ..messages import (
     Tokens,
     Welcome,
 )
-from ..sockets import unreachable
+from ..protocol.sockets import unreachable
 from .results import Chunk, Result
 
 DEFAULT_TIMEOUT_S = 300.0

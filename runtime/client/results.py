@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..messages import FinishReason, RoutingFacts, Timings, TokenLogprob, Usage
+from ..protocol.messages import FinishReason, RoutingFacts, Timings, TokenLogprob, Usage
 
 __all__ = ["Chunk", "FinishReason", "Result", "RoutingFacts", "Timings", "TokenLogprob", "Usage"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import zmq
 
 from ...shm.errors import DaemonUnreachable, OutOfResources
-from ..messages import Message
-from ..sockets import client_socket, probe
+from ..protocol.messages import Message
+from ..protocol.sockets import client_socket, probe
 from .replies import Event, Link, went_away
 
 _LOSS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL

@@ -12,7 +12,7 @@ from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import Cancelled
 from ..calibration import Allowance
 from ..detokenizer import StopMatcher, StreamDetokenizer
-from ..messages import (
+from ..protocol.messages import (
     Embedded,
     Failed,
     Finished,

@@ -29,12 +29,12 @@ import sterna
 
 from ...scheduler.messages import Loading
 from ...shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
-from .. import codec
 from ..config import Config
-from ..messages import Limits, Welcome
 from ..processes.nursery_wire import Warm
 from ..processes.supervisor import Supervisor, WarmProgress
-from ..sockets import ipc_path, server_socket
+from ..protocol import codec
+from ..protocol.messages import Limits, Welcome
+from ..protocol.sockets import ipc_path, server_socket
 from .endpoint import Endpoint
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel

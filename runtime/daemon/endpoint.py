@@ -18,8 +18,8 @@ from typing import Any
 import zmq
 
 from ...shm.errors import Overloaded, ProtocolError, SternaError, TooLong
-from .. import codec
-from ..messages import (
+from ..protocol import codec
+from ..protocol.messages import (
     ApplyTemplate,
     Cancel,
     Detokenize,

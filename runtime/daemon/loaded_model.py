@@ -19,7 +19,7 @@ from ..config import Config, embedded_model
 from ..memory.budget import SlotDecision, decide
 from ..memory.choice import choose, known_counts, wants_of
 from ..memory.room import choose_budget, own_nbytes, read_room
-from ..messages import ModelFacts
+from ..protocol.messages import ModelFacts
 from ..sizes import format_size
 from ..tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
 from ..calibration import Allowance, Calibration
 from ..config import Config
-from ..messages import (
+from ..protocol.messages import (
     Accepted,
     ApplyTemplate,
     Embed,

@@ -21,9 +21,9 @@ from typing import Self
 import numpy as np
 import zmq
 
-from sterna.runtime import codec
-from sterna.runtime import messages as m
-from sterna.runtime.sockets import server_socket
+from sterna.runtime.protocol import codec
+from sterna.runtime.protocol import messages as m
+from sterna.runtime.protocol.sockets import server_socket
 
 FACTS = m.ModelFacts(
     name="tiny", path="/models/tiny.gguf", architecture="test", context_length=512, vocab_size=256

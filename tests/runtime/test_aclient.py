@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import uvloop
 
-from sterna.runtime import messages as m
 from sterna.runtime.client import replies
 from sterna.runtime.client.async_client import AsyncClient
+from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
     REQUEST_ERRORS,
     BadRequest,

@@ -12,7 +12,7 @@ import pytest
 
 from sterna.runtime.chat.renderer import MEMORY_NBYTES
 from sterna.runtime.chat.template import KEY, MAX_SOURCE_BYTES, ChatTemplate, describe_templates
-from sterna.runtime.chat_messages import MAX_MESSAGES, ChatMessage
+from sterna.runtime.protocol.chat import MAX_MESSAGES, ChatMessage
 from sterna.shm.errors import BadRequest, ModelFileError
 
 NOW = datetime(2026, 11, 21, 12, 0)

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from sterna.runtime.chat.template import KEY, ChatTemplate
-from sterna.runtime.chat_messages import ChatMessage
+from sterna.runtime.protocol.chat import ChatMessage
 from sterna.shm.errors import SternaError
 
 pytestmark = pytest.mark.slow

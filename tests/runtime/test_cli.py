@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from sterna import __version__
-from sterna.runtime import messages as m
 from sterna.runtime.cli import main, private_daemon, render
 from sterna.runtime.config import SETTINGS, flag_of
+from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
 
 from .peer import Peer

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime import messages as m
 from sterna.runtime.cli import main, render
 from sterna.runtime.cli.commands.quality import fraction
+from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import UsageError
 
 from ..families.tiny_files import write

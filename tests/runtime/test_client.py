@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime import messages as m
 from sterna.runtime.client import replies
 from sterna.runtime.client.client import Client
+from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
     REQUEST_ERRORS,
     BadRequest,

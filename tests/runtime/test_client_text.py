@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sterna import Client
-from sterna.runtime import codec
-from sterna.runtime.chat_messages import ChatMessage
 from sterna.runtime.client_text import template_message
-from sterna.runtime.messages import ApplyTemplate
+from sterna.runtime.protocol import codec
+from sterna.runtime.protocol.chat import ChatMessage
+from sterna.runtime.protocol.messages import ApplyTemplate
 from sterna.shm.errors import BadRequest
 
 TALK = [{"role": "user", "content": "Hi"}]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sterna.runtime import codec, messages
-from sterna.runtime.chat_messages import ChatMessage, Function
-from sterna.runtime.messages import REPLIES, REQUESTS, ApplyTemplate, Embed, Generate, Message
+from sterna.runtime.protocol import codec, messages
+from sterna.runtime.protocol.chat import ChatMessage, Function
+from sterna.runtime.protocol.messages import REPLIES, REQUESTS, ApplyTemplate, Embed, Generate, Message
 from sterna.shm.errors import BadRequest, ProtocolError, SternaError
 
 TALK = [{"role": "user", "content": "Hi"}]

@@ -19,8 +19,8 @@ from sterna.runtime.config import (
     read_size,
     resident_count,
 )
+from sterna.runtime.protocol.sockets import check_url, default_socket_url, probe
 from sterna.runtime.sizes import format_size
-from sterna.runtime.sockets import check_url, default_socket_url, probe
 from sterna.shm.errors import ConfigError, DaemonUnreachable, NotPermitted
 
 SOCKET = "ipc:///run/test/s.sock"

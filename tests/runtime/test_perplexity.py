@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sterna.runtime.calibration import Point, Table, envelope
-from sterna.runtime.messages import RoutingFacts
 from sterna.runtime.perplexity import (
     MAX_EPSILON,
     RUNS_PER_BUDGET,
@@ -19,6 +18,7 @@ from sterna.runtime.perplexity import (
     rise,
     search,
 )
+from sterna.runtime.protocol.messages import RoutingFacts
 
 
 def test_rise_is_the_ratio_of_perplexities() -> None:

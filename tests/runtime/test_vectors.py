@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sterna import AsyncClient, Client
-from sterna.runtime import messages as m
 from sterna.runtime.client.embedding import WINDOW, Embedding
+from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import BadRequest, EngineLost, Overloaded, ProtocolError, TooLong
 
 from .peer import Peer

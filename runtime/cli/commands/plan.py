@@ -60,7 +60,7 @@ def memory(size: str, socket: str | None, as_json: bool) -> int:
     if size != "auto":
         read_size(size, "SIZE")
     from ...client.client import Client
-    from ...sockets import check_url
+    from ...protocol.sockets import check_url
 
     with Client(None if socket is None else check_url(socket, "--socket")) as client:
         held = client.resize(size)

@@ -27,9 +27,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
-from ..scheduler.messages import Pooling
-from ..shm.errors import BadRequest
-from .chat_messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage
+from ...scheduler.messages import Pooling
+from ...shm.errors import BadRequest
+from .chat import MAX_MESSAGES, MAX_TOOLS, ChatMessage
 
 MAX_ID_CHARS = 64
 MAX_STOP_BYTES = 256

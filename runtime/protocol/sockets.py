@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..shm.errors import ConfigError, DaemonUnreachable, NotPermitted
+from ...shm.errors import ConfigError, DaemonUnreachable, NotPermitted
 
 if TYPE_CHECKING:
     import zmq

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from msgspec import Meta, Struct
 
-from ..shm.errors import BadRequest
+from ...shm.errors import BadRequest
 
 MAX_MESSAGES = 16_384
 MAX_PARTS = 1024

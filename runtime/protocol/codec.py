@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import msgpack  # type: ignore[import-untyped]
 import msgspec
 
-from ..shm.errors import BadRequest, ProtocolError, RequestError
+from ...shm.errors import BadRequest, ProtocolError, RequestError
 from .messages import MAX_ID_CHARS, REPLIES, REQUESTS, Message, Reply, Request, tag_of
 
 PROTOCOL = 1

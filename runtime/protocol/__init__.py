@@ -1,0 +1,1 @@
+"""What travels between clients and daemon: messages, codec, sockets."""
