@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from ...scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
 from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import Cancelled
-from ..calibration import Allowance
 from ..detokenizer import StopMatcher, StreamDetokenizer
 from ..protocol.messages import (
     Embedded,
@@ -24,6 +23,7 @@ from ..protocol.messages import (
     TokenLogprob,
     Usage,
 )
+from ..quality.calibration import Allowance
 from ..tokenizer import Tokenizer
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from ...scheduler.messages import Step, StreamsFailed
 from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
-from ..calibration import Allowance, Calibration
 from ..config import Config
 from ..protocol.messages import (
     Accepted,
@@ -31,6 +30,7 @@ from ..protocol.messages import (
     TokenItem,
     Tokens,
 )
+from ..quality.calibration import Allowance, Calibration
 from .answers import Answer
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel

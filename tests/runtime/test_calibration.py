@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.calibration import (
+from sterna.runtime.config import embedded_model
+from sterna.runtime.quality.calibration import (
     UNCALIBRATED_EPSILON,
     Allowance,
     Calibration,
@@ -18,7 +19,6 @@ from sterna.runtime.calibration import (
     envelope,
     store,
 )
-from sterna.runtime.config import embedded_model
 from sterna.shm.errors import NotPermitted
 
 

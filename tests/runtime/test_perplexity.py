@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from sterna.runtime.calibration import Point, Table, envelope
-from sterna.runtime.perplexity import (
+from sterna.runtime.protocol.messages import RoutingFacts
+from sterna.runtime.quality.calibration import Point, Table, envelope
+from sterna.runtime.quality.perplexity import (
     MAX_EPSILON,
     RUNS_PER_BUDGET,
     Routing,
@@ -18,7 +19,6 @@ from sterna.runtime.perplexity import (
     rise,
     search,
 )
-from sterna.runtime.protocol.messages import RoutingFacts
 
 
 def test_rise_is_the_ratio_of_perplexities() -> None:

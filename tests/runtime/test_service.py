@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-from sterna.runtime.calibration import UNCALIBRATED_EPSILON
 from sterna.runtime.config import Config, embedded_model
 from sterna.runtime.daemon.engine_link import EngineLink
 from sterna.runtime.daemon.loaded_model import LoadedModel
 from sterna.runtime.daemon.service import Service
 from sterna.runtime.protocol import messages as m
+from sterna.runtime.quality.calibration import UNCALIBRATED_EPSILON
 from sterna.scheduler.messages import RoutingReport, Step, StreamsFailed, StreamStep, Submit
 from sterna.shm.errors import BadRequest, TooLong
 

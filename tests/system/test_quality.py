@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sterna.runtime.calibration import Stored
 from sterna.runtime.client.results import Result
+from sterna.runtime.quality.calibration import Stored
 
 from .conftest import Serve
 from .daemon_process import COMMAND, Daemon, clean_env, wait_until

@@ -1,7 +1,7 @@
 """The commands `sterna perplexity`, `calibrate` and `trace`: a text through a daemon of its own.
 
-In here: arguments, progress and printing. Not in here: scoring and search (`perplexity.py`), what a budget
-means afterwards (`calibration.py`).
+In here: arguments, progress and printing. Not in here: scoring and search (`quality/perplexity.py`), what a budget
+means afterwards (`quality/calibration.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..render import grid, table
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ...calibration import Point, Table
     from ...client.client import Client
-    from ...perplexity import How, Progress, Scores
+    from ...quality.calibration import Point, Table
+    from ...quality.perplexity import How, Progress, Scores
 
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_BUDGET = 0.1
@@ -116,7 +116,7 @@ def perplexity(
 
     MODEL may be `embedded`.
     """
-    from ...perplexity import How, score, windows
+    from ...quality.perplexity import How, score, windows
 
     lossy = _routing(routing, quality_budget, lost_mass)
     stepped = lossy if stepped is None else stepped
@@ -149,7 +149,7 @@ def _routing(routing: str | None, quality_budget: float | None, lost_mass: float
 
 
 def _facts(scores: Scores, how: How, exact: Scores | None) -> dict[str, Any]:
-    from ...perplexity import mean_difference, rise
+    from ...quality.perplexity import mean_difference, rise
 
     facts: dict[str, Any] = {
         "perplexity": scores.perplexity,
@@ -200,7 +200,7 @@ def calibrate(
     TEXT is scored one token per step, exactly and with several budgets; the memory settings decide how many
     experts are there. Ctrl-C keeps what was measured.
     """
-    from ...calibration import cache_path, store
+    from ...quality.calibration import cache_path, store
 
     wanted = [fraction(part.strip(), "--budgets") for part in budgets.split(",")]
     path = _model_path(model)
@@ -228,8 +228,8 @@ def _measure(
     progress: Progress,
 ) -> Iterator[Table]:
     """Yield the table after each epsilon that was measured; the last one is the whole."""
-    from ...calibration import SHARE_DIGITS, Table
-    from ...perplexity import How, point, resident_share, score, search, windows
+    from ...quality.calibration import SHARE_DIGITS, Table
+    from ...quality.perplexity import How, point, resident_share, score, search, windows
 
     share = round(resident_share(client), SHARE_DIGITS)
     if share >= 1:
@@ -293,7 +293,7 @@ def trace(
 
     TEXT is computed one token per step, as an answer is; with --generate it is a prompt instead.
     """
-    from ...perplexity import How, score, windows
+    from ...quality.perplexity import How, score, windows
 
     path = Path(output).absolute()
     if path.exists():

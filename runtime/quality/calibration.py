@@ -20,10 +20,10 @@ from pathlib import Path
 
 import msgspec
 
-from ..scheduler.spec import model_id
-from ..shm.errors import NotPermitted
-from ..workers.user_cache import user_cache
-from .protocol.messages import Basis
+from ...scheduler.spec import model_id
+from ...shm.errors import NotPermitted
+from ...workers.user_cache import user_cache
+from ..protocol.messages import Basis
 
 log = logging.getLogger("sterna.calibration")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ..client.client import Client
+from ..client.results import Result, RoutingFacts
+from ..protocol.messages import Basis
 from .calibration import Point, envelope
-from .client.client import Client
-from .client.results import Result, RoutingFacts
-from .protocol.messages import Basis
 
 # Neighbouring tokens are hard or easy together; beyond a sentence or two no longer.
 BLOCK_TOKENS = 32

@@ -1,0 +1,1 @@
+"""Measuring what a quality budget costs: calibration, perplexity."""
