@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sterna.runtime.cli.render import grid
-from sterna.runtime.quantize_plan import WEIGHTED
+from sterna.runtime.quantize.plan import WEIGHTED
 from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.checkpoint.writer import lay_out

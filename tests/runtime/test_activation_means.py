@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
-from sterna.runtime import activation_means, calibrated
-from sterna.runtime.activation_means import measure
 from sterna.runtime.config import embedded_model
-from sterna.runtime.imatrix import ColumnSums
 from sterna.runtime.memory.room import Room
-from sterna.runtime.quantize import quantize
-from sterna.runtime.quantize_plan import Wanted
+from sterna.runtime.quantize import activations, column_weights
+from sterna.runtime.quantize.activations import measure
+from sterna.runtime.quantize.convert import quantize
+from sterna.runtime.quantize.imatrix import ColumnSums
+from sterna.runtime.quantize.plan import Wanted
 from sterna.runtime.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
 from sterna.workers.checkpoint.encode import Encoder
@@ -91,7 +91,7 @@ def test_the_middle_is_what_numpy_makes_of_the_input(
 ) -> None:
     found: list[tuple[Floats, Floats]] = []
 
-    class Watched(activation_means._Model):
+    class Watched(activations._Model):
         def _see_expert(self, layer: int, expert: int, x: Floats, middle: Floats) -> None:  # type: ignore[override]
             if layer == 4 and len(found) < 5:
                 wide = x.astype(np.float64)
@@ -113,7 +113,7 @@ def test_what_was_measured_on_one_text_lowers_the_error_on_another(
     name = "blk.2.attn_q_b.weight"
     read: list[Floats] = []
 
-    class Watched(activation_means._Model):
+    class Watched(activations._Model):
         def _see_dense(self, key: str, rows: Floats) -> None:  # type: ignore[override]
             if self._plan.dense[key].tensor.name == name:
                 read.append(rows[0].astype(np.float64))
@@ -189,12 +189,12 @@ def test_a_run_that_goes_on_does_not_measure_again(
     def progress(what: str, done: int, total: int) -> None:
         seen.append(what)
 
-    calibration = calibrated.from_text(file, TEXT, 24, out, progress)
+    calibration = column_weights.from_text(file, TEXT, 24, out, progress)
     assert (seen, list(tmp_path.iterdir())) == ([], [])
     first = calibration.weights()
     assert set(seen) == {"calibrating"}
     monkeypatch.setattr(calibrated, "measure", None)
-    again = calibrated.from_text(file, TEXT, 24, out, progress)
+    again = column_weights.from_text(file, TEXT, 24, out, progress)
     second = again.weights()
     for name, values in first.items():
         assert (second[name] == values).all()
@@ -216,7 +216,7 @@ def test_what_was_measured_is_for_one_input(tmp_path: Path) -> None:
     def measured() -> bool:
         seen: set[str] = set()
         with GgufFile.open(copy) as file:
-            calibrated.from_text(file, TEXT, 2, out, lambda what, done, total: seen.add(what)).weights()
+            column_weights.from_text(file, TEXT, 2, out, lambda what, done, total: seen.add(what)).weights()
         return bool(seen)
 
     assert [measured(), measured()] == [True, False]

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime import quantize as conversion
 from sterna.runtime.config import embedded_model
-from sterna.runtime.quantize import quantize
-from sterna.runtime.quantize_plan import TYPES, WEIGHTED, Wanted, choose, parse_override
+from sterna.runtime.quantize import convert as conversion
+from sterna.runtime.quantize.convert import quantize
+from sterna.runtime.quantize.plan import TYPES, WEIGHTED, Wanted, choose, parse_override
 from sterna.shm.errors import (
     AlreadyRunning,
     ModelFileError,

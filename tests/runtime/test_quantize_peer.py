@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sterna.runtime.config import embedded_model
-from sterna.runtime.quantize import quantize
-from sterna.runtime.quantize_plan import TYPES, Wanted
+from sterna.runtime.quantize.convert import quantize
+from sterna.runtime.quantize.plan import TYPES, Wanted
 from sterna.runtime.tokenizer import Tokenizer
 from sterna.workers.checkpoint.gguf import GgufFile
 

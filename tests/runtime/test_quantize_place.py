@@ -18,8 +18,8 @@ import pytest
 
 from sterna.runtime.cli import main
 from sterna.runtime.cli.commands.quantize import _stoppable, _warn
-from sterna.runtime.quantize import quantize
-from sterna.runtime.quantize_plan import TYPES, Wanted
+from sterna.runtime.quantize.convert import quantize
+from sterna.runtime.quantize.plan import TYPES, Wanted
 from sterna.shm.errors import (
     AlreadyRunning,
     ModelFileError,

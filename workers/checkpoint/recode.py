@@ -1,6 +1,6 @@
 """From rows of one file type to rows of another, a few at a time; what it costs in precision is sampled.
 
-Not in here: which tensors become what (`runtime.quantize_plan`), and files.
+Not in here: which tensors become what (`runtime.quantize.plan`), and files.
 """
 
 from __future__ import annotations

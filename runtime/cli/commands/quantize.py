@@ -14,16 +14,16 @@ import click
 
 from ....shm.errors import UsageError
 from ...config import embedded_model
-from ...quantize_plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
+from ...quantize.plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
 from ..reading import read_file
 from ..render import grid, one_line
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ....workers.checkpoint.gguf import GgufFile
-    from ...calibrated import Calibration
-    from ...quantize import Report
-    from ...quantize_report import Group
+    from ...quantize.column_weights import Calibration
+    from ...quantize.convert import Report
+    from ...quantize.report import Group
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,14 +122,14 @@ def quantize(
     with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
         if dry_run:
             return _show_choices(file, wanted, as_json)
-        from ...quantize_journal import check_place
+        from ...quantize.journal import check_place
 
         check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
         with _stoppable(calibrates=text is not None) as progress:
             from ...processes.kernel_environment import prepare
 
             prepare()
-            from ...quantize import quantize as convert
+            from ...quantize.convert import quantize as convert
 
             calibration = _calibration(file, content, tokens, imatrix, out, progress)
             report = convert(
@@ -151,7 +151,7 @@ def quantize(
 
 def _show_choices(file: GgufFile, wanted: Wanted, as_json: bool) -> int:
     """Print what would become of each tensor."""
-    from ...quantize_report import groups
+    from ...quantize.report import groups
 
     found = groups(choose(file, wanted))
     click.echo(_json(found, {}) if as_json else _table(found))
@@ -194,7 +194,7 @@ def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
 def _calibration(
     file: GgufFile, content: str | None, tokens: int, imatrix: str | None, out: Path, progress: Progress
 ) -> Calibration:
-    from ...calibrated import Calibration, from_imatrix, from_text
+    from ...quantize.column_weights import Calibration, from_imatrix, from_text
 
     if content is not None:
         return from_text(file, content, tokens, out, progress)

@@ -13,11 +13,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import ModelFileError
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.checkpoint.types import TYPES_BY_NAME, dequantize
-from ..workers.checkpoint.writer import lay_out, string_value
-from .quantize_journal import write_error
+from ...shm.errors import ModelFileError
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from ...workers.checkpoint.writer import lay_out, string_value
+from .journal import write_error
 
 Floats = npt.NDArray[np.float32]
 

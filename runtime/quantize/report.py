@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .quantize_journal import Done
-from .quantize_plan import Choice
+from .journal import Done
+from .plan import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

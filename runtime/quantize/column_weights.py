@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import ModelFileError, ModelNotFound, UsageError
-from ..workers.checkpoint.gguf import GgufFile
-from .activation_means import measure
+from ...shm.errors import ModelFileError, ModelNotFound, UsageError
+from ...workers.checkpoint.gguf import GgufFile
+from ..tokenizer import Tokenizer
+from .activations import measure
 from .imatrix import ColumnSums
-from .quantize_journal import identify, side_path
-from .tokenizer import Tokenizer
+from .journal import identify, side_path
 
 Progress = Callable[[str, int, int], None]
 Weights = dict[str, npt.NDArray[np.float32]]

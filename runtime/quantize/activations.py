@@ -2,7 +2,7 @@
 
 The text runs through the model in this process, exactly and with every step that serving takes; matrices
 and workers show what they read. In here: running and summing. Not in here: quantising with the result
-(`quantize.py`), storing it (`imatrix.py`). Imports numba.
+(`convert.py`), storing it (`imatrix.py`). Imports numba.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..scheduler.crew import Crew
-from ..scheduler.dense import OBSERVER, fill_dense
-from ..scheduler.engine import Engine
-from ..scheduler.expert_runner import ExpertRunner
-from ..scheduler.kv import StreamMemory, StreamShape
-from ..scheduler.local_lane import LocalLane
-from ..scheduler.messages import Sampling, Submit
-from ..scheduler.model.plan import ModelPlan
-from ..scheduler.model.planner import read_plan
-from ..scheduler.observing import DenseObserver
-from ..scheduler.residency.expert_memory import ExpertMemory
-from ..scheduler.residency.policies import new_policy
-from ..scheduler.state import Segment
-from ..shm.errors import OutOfResources, UsageError
-from ..shm.slots import SlotClasses, SlotTable, arena_nbytes
-from ..workers.checkpoint import names
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.messages import Configure
-from ..workers.observing import ObservingWorker
-from ..workers.ownership import owners
+from ...scheduler.crew import Crew
+from ...scheduler.dense import OBSERVER, fill_dense
+from ...scheduler.engine import Engine
+from ...scheduler.expert_runner import ExpertRunner
+from ...scheduler.kv import StreamMemory, StreamShape
+from ...scheduler.local_lane import LocalLane
+from ...scheduler.messages import Sampling, Submit
+from ...scheduler.model.plan import ModelPlan
+from ...scheduler.model.planner import read_plan
+from ...scheduler.observing import DenseObserver
+from ...scheduler.residency.expert_memory import ExpertMemory
+from ...scheduler.residency.policies import new_policy
+from ...scheduler.state import Segment
+from ...shm.errors import OutOfResources, UsageError
+from ...shm.slots import SlotClasses, SlotTable, arena_nbytes
+from ...workers.checkpoint import names
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.messages import Configure
+from ...workers.observing import ObservingWorker
+from ...workers.ownership import owners
+from ..memory.room import read_room
+from ..sizes import format_size
 from .imatrix import ColumnSums
-from .memory.room import read_room
-from .sizes import format_size
 
 Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]

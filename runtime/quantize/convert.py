@@ -1,7 +1,7 @@
 """Writing a model file anew with other weight types: tensor by tensor, resumable, read back at the end.
 
-Not in here: which tensor becomes what (`quantize_plan.py`), the unfinished file (`quantize_journal.py`),
-measuring activations (`activation_means.py`), arguments and printing (`cli/commands/quantize.py`). Imports numba.
+Not in here: which tensor becomes what (`plan.py`), the unfinished file (`journal.py`),
+measuring activations (`activations.py`), arguments and printing (`cli/commands/quantize.py`). Imports numba.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from .. import __version__
-from ..shm.errors import ModelFileError, ModelReadError, OutOfResources
-from ..workers.checkpoint.bitnet_types import TILED, find_tiling
-from ..workers.checkpoint.gguf import GgufFile, TensorInfo
-from ..workers.checkpoint.recode import Loss, Recoder, chunks_of
-from ..workers.checkpoint.tiers import is_ternary
-from ..workers.checkpoint.types import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
-from ..workers.checkpoint.writer import Layout, lay_out, string_value, uint32_value
-from .quantize_journal import Done, PartFile, check_place, identify
-from .quantize_plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
-from .quantize_report import Group, groups
+from ... import __version__
+from ...shm.errors import ModelFileError, ModelReadError, OutOfResources
+from ...workers.checkpoint.bitnet_types import TILED, find_tiling
+from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.recode import Loss, Recoder, chunks_of
+from ...workers.checkpoint.tiers import is_ternary
+from ...workers.checkpoint.types import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
+from ...workers.checkpoint.writer import Layout, lay_out, string_value, uint32_value
+from .journal import Done, PartFile, check_place, identify
+from .plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
+from .report import Group, groups
 
 Progress = Callable[[str, int, int], None]
 

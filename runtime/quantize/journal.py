@@ -2,7 +2,7 @@
 
 FILE.part is the file so far, FILE.part.journal a line of JSON that says what belongs to it (input and
 arguments), then one for each tensor that is complete. Beside them, FILE.part.imatrix is what a calibration
-measured (`calibrated.py`). Not in here: the conversion (`quantize.py`).
+measured (`column_weights.py`). Not in here: the conversion (`convert.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from ..shm.errors import AlreadyRunning, NotPermitted, OutOfResources, SternaError, UsageError
+from ...shm.errors import AlreadyRunning, NotPermitted, OutOfResources, SternaError, UsageError
 
 if TYPE_CHECKING:
-    from ..workers.checkpoint.gguf import GgufFile
+    from ...workers.checkpoint.gguf import GgufFile
 
 VERSION: Final = 1
 _BEGINS: Final = b'{"sterna quantize": '  # every journal of ours

@@ -1,0 +1,1 @@
+"""Writing quantised files: plan, conversion, journal, importance of columns, report."""
