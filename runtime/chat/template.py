@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ...shm.errors import BadRequest, ModelFileError, TooLong
 from ..protocol.chat import ChatMessage, Forms, Function, ToolCall
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .process import ChatProcess, RenderDiedError
 
 KEY: Final = "tokenizer.chat_template"

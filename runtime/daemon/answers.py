@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from ...scheduler.messages import RoutingReport, Sampling, StreamStep, Submit
 from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import Cancelled
-from ..detokenizer import StopMatcher, StreamDetokenizer
 from ..protocol.messages import (
     Embedded,
     Failed,
@@ -24,7 +23,8 @@ from ..protocol.messages import (
     Usage,
 )
 from ..quality.calibration import Allowance
-from ..tokenizer import Tokenizer
+from ..text.detokenizer import StopMatcher, StreamDetokenizer
+from ..text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ from ..protocol.messages import (
     Welcome,
     tag_of,
 )
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .service import Service
 from .socket_reader import SocketReader
 

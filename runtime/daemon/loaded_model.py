@@ -21,7 +21,7 @@ from ..memory.choice import choose, known_counts, wants_of
 from ..memory.room import choose_budget, own_nbytes, read_room
 from ..protocol.messages import ModelFacts
 from ..sizes import format_size
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.model")
 

@@ -20,7 +20,7 @@ from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.names import TensorProblem
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
 from ..chat.template import ChatTemplate, token_texts
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 MAX_PROBLEMS: Final = 64
 

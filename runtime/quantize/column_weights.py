@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...shm.errors import ModelFileError, ModelNotFound, UsageError
 from ...workers.checkpoint.gguf import GgufFile
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .activations import measure
 from .imatrix import ColumnSums
 from .journal import identify, side_path

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 spec = importlib.util.spec_from_file_location("glm_shaped", BENCHMARKS / "glm_shaped.py")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from sterna.runtime.tokenizer import Tokenizer
-from sterna.runtime.vocabulary import ALPHABET
+from sterna.runtime.text.tokenizer import Tokenizer
+from sterna.runtime.text.vocabulary import ALPHABET
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

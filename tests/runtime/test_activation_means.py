@@ -18,7 +18,7 @@ from sterna.runtime.quantize.activations import measure
 from sterna.runtime.quantize.convert import quantize
 from sterna.runtime.quantize.imatrix import ColumnSums
 from sterna.runtime.quantize.plan import Wanted
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
 from sterna.workers.checkpoint.encode import Encoder
 from sterna.workers.checkpoint.gguf import GgufFile

@@ -11,8 +11,8 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.runtime.detokenizer import StopMatcher, StreamDetokenizer
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.detokenizer import StopMatcher, StreamDetokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import BadRequest
 
 MODEL = Path(__file__).parents[2] / "runtime/models/tales-small.gguf"

@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 from tests.runtime.small_vocabularies import byte_level
 
-from sterna.runtime.pre_tokenizers import PRE_TOKENIZERS, Splitting
-from sterna.runtime.tokenizer import Tokenizer
-from sterna.runtime.tokenizer_metadata import TokenType
-from sterna.runtime.vocabulary import ALPHABET, ByteLevelBpe, digits_in_threes
+from sterna.runtime.text.metadata import TokenType
+from sterna.runtime.text.pre_tokenizers import PRE_TOKENIZERS, Splitting
+from sterna.runtime.text.tokenizer import Tokenizer
+from sterna.runtime.text.vocabulary import ALPHABET, ByteLevelBpe, digits_in_threes
 from sterna.shm.errors import BadRequest
 
 FAMILIES = {splitting: name for name, splitting in reversed(PRE_TOKENIZERS.items())}

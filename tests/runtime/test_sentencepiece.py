@@ -22,8 +22,8 @@ from tests.runtime.small_vocabularies import (
     words,
 )
 
-from sterna.runtime.detokenizer import StreamDetokenizer
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.detokenizer import StreamDetokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import BadRequest, ModelFileError
 
 

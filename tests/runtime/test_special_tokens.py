@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.runtime.small_vocabularies import CONTROL, NORMAL, USER_DEFINED, WORDS, byte_level, scored
 
-from sterna.runtime.special_tokens import SpecialTokens, answer_ends
-from sterna.runtime.tokenizer import Tokenizer
-from sterna.runtime.tokenizer_metadata import TokenType
+from sterna.runtime.text.metadata import TokenType
+from sterna.runtime.text.special_tokens import SpecialTokens, answer_ends
+from sterna.runtime.text.tokenizer import Tokenizer
 
 TYPES = st.sampled_from([TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN, TokenType.NORMAL])
 

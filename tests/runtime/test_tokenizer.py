@@ -16,7 +16,7 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import BadRequest, ModelFileError
 
 ROOT = Path(__file__).parents[2]
@@ -297,9 +297,7 @@ def test_of_two_merges_of_a_pair_the_first_counts() -> None:
 
 
 def test_import_needs_no_numpy() -> None:
-    code = (
-        "import sys, sterna.runtime.detokenizer; sys.exit('numpy' in sys.modules or 'numba' in sys.modules)"
-    )
+    code = "import sys, sterna.runtime.text.detokenizer; sys.exit('numpy' in sys.modules or 'numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

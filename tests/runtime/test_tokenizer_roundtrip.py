@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.runtime.small_vocabularies import SPACE, USER_DEFINED, byte_level, words
 
-from sterna.runtime.detokenizer import StreamDetokenizer
-from sterna.runtime.pre_tokenizers import PRE_TOKENIZERS
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.detokenizer import StreamDetokenizer
+from sterna.runtime.text.pre_tokenizers import PRE_TOKENIZERS
+from sterna.runtime.text.tokenizer import Tokenizer
 
 # One name of each way to cut words.
 FAMILIES = list({splitting: name for name, splitting in reversed(PRE_TOKENIZERS.items())}.values())

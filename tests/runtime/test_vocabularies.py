@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.gguf import GgufFile
 

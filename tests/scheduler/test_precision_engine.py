@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 
 from sterna.runtime.config import embedded_model
-from sterna.runtime.tokenizer import Tokenizer
+from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.shm.errors import ConfigError

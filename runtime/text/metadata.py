@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from ..shm.errors import ModelFileError
+from ...shm.errors import ModelFileError
 
 PREFIX: Final = "tokenizer.ggml."
 MAX_SHOWN_CHARS: Final = 60

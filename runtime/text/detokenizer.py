@@ -10,7 +10,7 @@ import codecs
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from ..shm.errors import BadRequest
+from ...shm.errors import BadRequest
 from .tokenizer import Tokenizer
 
 _new_decoder = codecs.getincrementaldecoder("utf-8")

@@ -1,7 +1,7 @@
 """Tokens that are found as a whole in a text before anything else, and tokens that end an answer.
 
 In here: `SpecialTokens`, which cuts a text at them, and the names by which tokens are known to end an answer.
-Not in here: ids from the metadata (`tokenizer_metadata.py`).
+Not in here: ids from the metadata (`metadata.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from .tokenizer_metadata import TokenType
+from .metadata import TokenType
 
 # What C's isspace takes: llama.cpp strips no other spaces beside a token.
 _SPACE: Final = " \t\n\v\f\r"

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from ..shm.errors import BadRequest
+from ...shm.errors import BadRequest
+from .metadata import MetadataReader, TokenRoles, TokenType
 from .sentencepiece import ScoredPieces
 from .special_tokens import SpecialTokens, answer_ends
-from .tokenizer_metadata import MetadataReader, TokenRoles, TokenType
 from .vocabulary import ByteLevelBpe, ByteVocabulary, Vocabulary
 
 # By `tokenizer.ggml.model`. Not supported: bert, t5, rwkv, plamo2, gemma4, hybriddna, whitespace, none.

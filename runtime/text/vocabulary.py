@@ -18,9 +18,9 @@ from typing import Final, Protocol
 from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE
 
-from ..shm.errors import BadRequest
+from ...shm.errors import BadRequest
+from .metadata import PREFIX, WRITTEN, MetadataReader, TokenRoles, TokenType, shown
 from .pre_tokenizers import PRE_TOKENIZERS, Splitting
-from .tokenizer_metadata import PREFIX, WRITTEN, MetadataReader, TokenRoles, TokenType, shown
 
 # One text at a time is encoded here, so a pool of threads per process would only cost memory.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
 
-from ..shm.errors import BadRequest
-from .tokenizer_metadata import WRITTEN, MetadataReader, TokenRoles, TokenType, shown
+from ...shm.errors import BadRequest
+from .metadata import WRITTEN, MetadataReader, TokenRoles, TokenType, shown
 from .vocabulary import encoded
 
 SPACE: Final = "\u2581"
