@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..workers.kernels.norms import first_bad_row
-from .crew import Crew
-from .dense import DenseWeights
+from .decoder.crew import Crew
+from .decoder.decoder import Decoder
+from .decoder.dense import DenseWeights
+from .decoder.token_batch import TokenBatch
 from .expert_runner import ExpertRunner
 from .foresight import Foresight
 from .kv import StreamMemory
 from .messages import RoutingReport, StreamStep, Submit
 from .mixture import Mixture
-from .model.batch import TokenBatch
-from .model.decoder import Decoder
 from .model.plan import ModelPlan
 from .pooling import step_part
 from .residency.quality import QualityLedger

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workers.kernels.norms import rms_rows
-from .dense import DenseWeights, Rows
+from .decoder.dense import DenseWeights, Rows
 from .expert_runner import ExpertRunner
 from .gate import Gate
 from .model.plan import ModelPlan

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workers.kernels.norms import add_vector
-from .dense import DenseWeights, Linear, Rows
+from .decoder.dense import DenseWeights, Linear, Rows
 
 F32 = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from ..shm.errors import InternalError
 from ..workers.kernels.norms import first_bad_row
 from ..workers.kernels.routing import combine
 from .batch import MoeBatchScheduler
-from .dense import DenseWeights, Rows
+from .decoder.dense import DenseWeights, Rows
 from .expert_runner import ExpertRunner
 from .foresight import Foresight
 from .gate import Gate

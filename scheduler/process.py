@@ -25,8 +25,8 @@ from ..workers.ownership import owners
 from ..workers.pinned import cpus_by_core
 from . import messages as wire
 from . import state as st
-from .crew import Crew, usable_cores
-from .dense import fill_dense
+from .decoder.crew import Crew, usable_cores
+from .decoder.dense import fill_dense
 from .engine import Engine
 from .expert_metrics import expert_stats
 from .expert_runner import ExpertRunner

@@ -22,7 +22,7 @@ from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
 from ..workers.kernels import crew as crew_kernels
 from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.crew import job_address
-from .crew import Crew
+from .decoder.crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
 
 Cache = npt.NDArray[np.uint8] | npt.NDArray[np.float32]

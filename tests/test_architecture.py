@@ -23,7 +23,7 @@ IMPURE = frozenset(
 )
 IMPURE_ALLOWED = (
     "runtime/*",
-    "scheduler/crew.py",
+    "scheduler/decoder/crew.py",
     "scheduler/process.py",
     "scheduler/lane*.py",
     "workers/pinned.py",

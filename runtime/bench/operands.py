@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ...scheduler.crew import Crew
+from ...scheduler.decoder.crew import Crew
 from ...shm.errors import OutOfResources
 from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
 from ...workers.checkpoint.packing import matrix_entry, pack_matrix

@@ -127,7 +127,7 @@ class SlotDecision:
 def batch_nbytes(plan: ModelPlan, tokens: int, threads: int) -> int:
     """Return the scheduler's buffers for steps of `tokens` tokens.
 
-    The sum of what `scheduler.model.decoder`, `dense` and `mixture` allocate: float32 rows, their int8 form
+    The sum of what `scheduler.decoder.decoder`, `dense` and `mixture` allocate: float32 rows, their int8 form
     (1.25 bytes a value with scales) and scratch of 1.4 bytes a value in each thread. Measured with 128 and
     with 512 tokens 2 and 4 % above that sum, hence the factor.
     """

@@ -13,8 +13,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ...scheduler.crew import Crew
-from ...scheduler.dense import OBSERVER, fill_dense
+from ...scheduler.decoder.crew import Crew
+from ...scheduler.decoder.dense import OBSERVER, fill_dense
+from ...scheduler.decoder.observing import DenseObserver
 from ...scheduler.engine import Engine
 from ...scheduler.expert_runner import ExpertRunner
 from ...scheduler.kv import StreamMemory, StreamShape
@@ -22,7 +23,6 @@ from ...scheduler.local_lane import LocalLane
 from ...scheduler.messages import Sampling, Submit
 from ...scheduler.model.plan import ModelPlan
 from ...scheduler.model.planner import read_plan
-from ...scheduler.observing import DenseObserver
 from ...scheduler.residency.expert_memory import ExpertMemory
 from ...scheduler.residency.policies import new_policy
 from ...scheduler.state import Segment

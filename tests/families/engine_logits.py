@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sterna.scheduler.model.batch import TokenBatch
+from sterna.scheduler.decoder.token_batch import TokenBatch
 
 from ..scheduler.local_engine import LocalEngine
 from .draw import Floats

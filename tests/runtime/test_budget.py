@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sterna.runtime.config import embedded_model
 from sterna.runtime.memory.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
 from sterna.runtime.memory.buffers import context_nbytes
+from sterna.scheduler.decoder import rotary
 from sterna.scheduler.kv import StreamMemory, StreamShape
-from sterna.scheduler.model import rotary
 from sterna.scheduler.model.hyper import LatentAttention
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan

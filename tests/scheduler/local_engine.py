@@ -11,8 +11,8 @@ import numpy as np
 from sterna.runtime.config import embedded_model
 from sterna.runtime.memory.budget import spread
 from sterna.scheduler import state as st
-from sterna.scheduler.crew import Crew
-from sterna.scheduler.dense import fill_dense
+from sterna.scheduler.decoder.crew import Crew
+from sterna.scheduler.decoder.dense import fill_dense
 from sterna.scheduler.engine import Engine
 from sterna.scheduler.expert_runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from sterna.scheduler.crew import Crew
+from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.checkpoint.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types import TYPES_BY_NAME

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pytest
 
 from sterna.runtime.config import embedded_model
+from sterna.scheduler.decoder.decoder import Mixture
+from sterna.scheduler.decoder.token_batch import TokenBatch
 from sterna.scheduler.messages import Pooling
-from sterna.scheduler.model.batch import TokenBatch
-from sterna.scheduler.model.decoder import Mixture
 from sterna.scheduler.pooling import MAX_SUM, PooledPrompt, step_part
 from sterna.scheduler.state import Segment
 from sterna.shm.errors import InternalError

@@ -13,7 +13,7 @@ one delays nobody by more than its chunk. Which thread computes a chunk never sh
                     LEAST_WORK: fewer multiply-adds than these are not shared
                     ...     then the job's own arguments, from ARGUMENTS on
 
-Not in here: starting the threads (scheduler/crew.py) and the jobs themselves.
+Not in here: starting the threads (scheduler/decoder/crew.py) and the jobs themselves.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sterna.scheduler.crew import Crew
+from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.kernels.attention import (
     grouped_attention,
     grouped_chunk,

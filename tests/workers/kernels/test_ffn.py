@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from sterna.scheduler.crew import Crew
+from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.activation import Activation
 from sterna.workers.checkpoint.formats import Format, MatrixShape
 from sterna.workers.kernels import dense, ffn, products

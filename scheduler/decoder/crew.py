@@ -12,8 +12,8 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from ..workers.kernels import crew as kernels
-from ..workers.kernels.dense import heads_chunk, middle_chunk
+from ...workers.kernels import crew as kernels
+from ...workers.kernels.dense import heads_chunk, middle_chunk
 
 MAX_THREADS = 64
 STOP_TIMEOUT_S = 2.0

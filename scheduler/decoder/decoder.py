@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from ...workers.checkpoint.types import dequantize
 from ...workers.kernels.norms import add_rows, add_scaled_rows, gate_rows, rms_rows, scale_rows
-from ..dense import DenseWeights, FeedForward, Linear, Rows
 from ..kv import StreamMemory
-from .batch import TokenBatch
-from .grouped import GroupedBlock
-from .hyper import LatentAttention
-from .latent import LatentBlock
-from .plan import ModelPlan
+from ..model.hyper import LatentAttention
+from ..model.plan import ModelPlan
+from .dense import DenseWeights, FeedForward, Linear, Rows
+from .grouped_attention import GroupedBlock
+from .latent_attention import LatentBlock
 from .rotary import tables
+from .token_batch import TokenBatch
 
 F32 = npt.NDArray[np.float32]
 Mixture = Callable[[int, Rows, int, F32, Callable[[], F32]], None]

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from ...workers.kernels.attention import latent_attention, latent_chunk, latent_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
 from ...workers.kernels.norms import rms_rows, rope_pairs, store_latent
-from ..dense import DenseWeights, Linear, Rows
 from ..kv import StreamMemory
-from .batch import TokenBatch
-from .hyper import Hyperparameters, LatentAttention
+from ..model.hyper import Hyperparameters, LatentAttention
+from .dense import DenseWeights, Linear, Rows
+from .token_batch import TokenBatch
 
 F32 = npt.NDArray[np.float32]
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 from ...workers.kernels.attention import grouped_attention, grouped_chunk, grouped_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
 from ...workers.kernels.norms import add_vector, rms_rows, rope_halves, rope_pairs, store_latent
-from ..dense import DenseWeights, Linear, Rows
 from ..kv import StreamMemory
-from .batch import TokenBatch
-from .hyper import GroupedAttention, Hyperparameters
+from ..model.hyper import GroupedAttention, Hyperparameters
+from .dense import DenseWeights, Linear, Rows
+from .token_batch import TokenBatch
 
 F32 = npt.NDArray[np.float32]
 

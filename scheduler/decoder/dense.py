@@ -13,20 +13,20 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError, ModelFileError
-from ..shm.layout import align
-from ..workers.activation import Activation
-from ..workers.checkpoint.bitnet_types import TILED, find_tiling
-from ..workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.checkpoint.packing import matrix_entry, pack_matrix
-from ..workers.checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
-from ..workers.kernels.activations import QuantizedRows
-from ..workers.kernels.dense import multiply_heads, shared_feed_forward
-from ..workers.kernels.products import scratch_nbytes
+from ...shm.errors import InternalError, ModelFileError
+from ...shm.layout import align
+from ...workers.activation import Activation
+from ...workers.checkpoint.bitnet_types import TILED, find_tiling
+from ...workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.packing import matrix_entry, pack_matrix
+from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
+from ...workers.kernels.activations import QuantizedRows
+from ...workers.kernels.dense import multiply_heads, shared_feed_forward
+from ...workers.kernels.products import scratch_nbytes
+from ..model.hyper import LatentAttention
+from ..model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 from .crew import Crew
-from .model.hyper import LatentAttention
-from .model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 
 _COMPLETE = 1
 _NO_NORM = np.zeros(0, np.float32)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from .hyper import Rotation
+from ..model.hyper import Rotation
 
 F32 = npt.NDArray[np.float32]
 

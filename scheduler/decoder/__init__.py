@@ -1,0 +1,1 @@
+"""Computing a model: decoder, kinds of attention, rotary angles, dense products, threads."""
