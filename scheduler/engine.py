@@ -15,15 +15,15 @@ from .decoder.crew import Crew
 from .decoder.decoder import Decoder
 from .decoder.dense import DenseWeights
 from .decoder.token_batch import TokenBatch
-from .expert_runner import ExpertRunner
-from .foresight import Foresight
+from .experts.foresight import Foresight
+from .experts.mixture import Mixture
+from .experts.routing_log import RoutingLog
+from .experts.runner import ExpertRunner
 from .kv import StreamMemory
 from .messages import RoutingReport, StreamStep, Submit
-from .mixture import Mixture
 from .model.plan import ModelPlan
 from .pooling import step_part
 from .residency.quality import QualityLedger
-from .routing_log import RoutingLog
 from .sampling import choose, log_normaliser, score
 from .state import Segment
 

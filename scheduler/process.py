@@ -28,8 +28,9 @@ from . import state as st
 from .decoder.crew import Crew, usable_cores
 from .decoder.dense import fill_dense
 from .engine import Engine
-from .expert_metrics import expert_stats
-from .expert_runner import ExpertRunner
+from .experts.figures import expert_stats
+from .experts.routing_log import RoutingLog
+from .experts.runner import ExpertRunner
 from .kv import StreamMemory, StreamShape
 from .lane import Loaded
 from .lane_zmq import ZmqLane
@@ -38,7 +39,6 @@ from .residency.expert_memory import ExpertMemory
 from .residency.policies import Policy, new_policy
 from .residency.resizer import Resizer
 from .residency.saved_counts import SavedCounts, reading_order
-from .routing_log import RoutingLog
 from .spec import SchedulerSpec, model_id
 
 IDLE_MS = 1000

@@ -17,7 +17,7 @@ from ...scheduler.decoder.crew import Crew
 from ...scheduler.decoder.dense import OBSERVER, fill_dense
 from ...scheduler.decoder.observing import DenseObserver
 from ...scheduler.engine import Engine
-from ...scheduler.expert_runner import ExpertRunner
+from ...scheduler.experts.runner import ExpertRunner
 from ...scheduler.kv import StreamMemory, StreamShape
 from ...scheduler.local_lane import LocalLane
 from ...scheduler.messages import Sampling, Submit

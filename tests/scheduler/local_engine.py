@@ -14,7 +14,8 @@ from sterna.scheduler import state as st
 from sterna.scheduler.decoder.crew import Crew
 from sterna.scheduler.decoder.dense import fill_dense
 from sterna.scheduler.engine import Engine
-from sterna.scheduler.expert_runner import ExpertRunner
+from sterna.scheduler.experts.routing_log import RoutingLog
+from sterna.scheduler.experts.runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
 from sterna.scheduler.local_lane import LocalLane
@@ -23,7 +24,6 @@ from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import new_policy
-from sterna.scheduler.routing_log import RoutingLog
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.gguf import GgufFile

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.scheduler.batch import ExpertGroups, MoeBatchScheduler
+from sterna.scheduler.experts.groups import ExpertGroups, MoeBatchScheduler
 
 from .. import oracles
 

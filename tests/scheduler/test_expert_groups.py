@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.scheduler.router import Router, RouterConfig, probabilities
+from sterna.scheduler.experts.router import Router, RouterConfig, probabilities
 from sterna.shm.errors import InternalError
 from sterna.workers.gating import SIGMOID, SOFTMAX, SOFTMAX_SELECTED
 from sterna.workers.kernels.routing import CREDIT, LOST, SWAPS

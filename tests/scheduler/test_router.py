@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.scheduler.router import Router, RouterConfig
+from sterna.scheduler.experts.router import Router, RouterConfig
 from sterna.shm.errors import InternalError
 
 from .. import oracles

@@ -8,7 +8,7 @@ from time import perf_counter_ns
 import numpy as np
 import pytest
 
-from sterna.scheduler.batch import MoeBatchScheduler
+from sterna.scheduler.experts.groups import MoeBatchScheduler
 from sterna.scheduler.residency.affinity import AffinityConfig, ExpertAffinity
 from sterna.scheduler.residency.memory_router import MemoryAwareRouter, MemoryRouterConfig
 from sterna.scheduler.residency.predictor import ExpertPredictor

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .expert_runner import ExpertRunner
+from ..messages import ExpertStats
 from .foresight import Foresight
-from .messages import ExpertStats
+from .runner import ExpertRunner
 
 
 def expert_stats(runner: ExpertRunner, foresight: Foresight, workers: int) -> ExpertStats:

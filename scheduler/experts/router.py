@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError
-from ..workers.gating import SIGMOID
-from ..workers.kernels.routing import route_resident, route_top_k
+from ...shm.errors import InternalError
+from ...workers.gating import SIGMOID
+from ...workers.kernels.routing import route_resident, route_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,18 +7,18 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError
-from ..workers.kernels.norms import first_bad_row
-from ..workers.kernels.routing import combine
-from .batch import MoeBatchScheduler
-from .decoder.dense import DenseWeights, Rows
-from .expert_runner import ExpertRunner
+from ...shm.errors import InternalError
+from ...workers.kernels.norms import first_bad_row
+from ...workers.kernels.routing import combine
+from ..decoder.dense import DenseWeights, Rows
+from ..model.plan import ModelPlan
+from ..residency.quality import QualityLedger
 from .foresight import Foresight
 from .gate import Gate
-from .model.plan import ModelPlan
-from .residency.quality import QualityLedger
+from .groups import MoeBatchScheduler
 from .router import Router, RouterConfig
 from .routing_log import RoutingLog
+from .runner import ExpertRunner
 
 # The first of so many layers is always exact: there reuse is low and harm is high in deep models.
 EXACT_LAYERS = 16

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import InternalError
-from ..workers.checkpoint.formats import ActivationKind
-from ..workers.checkpoint.gguf import GgufFile
-from ..workers.kernels.routing import scatter_pairs
-from ..workers.messages import ExpertPage
-from .batch import ExpertGroups
-from .decoder.dense import Rows
-from .lane import Computed, Lane, Loaded, WorkerBatch
-from .model.plan import ModelPlan
-from .residency.expert_memory import ExpertMemory, Load
-from .residency.latency import LatencyHistogram
+from ...shm.errors import InternalError
+from ...workers.checkpoint.formats import ActivationKind
+from ...workers.checkpoint.gguf import GgufFile
+from ...workers.kernels.routing import scatter_pairs
+from ...workers.messages import ExpertPage
+from ..decoder.dense import Rows
+from ..lane import Computed, Lane, Loaded, WorkerBatch
+from ..model.plan import ModelPlan
+from ..residency.expert_memory import ExpertMemory, Load
+from ..residency.latency import LatencyHistogram
+from .groups import ExpertGroups
 
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4

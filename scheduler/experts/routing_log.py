@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import NotPermitted
-from .model.plan import ModelPlan
-from .residency.trace import Routes
-from .residency.trace_writer import RoutedEvent, TraceHead, TraceWriter
+from ...shm.errors import NotPermitted
+from ..model.plan import ModelPlan
+from ..residency.trace import Routes
+from ..residency.trace_writer import RoutedEvent, TraceHead, TraceWriter
 from .router import probabilities
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..workers.kernels.norms import rms_rows
-from .decoder.dense import DenseWeights, Rows
-from .expert_runner import ExpertRunner
+from ...workers.kernels.norms import rms_rows
+from ..decoder.dense import DenseWeights, Rows
+from ..model.plan import ModelPlan
+from ..residency.predictor import ExpertPredictor
+from ..residency.prefetch_meter import PrefetchMeter
+from ..residency.prefetch_trial import PrefetchTrial
 from .gate import Gate
-from .model.plan import ModelPlan
-from .residency.predictor import ExpertPredictor
-from .residency.prefetch_meter import PrefetchMeter
-from .residency.prefetch_trial import PrefetchTrial
 from .router import probabilities
+from .runner import ExpertRunner
 
 MOST = 2
 MAX_TOKENS = 8

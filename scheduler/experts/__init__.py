@@ -1,0 +1,1 @@
+"""From hidden states to the outputs of experts: gate, router, groups, runner, foresight."""
