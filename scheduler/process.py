@@ -32,8 +32,8 @@ from .experts.figures import expert_stats
 from .experts.routing_log import RoutingLog
 from .experts.runner import ExpertRunner
 from .kv import StreamMemory, StreamShape
-from .lane import Loaded
-from .lane_zmq import ZmqLane
+from .lane.interface import Loaded
+from .lane.zeromq import ZmqLane
 from .model.planner import read_plan
 from .residency.expert_memory import ExpertMemory
 from .residency.policies import Policy, new_policy

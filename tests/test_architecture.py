@@ -166,7 +166,7 @@ def test_checker_sees_a_broken_rule(path: str, source: str, text: str) -> None:
             "scheduler/a.py",
             "from ..workers.messages import X\nfrom .model import y\nfrom ..shm.arena import Arena",
         ),
-        ("scheduler/lane_zmq.py", "import zmq, time, signal"),
+        ("scheduler/lane/zeromq.py", "import zmq, time, signal"),
         ("scheduler/process.py", "import signal"),
         ("workers/paging/reader.py", "import threading"),
         ("workers/serve.py", "import time"),

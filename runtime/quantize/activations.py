@@ -19,7 +19,7 @@ from ...scheduler.decoder.observing import DenseObserver
 from ...scheduler.engine import Engine
 from ...scheduler.experts.runner import ExpertRunner
 from ...scheduler.kv import StreamMemory, StreamShape
-from ...scheduler.local_lane import LocalLane
+from ...scheduler.lane.local import LocalLane
 from ...scheduler.messages import Sampling, Submit
 from ...scheduler.model.plan import ModelPlan
 from ...scheduler.model.planner import read_plan

@@ -19,7 +19,7 @@ from ...workers.checkpoint.gguf import GgufFile
 from ...workers.kernels.routing import scatter_pairs
 from ...workers.messages import ExpertPage
 from ..decoder.dense import Rows
-from ..lane import Computed, Lane, Loaded, WorkerBatch
+from ..lane.interface import Computed, Lane, Loaded, WorkerBatch
 from ..model.plan import ModelPlan
 from ..residency.expert_memory import ExpertMemory, Load
 from ..residency.latency import LatencyHistogram

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import zmq
 
 from sterna.runtime.config import embedded_model
-from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
-from sterna.scheduler.lane_zmq import ZmqLane
+from sterna.scheduler.lane.interface import Computed, Loaded, WorkerBatch
+from sterna.scheduler.lane.zeromq import ZmqLane
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
 from sterna.shm.slots import SlotTable, arena_nbytes

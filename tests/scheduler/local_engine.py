@@ -17,8 +17,8 @@ from sterna.scheduler.engine import Engine
 from sterna.scheduler.experts.routing_log import RoutingLog
 from sterna.scheduler.experts.runner import ExpertRunner
 from sterna.scheduler.kv import StreamMemory, StreamShape
-from sterna.scheduler.lane import Computed, Loaded, WorkerBatch
-from sterna.scheduler.local_lane import LocalLane
+from sterna.scheduler.lane.interface import Computed, Loaded, WorkerBatch
+from sterna.scheduler.lane.local import LocalLane
 from sterna.scheduler.messages import Pooling, RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan

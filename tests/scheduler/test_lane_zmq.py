@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zmq
 
-from sterna.scheduler.lane import Loaded
+from sterna.scheduler.lane.interface import Loaded
 from sterna.shm.errors import InternalError, ModelReadError, ProtocolError, WorkerLost
 from sterna.workers.framing import split
 from sterna.workers.messages import Compute, Configure, Outputs, Paged, PageIn, Trouble, encode

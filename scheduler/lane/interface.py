@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import SternaError
-from ..workers.messages import Compute, ExpertPage
+from ...shm.errors import SternaError
+from ...workers.messages import Compute, ExpertPage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

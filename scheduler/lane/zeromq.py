@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 import zmq
 
-from ..shm.errors import InternalError, ProtocolError, WorkerLost, error_of
-from ..workers.framing import join
-from ..workers.messages import (
+from ...shm.errors import InternalError, ProtocolError, WorkerLost, error_of
+from ...workers.framing import join
+from ...workers.messages import (
     Configure,
     ExpertPage,
     Hello,
@@ -32,7 +32,7 @@ from ..workers.messages import (
     decode_for_scheduler,
     encode,
 )
-from .lane import Computed, Loaded, WorkerBatch
+from .interface import Computed, Loaded, WorkerBatch
 
 SLICE_MS = 20
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from ..shm.errors import InternalError, SternaError
-from ..workers.messages import ExpertPage, PageIn
-from ..workers.serve import ExpertWorker
-from .lane import Computed, Loaded, WorkerBatch
+from ...shm.errors import InternalError, SternaError
+from ...workers.messages import ExpertPage, PageIn
+from ...workers.serve import ExpertWorker
+from .interface import Computed, Loaded, WorkerBatch
 
 
 class LocalLane:

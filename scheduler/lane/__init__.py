@@ -1,0 +1,1 @@
+"""How batches reach the workers: the interface and its transports."""
