@@ -25,7 +25,7 @@ from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.source import quoted
 from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
-from .family import read_hyperparameters
+from .families.family import read_hyperparameters
 from .hyper import GroupedAttention, LatentAttention
 from .plan import BIASES, PROJECTIONS, DenseTensor, ExpertMatrix, ModelPlan
 

@@ -17,7 +17,7 @@ from ...workers.checkpoint.bitnet_types import TILED, find_tiling
 from ...workers.checkpoint.formats import ROW_SCALED
 from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.types import dequantize, ternary_matrix
-from .family import read_hyperparameters
+from .families.family import read_hyperparameters
 
 F32 = npt.NDArray[np.float32]
 

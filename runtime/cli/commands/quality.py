@@ -321,7 +321,7 @@ def _model_path(model: str) -> Path:
 
 def _require_experts(path: Path, purpose: str) -> None:
     """Raise UsageError for a dense model: it has no experts to `purpose`. Raises the file's errors, too."""
-    from ....scheduler.model.family import read_hyperparameters
+    from ....scheduler.model.families.family import read_hyperparameters
     from ....workers.checkpoint.gguf import GgufFile
 
     with GgufFile.open(path) as file:

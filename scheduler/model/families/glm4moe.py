@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...workers.gating import SIGMOID
+from ....workers.gating import SIGMOID
+from ..hyper import Hyperparameters
 from .blocks import dense, grouped, rotation, with_experts, with_groups
-from .hyper import Hyperparameters
 from .keys import Keys
 
 

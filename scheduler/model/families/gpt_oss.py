@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...workers.activation import Activation
-from ...workers.gating import SOFTMAX_SELECTED
+from ....workers.activation import Activation
+from ....workers.gating import SOFTMAX_SELECTED
+from ..hyper import Hyperparameters
 from .blocks import dense, grouped, head_size, rotation, with_experts
-from .hyper import Hyperparameters
 from .keys import Keys
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...shm.errors import ModelFileError
-from ...workers.checkpoint import names
-from ...workers.checkpoint.gguf import GgufFile
+from ....shm.errors import ModelFileError
+from ....workers.checkpoint import names
+from ....workers.checkpoint.gguf import GgufFile
 
 
 class Keys:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...workers.activation import Activation
+from ....workers.activation import Activation
+from ..hyper import Hyperparameters
 from .blocks import dense, grouped, head_size, rotation
-from .hyper import Hyperparameters
 from .keys import Keys
 
 SQUARED = ("bitnet-b1.58", "bitnet-25")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..hyper import Hyperparameters
 from .blocks import dense, grouped, head_size, rotation, with_experts
-from .hyper import Hyperparameters
 from .keys import Keys
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ...workers.gating import SIGMOID, SOFTMAX
+from ....workers.gating import SIGMOID, SOFTMAX
+from ..hyper import Hyperparameters, LatentAttention, Rotation
 from .blocks import dense, rotation, with_experts, with_groups, yarn_magnitude
-from .hyper import Hyperparameters, LatentAttention, Rotation
 from .keys import Keys
 
 

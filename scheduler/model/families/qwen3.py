@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..hyper import Hyperparameters
 from .blocks import dense, grouped, head_size, rotation
-from .hyper import Hyperparameters
 from .keys import Keys
 
 

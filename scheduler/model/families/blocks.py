@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ...workers.gating import SOFTMAX
-from .hyper import GroupedAttention, Hyperparameters, LatentAttention, Rotation
+from ....workers.gating import SOFTMAX
+from ..hyper import GroupedAttention, Hyperparameters, LatentAttention, Rotation
 from .keys import Keys
 
 

@@ -1,0 +1,1 @@
+"""What sets each model family apart, one short file each."""
