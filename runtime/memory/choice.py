@@ -13,7 +13,7 @@ import psutil
 from ...scheduler.model.plan import ModelPlan
 from ...scheduler.model.planner import read_plan
 from ...scheduler.model.storage import MAX_RATIO, ActivationError, measure_activations
-from ...scheduler.residency.precision_plan import preset_precisions
+from ...scheduler.residency.precision.plan import preset_precisions
 from ...scheduler.residency.saved_counts import read_counts
 from ...scheduler.spec import model_id
 from ...shm.errors import ConfigError, OutOfResources

@@ -1,6 +1,6 @@
 """Which expert is held in which precision within a budget: between a plan and its slots.
 
-Not in here: the allocator (`scheduler.residency.precision_budget`), the arithmetic of memory (`budget.py`).
+Not in here: the allocator (`scheduler.residency.precision.budget`), the arithmetic of memory (`budget.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...scheduler.model.plan import ModelPlan
-from ...scheduler.residency.precision_plan import ExpertPrecisions, typical_errors
+from ...scheduler.residency.precision.plan import ExpertPrecisions, typical_errors
 from .budget import SlotDecision, Wants, decide
 
 

@@ -14,12 +14,8 @@ from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.model.precision_errors import measure
-from sterna.scheduler.residency.precision import PRECISION_PRESETS
-from sterna.scheduler.residency.precision_plan import (
-    ExpertPrecisions,
-    precision_plan,
-    preset_precisions,
-)
+from sterna.scheduler.residency.precision.classes import PRECISION_PRESETS
+from sterna.scheduler.residency.precision.plan import ExpertPrecisions, precision_plan, preset_precisions
 from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint import names
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, ActivationKind, Format, format_of

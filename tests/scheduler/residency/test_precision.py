@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.precision import (
+from sterna.scheduler.residency.precision.classes import (
     PRECISION_PRESETS,
     FractionOfMaxAllocator,
     PrecisionClass,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.scheduler.residency.precision import PRECISION_PRESETS, PrecisionClass, PrecisionConfig
-from sterna.scheduler.residency.precision_budget import PrecisionAllocator
+from sterna.scheduler.residency.precision.budget import PrecisionAllocator
+from sterna.scheduler.residency.precision.classes import PRECISION_PRESETS, PrecisionClass, PrecisionConfig
 from sterna.shm.errors import ConfigError
 
 HOT, WARM, COLD = PrecisionClass

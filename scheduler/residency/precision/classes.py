@@ -1,6 +1,6 @@
 """Precision of experts: three classes, the names of their formats, and the reference's rule for choosing.
 
-The product's rule, which keeps a byte budget, is in precision_budget.py. No conversion of weights in here.
+The product's rule, which keeps a byte budget, is in budget.py. No conversion of weights in here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError
+from ....shm.errors import ConfigError
 
 
 class PrecisionClass(IntEnum):

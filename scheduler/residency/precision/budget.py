@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError
-from .precision import ClassTable, PrecisionClass, PrecisionConfig, checked_costs
+from ....shm.errors import ConfigError
+from .classes import ClassTable, PrecisionClass, PrecisionConfig, checked_costs
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError
-from ...workers.checkpoint.tiers import FILE_PRECISION
-from ..model.plan import ModelPlan
-from .precision import PRECISION_PRESETS, PrecisionConfig
-from .precision_budget import PrecisionAllocator
+from ....shm.errors import ConfigError
+from ....workers.checkpoint.tiers import FILE_PRECISION
+from ...model.plan import ModelPlan
+from .budget import PrecisionAllocator
+from .classes import PRECISION_PRESETS, PrecisionConfig
 
 TYPICAL_ERRORS: Final = {"Q5_K": 0.0013, "Q4_K": 0.0051, "Q3_K": 0.0209, "Q2_K": 0.071, "TQ2_0": 0.19}
-"""Squared error / squares of Gaussian weights held as each type of `tiers.TARGETS`: see test_encode.py."""
+"""Squared error / squares of Gaussian weights held as each type of `tiers.TARGETS`: see tests/workers/kernels/test_encode.py."""
 
 
 def preset_config(preset: str) -> PrecisionConfig:
