@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.scheduler.residency.affinity import AffinityConfig, ExpertAffinity
+from sterna.scheduler.residency.reference.affinity import AffinityConfig, ExpertAffinity
 from sterna.shm.errors import ConfigError
 
 from .reference import cases, number_of

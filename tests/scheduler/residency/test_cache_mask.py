@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.cache_mask import CacheMask
+from sterna.scheduler.residency.reference.cache_mask import CacheMask
 
 
 @pytest.mark.parametrize(("n", "ids"), [(64, [0, 31, 63]), (128, [0, 63, 64, 127])], ids=["R14", "R15"])

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.expert_cache import ExpertCache
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.shm.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "data/cache-golden.jsonl"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.scheduler.residency.affinity import AffinityConfig, ExpertAffinity
-from sterna.scheduler.residency.memory_router import MemoryAwareRouter, MemoryRouterConfig
-from sterna.scheduler.residency.paging_request import Direction, PagingRequest, Priority
+from sterna.scheduler.residency.reference.affinity import AffinityConfig, ExpertAffinity
+from sterna.scheduler.residency.reference.memory_router import MemoryAwareRouter, MemoryRouterConfig
+from sterna.scheduler.residency.reference.paging_request import Direction, PagingRequest, Priority
 from sterna.shm.errors import ConfigError, InternalError
 
 from .reference import cases, number_of

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sterna.scheduler.residency import simulate as s
-from sterna.scheduler.residency.expert_cache import ExpertCache
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.scheduler.residency.simulate import POLICIES, Report, Setting, compare, simulate
 from sterna.scheduler.residency.trace import DECODE, Routes, Trace, read_trace
 from sterna.shm.errors import UsageError

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.scheduler.residency.hardware import GIB, KIB, MIB
-from sterna.scheduler.residency.tiers import PRESETS, HardwareConfig, MemoryTier, TierMapper
+from sterna.scheduler.residency.reference.hardware import GIB, KIB, MIB
+from sterna.scheduler.residency.reference.tiers import PRESETS, HardwareConfig, MemoryTier, TierMapper
 from sterna.shm.errors import ConfigError
 
 from .reference import cases, number_of

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sterna.scheduler.experts.groups import MoeBatchScheduler
-from sterna.scheduler.residency.affinity import AffinityConfig, ExpertAffinity
-from sterna.scheduler.residency.memory_router import MemoryAwareRouter, MemoryRouterConfig
 from sterna.scheduler.residency.predictor import ExpertPredictor
+from sterna.scheduler.residency.reference.affinity import AffinityConfig, ExpertAffinity
+from sterna.scheduler.residency.reference.memory_router import MemoryAwareRouter, MemoryRouterConfig
 from sterna.workers.kernels.routing import group_by_expert
 
 

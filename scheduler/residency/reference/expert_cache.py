@@ -7,7 +7,7 @@ prefetch; pinned keys and those prefetched in the same call are never victims; a
 above the threshold and displaces only what has less; a capacity of 0 holds nothing. In both an id out of
 range is an error.
 
-Not in here: bytes, slots and events of a batch, which the live engine has; whole traces (`simulate.py`).
+Not in here: bytes, slots and events of a batch, which the live engine has; whole traces (`residency/simulate.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shm.errors import ConfigError
-from ...workers.kernels import eviction
-from .policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, Policy
+from ....shm.errors import ConfigError
+from ....workers.kernels import eviction
+from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, Policy
 
 _SMALLEST_WEIGHT = 1e-6  # of an affinity that counts at all
 

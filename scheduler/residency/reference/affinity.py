@@ -9,8 +9,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError
-from ...workers.kernels.affinity import mark_tokens
+from ....shm.errors import ConfigError
+from ....workers.kernels.affinity import mark_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

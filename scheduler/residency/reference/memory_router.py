@@ -13,8 +13,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError, InternalError
-from ...workers.kernels.memory_routing import (
+from ....shm.errors import ConfigError, InternalError
+from ....workers.kernels.memory_routing import (
     LEAST_WIDTH,
     SETTINGS,
     STATE_ROWS,
@@ -22,9 +22,9 @@ from ...workers.kernels.memory_routing import (
     WORDS,
     route_residents,
 )
+from ..latency import RouterMetrics
 from .affinity import AffinityConfig, ExpertAffinity
 from .cache_mask import CacheMask
-from .latency import RouterMetrics
 from .paging_request import PagingRequest
 
 _FLOAT32 = np.dtype(np.float32)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ConfigError
+from ....shm.errors import ConfigError
 from .hardware import PRESETS, HardwareConfig, MemoryTier
 
 __all__ = ["PRESETS", "ExpertRecord", "HardwareConfig", "MemoryTier", "TierMapper"]
