@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from ...shm.errors import NotPermitted
 from ..model.plan import ModelPlan
-from ..residency.trace import Routes
-from ..residency.trace_writer import RoutedEvent, TraceHead, TraceWriter
+from ..residency.replay.trace import Routes
+from ..residency.replay.writer import RoutedEvent, TraceHead, TraceWriter
 from .router import probabilities
 
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from sterna.runtime.cli.commands.simulate import simulate
-from sterna.scheduler.residency.simulate import POLICIES
+from sterna.scheduler.residency.replay.simulate import POLICIES
 from sterna.shm.errors import ModelNotFound, SternaError, UsageError
 
 SAMPLE = str(Path(__file__).parents[1] / "data/route-sample.csv")

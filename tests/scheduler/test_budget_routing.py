@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sterna.scheduler.experts.router import Router, RouterConfig
 from sterna.scheduler.experts.routing_log import RoutingLog
-from sterna.scheduler.residency.trace import read_trace
+from sterna.scheduler.residency.replay.trace import read_trace
 from sterna.shm.errors import NotPermitted
 from sterna.workers.kernels.routing import CHANGED, CREDIT, EVENTS, LOST, SWAPS
 

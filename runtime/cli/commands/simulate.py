@@ -19,8 +19,8 @@ from ...sizes import format_size, parse_share, parse_size
 from ..render import grid
 
 if TYPE_CHECKING:
-    from ....scheduler.residency.simulate import Report, Setting
-    from ....scheduler.residency.trace import Trace
+    from ....scheduler.residency.replay.simulate import Report, Setting
+    from ....scheduler.residency.replay.trace import Trace
 
 DEFAULT_MEMORY = ("12.5%", "25%", "50%")
 PLOT_MEMORY = tuple(f"{share}%" for share in (5, 7.5, 10, 12.5, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60))
@@ -70,8 +70,8 @@ def simulate(
         from ...processes.kernel_environment import prepare
 
         prepare()
-    from ....scheduler.residency.simulate import CACHE_PRIOR, Setting, compare
-    from ....scheduler.residency.trace import read_trace
+    from ....scheduler.residency.replay.simulate import CACHE_PRIOR, Setting, compare
+    from ....scheduler.residency.replay.trace import read_trace
 
     read = read_trace(Path(trace))
     names: Sequence[str] = policies

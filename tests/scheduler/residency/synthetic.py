@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sterna.scheduler.residency.trace import DECODE, Trace
+from sterna.scheduler.residency.replay.trace import DECODE, Trace
 
 TOKENS, EXPERTS = 1000, 8
 

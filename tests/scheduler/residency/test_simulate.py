@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency import simulate as s
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
-from sterna.scheduler.residency.simulate import POLICIES, Report, Setting, compare, simulate
-from sterna.scheduler.residency.trace import DECODE, Routes, Trace, read_trace
+from sterna.scheduler.residency.replay import simulate as s
+from sterna.scheduler.residency.replay.simulate import POLICIES, Report, Setting, compare, simulate
+from sterna.scheduler.residency.replay.trace import DECODE, Routes, Trace, read_trace
 from sterna.shm.errors import UsageError
 from sterna.workers.kernels import eviction
 from sterna.workers.kernels.replay import replay

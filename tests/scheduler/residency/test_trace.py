@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency import trace as traces
-from sterna.scheduler.residency.trace import DECODE, PREFILL, Routes, read_trace
-from sterna.scheduler.residency.trace_writer import RoutedEvent, TraceHead, TraceWriter
+from sterna.scheduler.residency.replay import trace as traces
+from sterna.scheduler.residency.replay.trace import DECODE, PREFILL, Routes, read_trace
+from sterna.scheduler.residency.replay.writer import RoutedEvent, TraceHead, TraceWriter
 from sterna.shm.errors import ModelFileError, ModelNotFound
 
 SAMPLE = Path(__file__).parents[2] / "data/route-sample.csv"

@@ -10,7 +10,7 @@ Comment lines before the header name the model and, per layer, the bytes of an e
 An event is what one layer needs at once: consecutive rows of one layer and step, or of one layer in prefill,
 where step counts tokens. A row of slot 0 begins a token.
 
-Not in here: what a policy makes of a trace (`simulate.py`); writing one (`trace_writer.py`).
+Not in here: what a policy makes of a trace (`simulate.py`); writing one (`writer.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shm.errors import ModelFileError, ModelNotFound, ModelReadError
+from ....shm.errors import ModelFileError, ModelNotFound, ModelReadError
 
 COLUMNS: Final = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "residency", "expert_bytes")
 RUNNER_UP_COLUMNS: Final = ("score", "runner_up", "runner_up_score", "spread")

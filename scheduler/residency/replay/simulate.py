@@ -19,10 +19,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shm.errors import UsageError
-from ...workers.kernels import eviction
-from ...workers.kernels.replay import Pool, replay, replay_with_prior
-from .policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, Arrays
+from ....shm.errors import UsageError
+from ....workers.kernels import eviction
+from ....workers.kernels.replay import Pool, replay, replay_with_prior
+from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, Arrays
 from .trace import DECODE, Trace
 
 BELADY, BELADY_BYPASS, CACHE_PRIOR = "belady", "belady-bypass", "cache-prior"

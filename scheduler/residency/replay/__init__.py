@@ -1,0 +1,1 @@
+"""Routing traces: written, read, and replayed against every policy."""
