@@ -18,7 +18,7 @@ import zmq
 from ..shm.arena import Arena
 from ..shm.errors import ModelFileError, StartFailed, SternaError, WorkerLost
 from ..shm.slots import SlotTable
-from ..workers.checkpoint.gguf import GgufFile
+from ..workers.checkpoint.file.gguf import GgufFile
 from ..workers.kernels import bandwidth
 from ..workers.messages import Configure
 from ..workers.ownership import owners

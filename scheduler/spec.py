@@ -7,8 +7,8 @@ import os
 
 import msgspec
 
+from ..workers.checkpoint.file.split import parts_of
 from ..workers.checkpoint.formats import Storage
-from ..workers.checkpoint.split import parts_of
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -291,7 +291,7 @@ def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:
 
 def _require_template(path: Path) -> None:
     """Refuse a model without a chat template by its header alone; raises BadRequest and the file's errors."""
-    from ...workers.checkpoint.gguf import GgufFile
+    from ...workers.checkpoint.file.gguf import GgufFile
     from ..chat.template import template_sources
 
     with GgufFile.open(path) as file:

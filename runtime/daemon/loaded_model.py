@@ -13,7 +13,7 @@ from ...scheduler.spec import model_id
 from ...shm.arena import Arena
 from ...shm.errors import BadRequest, OutOfResources
 from ...shm.slots import arena_nbytes
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file.gguf import GgufFile
 from ..chat.template import ChatTemplate, token_texts
 from ..config import Config, embedded_model
 from ..memory.budget import SlotDecision, decide

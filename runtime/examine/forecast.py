@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...scheduler.model.plan import ModelPlan
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.ownership import owners
 from ..config import Config, embedded_model
 from ..memory.budget import BudgetTooSmall, SlotDecision, Wants

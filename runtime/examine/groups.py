@@ -8,8 +8,8 @@ from collections.abc import Iterable, Set
 from typing import Any, Final
 
 from ...scheduler.model.plan import ModelPlan
+from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.formats import Format
-from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ..memory.budget import SlotDecision
 
 EXPERTS: Final = "experts"

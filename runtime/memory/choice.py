@@ -18,8 +18,8 @@ from ...scheduler.residency.saved_counts import read_counts
 from ...scheduler.spec import model_id
 from ...shm.errors import ConfigError, OutOfResources
 from ...shm.slots import arena_nbytes
+from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.formats import DEFAULT_STORAGE, Storage
-from ...workers.checkpoint.gguf import GgufFile
 from ...workers.user_cache import user_cache
 from ..config import Activations, Config, Precision, Ternary
 from ..sizes import format_size

@@ -28,8 +28,8 @@ from ...scheduler.residency.policies import new_policy
 from ...scheduler.state import Segment
 from ...shm.errors import OutOfResources, UsageError
 from ...shm.slots import SlotClasses, SlotTable, arena_nbytes
-from ...workers.checkpoint import names
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file import names
+from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.messages import Configure
 from ...workers.observing import ObservingWorker
 from ...workers.ownership import owners

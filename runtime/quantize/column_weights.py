@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError, ModelNotFound, UsageError
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file.gguf import GgufFile
 from ..text.tokenizer import Tokenizer
 from .activations import measure
 from .imatrix import ColumnSums

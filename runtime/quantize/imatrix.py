@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file.gguf import GgufFile
+from ...workers.checkpoint.file.writer import lay_out, string_value
 from ...workers.checkpoint.types import TYPES_BY_NAME, dequantize
-from ...workers.checkpoint.writer import lay_out, string_value
 from .journal import write_error
 
 Floats = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from ...shm.errors import AlreadyRunning, NotPermitted, OutOfResources, SternaError, UsageError
 
 if TYPE_CHECKING:
-    from ...workers.checkpoint.gguf import GgufFile
+    from ...workers.checkpoint.file.gguf import GgufFile
 
 VERSION: Final = 1
 _BEGINS: Final = b'{"sterna quantize": '  # every journal of ours

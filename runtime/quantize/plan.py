@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from ...shm.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
-    from ...workers.checkpoint.gguf import GgufFile, TensorInfo
+    from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
     from ...workers.checkpoint.types import TensorType
 
 # Type -> general.file_type of a file that is made with it, llama.cpp's numbers.

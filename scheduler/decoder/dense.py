@@ -17,8 +17,8 @@ from ...shm.errors import InternalError, ModelFileError
 from ...shm.layout import align
 from ...workers.activation import Activation
 from ...workers.checkpoint.bitnet_types import TILED, find_tiling
+from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.formats import ActivationKind, MatrixShape, activation_kind
-from ...workers.checkpoint.gguf import GgufFile
 from ...workers.checkpoint.packing import matrix_entry, pack_matrix
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.activations import QuantizedRows

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ConfigError
-from ...workers.checkpoint import names
+from ...workers.checkpoint.file import names
+from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.formats import (
     ActivationKind,
     Format,
@@ -21,7 +22,6 @@ from ...workers.checkpoint.formats import (
     Storage,
     activation_kind,
 )
-from ...workers.checkpoint.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.tiers import FILE_PRECISION
 from ...workers.messages import ExpertPage, FileSlab, LayerShape
 from .hyper import Hyperparameters

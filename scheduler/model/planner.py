@@ -11,7 +11,9 @@ from typing import Final
 
 from ...shm.errors import ConfigError, ModelFileError
 from ...shm.layout import align
-from ...workers.checkpoint import names
+from ...workers.checkpoint.file import names
+from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.file.source import quoted
 from ...workers.checkpoint.formats import (
     DEFAULT_STORAGE,
     Format,
@@ -21,8 +23,6 @@ from ...workers.checkpoint.formats import (
     format_of,
     kernel_type,
 )
-from ...workers.checkpoint.gguf import GgufFile, TensorInfo
-from ...workers.checkpoint.source import quoted
 from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
 from .families.family import read_hyperparameters

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.checkpoint import names
 from ...workers.checkpoint.convert import Converter
-from ...workers.checkpoint.gguf import GgufFile
+from ...workers.checkpoint.file import names
+from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.tiers import conversion
 from .plan import PROJECTIONS, ModelPlan
 

@@ -13,7 +13,7 @@ from sterna.scheduler.model.hyper import LatentAttention
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from .tiny_files import write
 from .tiny_models import Value, tiny_model

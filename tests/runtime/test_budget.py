@@ -22,7 +22,7 @@ from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
 from sterna.shm.slots import arena_nbytes
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.kernels.attention import scratch_shapes
 
 from ..families.tiny_files import write

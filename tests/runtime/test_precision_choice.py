@@ -21,7 +21,7 @@ from sterna.scheduler.residency.policies import new_policy
 from sterna.scheduler.residency.saved_counts import COUNT_ROW, SavedCounts, read_counts
 from sterna.scheduler.spec import model_id
 from sterna.shm.errors import ConfigError
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.kernels import eviction
 from sterna.workers.user_cache import user_cache
 

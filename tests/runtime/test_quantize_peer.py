@@ -16,7 +16,7 @@ from sterna.runtime.config import embedded_model
 from sterna.runtime.quantize.convert import quantize
 from sterna.runtime.quantize.plan import TYPES, Wanted
 from sterna.runtime.text.tokenizer import Tokenizer
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from ..scheduler.local_engine import LocalEngine
 

@@ -27,7 +27,7 @@ from sterna.shm.errors import (
     OutOfResources,
     UsageError,
 )
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from .quantize_source import write_source
 

@@ -19,7 +19,7 @@ from sterna.runtime.config import embedded_model
 from sterna.runtime.examine.describe import describe, validate
 from sterna.runtime.examine.groups import group_of
 from sterna.shm.errors import ModelFileError, ModelNotFound
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from ..scheduler import altered_model as altered
 from ..system.gguf_copy import Type, copy_model, shard_path

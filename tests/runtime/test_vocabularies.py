@@ -18,7 +18,7 @@ import pytest
 
 from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sterna-tests"

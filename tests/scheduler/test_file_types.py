@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
 from ..workers.checkpoint import ternary_bytes as tb

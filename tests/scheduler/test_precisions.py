@@ -17,9 +17,9 @@ from sterna.scheduler.model.precision_errors import measure
 from sterna.scheduler.residency.precision.classes import PRECISION_PRESETS
 from sterna.scheduler.residency.precision.plan import ExpertPrecisions, precision_plan, preset_precisions
 from sterna.shm.errors import ConfigError
-from sterna.workers.checkpoint import names
+from sterna.workers.checkpoint.file import names
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, ActivationKind, Format, format_of
-from sterna.workers.checkpoint.gguf import GgufFile
 from sterna.workers.checkpoint.tiers import conversion
 
 from . import altered_model as altered

@@ -16,7 +16,7 @@ from sterna.scheduler.residency.resizer import Resizer
 from sterna.shm.arena import Arena
 from sterna.shm.errors import OutOfResources
 from sterna.shm.slots import SlotTable, arena_nbytes
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.ownership import owners
 
 

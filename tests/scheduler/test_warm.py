@@ -11,7 +11,7 @@ import pytest
 import sterna.workers.kernels as kernels
 from sterna.scheduler import warm
 from sterna.scheduler.model.planner import read_plan
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from ..families.tiny_files import write
 from ..families.tiny_models import tiny_model

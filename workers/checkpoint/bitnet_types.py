@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ModelFileError
-from .metadata import GgufArray
+from .file.metadata import GgufArray
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 

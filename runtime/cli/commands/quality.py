@@ -322,7 +322,7 @@ def _model_path(model: str) -> Path:
 def _require_experts(path: Path, purpose: str) -> None:
     """Raise UsageError for a dense model: it has no experts to `purpose`. Raises the file's errors, too."""
     from ....scheduler.model.families.family import read_hyperparameters
-    from ....workers.checkpoint.gguf import GgufFile
+    from ....workers.checkpoint.file.gguf import GgufFile
 
     with GgufFile.open(path) as file:
         if not read_hyperparameters(file).moe_layers:

@@ -20,7 +20,7 @@ from ..render import grid, one_line
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ....workers.checkpoint.gguf import GgufFile
+    from ....workers.checkpoint.file.gguf import GgufFile
     from ...quantize.column_weights import Calibration
     from ...quantize.convert import Report
     from ...quantize.report import Group
@@ -108,7 +108,7 @@ def quantize(
     Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. Stopped by a
     signal or a full disk, the same command goes on where it was; OUT appears when it is complete and checked.
     """
-    from ....workers.checkpoint.gguf import GgufFile
+    from ....workers.checkpoint.file.gguf import GgufFile
 
     exit_on_sigterm()
     wanted = Wanted(

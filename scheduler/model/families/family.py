@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ....shm.errors import ModelFileError
-from ....workers.checkpoint.gguf import GgufFile
+from ....workers.checkpoint.file.gguf import GgufFile
 from ..hyper import Hyperparameters
 from . import bitnet, deepseek2, glm4moe, gpt_oss, granitemoe, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe
 from .keys import Keys

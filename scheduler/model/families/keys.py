@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ....shm.errors import ModelFileError
-from ....workers.checkpoint import names
-from ....workers.checkpoint.gguf import GgufFile
+from ....workers.checkpoint.file import names
+from ....workers.checkpoint.file.gguf import GgufFile
 
 
 class Keys:

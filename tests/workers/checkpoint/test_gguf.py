@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from sterna.shm.errors import ModelFileError, ModelNotFound, ModelReadError, NotPermitted, SternaError
-from sterna.workers.checkpoint import source as source_module
-from sterna.workers.checkpoint.gguf import GgufArray, GgufFile
-from sterna.workers.checkpoint.shard import Shard
+from sterna.workers.checkpoint.file import source as source_module
+from sterna.workers.checkpoint.file.gguf import GgufArray, GgufFile
+from sterna.workers.checkpoint.file.shard import Shard
 from sterna.workers.checkpoint.types import dequantize
 
 from .gguf_bytes import (

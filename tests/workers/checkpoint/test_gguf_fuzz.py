@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from sterna.shm.errors import SternaError
-from sterna.workers.checkpoint.gguf import GgufArray, GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufArray, GgufFile
 
 INTERESTING = (0, 1, 2, 7, 8, 9, 12, 13, 31, 32, 35, 36, 64, 255, 256, 65_535, 65_536, 65_537)
 POWERS = (31, 32, 40, 62, 63)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from .gguf_bytes import ALIGN_KEY, ARR, BOOL, KEY_AT, STR, U8, U32, U64, build, items, key, tensor, text
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType
 from gguf.tensor_mapping import get_tensor_name_map
 
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
-from sterna.workers.checkpoint.names import (
+from sterna.workers.checkpoint.file.gguf import GgufFile
+from sterna.workers.checkpoint.file.names import (
     EXPERT_ROLES,
     LAYER_ROLES,
     MODEL_ROLES,

@@ -15,8 +15,8 @@ from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.spec import model_id
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
-from sterna.workers.checkpoint.split import MAX_SHARDS
+from sterna.workers.checkpoint.file.gguf import GgufFile
+from sterna.workers.checkpoint.file.split import MAX_SHARDS
 from sterna.workers.reading import ModelFile, Staging
 
 from ...system.gguf_copy import copy_model, shard_path

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.bitnet_types import Tiling, find_tiling
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.ternary_types import PER_TENSOR, PRIVATE_IDS, TernaryMatrix
 from sterna.workers.checkpoint.types import (
     TENSOR_TYPES,

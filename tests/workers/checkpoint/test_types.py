@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.gguf import GgufFile
+from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, dequantize, ternary_codes
 
 WRITTEN = (

@@ -3,7 +3,7 @@
 Reads GGUF versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
 that names the place or gives tensors that lie inside the file and do not overlap; every count is
 limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
-(`types.py`), models of several files (`gguf.py`, `split.py`).
+(`checkpoint/types.py`), models of several files (`gguf.py`, `split.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Self, TypeVar
 
-from ...shm.errors import ModelFileError
+from ....shm.errors import ModelFileError
+from ..types import FOREIGN_TYPES, TensorType, candidates, is_claimed
 from .metadata import MAX_KEYS, MIN_KEY_BYTES, Metadata
 from .source import HeaderReader, Source, quoted, refusal
-from .types import FOREIGN_TYPES, TensorType, candidates, is_claimed
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)

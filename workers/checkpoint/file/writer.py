@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from ...shm.errors import ModelFileError
-from ...shm.layout import align
+from ....shm.errors import ModelFileError
+from ....shm.layout import align
+from ..ternary_types import PRIVATE_IDS
+from ..types import TensorType
 from .gguf import TensorInfo
 from .metadata import STRING
 from .source import quoted
-from .ternary_types import PRIVATE_IDS
-from .types import TensorType
 
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3

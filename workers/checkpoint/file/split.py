@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from ...shm.errors import ModelFileError
+from ....shm.errors import ModelFileError
 from .metadata import GgufArray
 from .shard import MAX_TENSORS, Shard, TensorInfo
 from .source import quoted, refusal

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from ...shm.errors import ModelFileError
+from ....shm.errors import ModelFileError
+from ..types import TensorType
 from .gguf import GgufFile, TensorInfo
 from .source import quoted, refusal
-from .types import TensorType
 
 _MODEL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {

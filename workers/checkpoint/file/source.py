@@ -16,7 +16,7 @@ import struct
 from array import array
 from typing import Final
 
-from ...shm.errors import (
+from ....shm.errors import (
     ModelFileError,
     ModelNotFound,
     ModelReadError,

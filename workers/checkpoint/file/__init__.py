@@ -1,0 +1,1 @@
+"""The structure of a GGUF file: header, metadata, names, parts of a split file."""
