@@ -28,8 +28,8 @@ import numpy as np
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.checkpoint.samples import sample
+from sterna.workers.checkpoint.held.formats import Format, MatrixShape
+from sterna.workers.checkpoint.held.samples import sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME
 from sterna.workers.checksums import Checksums
 from sterna.workers.messages import Configure, ExpertPage, FileSlab, LayerShape, Paged, PageIn

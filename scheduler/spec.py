@@ -8,7 +8,7 @@ import os
 import msgspec
 
 from ..workers.checkpoint.file.split import parts_of
-from ..workers.checkpoint.formats import Storage
+from ..workers.checkpoint.held.formats import Storage
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

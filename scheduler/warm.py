@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from ..workers import selftest
 from ..workers.activation import Activation
-from ..workers.checkpoint import convert
-from ..workers.checkpoint.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
-from ..workers.checkpoint.packing import matrix_entry
+from ..workers.checkpoint.held import convert
+from ..workers.checkpoint.held.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
+from ..workers.checkpoint.held.packing import matrix_entry
 from ..workers.checkpoint.types import TYPES_BY_NAME
 from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
 from ..workers.kernels import crew as crew_kernels

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.slots import SlotTable
-from .checkpoint.formats import ActivationKind
+from .checkpoint.held.formats import ActivationKind
 from .messages import Compute, Outputs
 from .serve import ExpertWorker
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from ..shm.errors import InternalError, ModelFileError, ModelReadError
 from ..shm.slots import SlotTable
 from .activation import Activation
-from .checkpoint.convert import Converter
-from .checkpoint.formats import Format, MatrixShape
-from .checkpoint.packing import pack_matrix
-from .checkpoint.tiers import conversion
+from .checkpoint.held.convert import Converter
+from .checkpoint.held.formats import Format, MatrixShape
+from .checkpoint.held.packing import pack_matrix
+from .checkpoint.held.precisions import conversion
 from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType
 from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage

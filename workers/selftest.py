@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError
-from .checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from .checkpoint.packing import matrix_entry, pack_matrix
-from .checkpoint.samples import sample
+from .checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
+from .checkpoint.held.packing import matrix_entry, pack_matrix
+from .checkpoint.held.samples import sample
 from .checkpoint.types import TYPES_BY_NAME, dequantize
 from .kernels.activations import QuantizedRows
 from .kernels.products import kernel_of, scratch_nbytes

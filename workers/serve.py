@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..shm.slots import SlotTable
-from .checkpoint.formats import ActivationKind, activation_kind
-from .checkpoint.packing import matrix_entry
+from .checkpoint.held.formats import ActivationKind, activation_kind
+from .checkpoint.held.packing import matrix_entry
 from .checksums import Checksums
 from .kernels.ffn import expert_batch
 from .kernels.products import scratch_nbytes

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.layout import align
-from ...workers.checkpoint.packing import matrix_entry
+from ...workers.checkpoint.held.packing import matrix_entry
 from ...workers.checkpoint.types import TYPES_BY_NAME
 from ...workers.kernels import ffn
 from ...workers.kernels.activations import QuantizedRows

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...workers.checkpoint.formats import ActivationKind, Format, activation_kind
+from ...workers.checkpoint.held.formats import ActivationKind, Format, activation_kind
 from ...workers.kernels import bandwidth, peak
 from ...workers.kernels.bandwidth import ReadBandwidth
 from ...workers.pinned import PinnedThreads

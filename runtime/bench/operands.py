@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from ...scheduler.decoder.crew import Crew
 from ...shm.errors import OutOfResources
-from ...workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from ...workers.checkpoint.packing import matrix_entry, pack_matrix
-from ...workers.checkpoint.samples import file_type_of, sample
+from ...workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
+from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
+from ...workers.checkpoint.held.samples import file_type_of, sample
 from ...workers.checkpoint.types import TYPES_BY_NAME
 from ...workers.kernels import dense
 from ...workers.kernels.activations import QuantizedRows

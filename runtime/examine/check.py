@@ -17,7 +17,7 @@ from ...shm.errors import ModelFileError
 from ...workers.checkpoint.bitnet_types import CONFIG_NAME, TILED, find_tiling
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.names import TensorProblem
-from ...workers.checkpoint.formats import is_decoded_at_load
+from ...workers.checkpoint.held.formats import is_decoded_at_load
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
 from ..chat.template import ChatTemplate, token_texts
 from ..text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 from ...scheduler.model.plan import ModelPlan
 from ...shm.errors import ModelFileError, OutOfResources
 from ...workers.checkpoint.file.gguf import GgufArray, GgufFile, TensorInfo
-from ...workers.checkpoint.formats import activation_kind, is_decoded_at_load
+from ...workers.checkpoint.held.formats import activation_kind, is_decoded_at_load
 from ..chat.template import describe_templates
 from ..config import Activations, Config, Precision, Ternary
 from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes

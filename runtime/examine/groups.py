@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ...scheduler.model.plan import ModelPlan
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
-from ...workers.checkpoint.formats import Format
+from ...workers.checkpoint.held.formats import Format
 from ..memory.budget import SlotDecision
 
 EXPERTS: Final = "experts"

@@ -19,7 +19,7 @@ from ...scheduler.spec import model_id
 from ...shm.errors import ConfigError, OutOfResources
 from ...shm.slots import arena_nbytes
 from ...workers.checkpoint.file.gguf import GgufFile
-from ...workers.checkpoint.formats import DEFAULT_STORAGE, Storage
+from ...workers.checkpoint.held.formats import DEFAULT_STORAGE, Storage
 from ...workers.user_cache import user_cache
 from ..config import Activations, Config, Precision, Ternary
 from ..sizes import format_size

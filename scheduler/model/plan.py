@@ -15,14 +15,8 @@ import numpy.typing as npt
 from ...shm.errors import ConfigError
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
-from ...workers.checkpoint.formats import (
-    ActivationKind,
-    Format,
-    MatrixShape,
-    Storage,
-    activation_kind,
-)
-from ...workers.checkpoint.tiers import FILE_PRECISION
+from ...workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, Storage, activation_kind
+from ...workers.checkpoint.held.precisions import FILE_PRECISION
 from ...workers.messages import ExpertPage, FileSlab, LayerShape
 from .hyper import Hyperparameters
 

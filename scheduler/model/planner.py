@@ -14,7 +14,7 @@ from ...shm.layout import align
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.source import quoted
-from ...workers.checkpoint.formats import (
+from ...workers.checkpoint.held.formats import (
     DEFAULT_STORAGE,
     Format,
     MatrixShape,
@@ -23,7 +23,7 @@ from ...workers.checkpoint.formats import (
     format_of,
     kernel_type,
 )
-from ...workers.checkpoint.tiers import FILE_PRECISION, TARGETS, held_type
+from ...workers.checkpoint.held.precisions import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
 from .families.family import read_hyperparameters
 from .hyper import GroupedAttention, LatentAttention

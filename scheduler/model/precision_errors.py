@@ -7,10 +7,10 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.checkpoint.convert import Converter
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile
-from ...workers.checkpoint.tiers import conversion
+from ...workers.checkpoint.held.convert import Converter
+from ...workers.checkpoint.held.precisions import conversion
 from .plan import PROJECTIONS, ModelPlan
 
 SAMPLED_ROWS = 64

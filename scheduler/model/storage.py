@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ...workers.checkpoint.bitnet_types import TILED, find_tiling
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
-from ...workers.checkpoint.formats import ROW_SCALED
+from ...workers.checkpoint.held.formats import ROW_SCALED
 from ...workers.checkpoint.types import dequantize, ternary_matrix
 from .families.family import read_hyperparameters
 

@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGUFWriter, TokenType
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 
-from sterna.workers.checkpoint.encode import Encoder
+from sterna.workers.checkpoint.held.encode import Encoder
 from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
 from .draw import Floats

@@ -20,8 +20,8 @@ from sterna.runtime.quantize.imatrix import ColumnSums
 from sterna.runtime.quantize.plan import Wanted
 from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
-from sterna.workers.checkpoint.encode import Encoder
 from sterna.workers.checkpoint.file.gguf import GgufFile
+from sterna.workers.checkpoint.held.encode import Encoder
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them was so fair. " * 4

@@ -17,9 +17,9 @@ import pytest
 from sterna.runtime.bench.llama import LlamaCpp, best_rate, their_name
 from sterna.runtime.cli.render import grid
 from sterna.shm.errors import ModelFileError, StartFailed, UsageError
-from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.checkpoint.packing import pack_matrix
-from sterna.workers.checkpoint.samples import file_type_of, sample
+from sterna.workers.checkpoint.held.formats import Format, MatrixShape
+from sterna.workers.checkpoint.held.packing import pack_matrix
+from sterna.workers.checkpoint.held.samples import file_type_of, sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 from sterna.workers.pinned import PinnedThreads
 

@@ -24,11 +24,11 @@ from sterna.shm.errors import (
     OutOfResources,
     UsageError,
 )
-from sterna.workers.checkpoint.encode import ENCODED
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.file.names import EXPERT_ROLES, LAYER_ROLES, MODEL_ROLES, candidates
 from sterna.workers.checkpoint.file.writer import lay_out
-from sterna.workers.checkpoint.recode import WRITABLE
+from sterna.workers.checkpoint.held.encode import ENCODED
+from sterna.workers.checkpoint.held.recode import WRITABLE
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 
 from ..workers.checkpoint.ternary_bytes import i2_s, iq2_bn

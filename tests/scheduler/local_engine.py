@@ -26,8 +26,8 @@ from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.scheduler.residency.policies import new_policy
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, Storage
-from sterna.workers.checkpoint.tiers import FILE_PRECISION
+from sterna.workers.checkpoint.held.formats import DEFAULT_STORAGE, Storage
+from sterna.workers.checkpoint.held.precisions import FILE_PRECISION
 from sterna.workers.messages import Configure, ExpertPage
 from sterna.workers.ownership import owners
 from sterna.workers.serve import ExpertWorker

@@ -17,7 +17,7 @@ from sterna.scheduler.messages import Sampling, Submit
 from sterna.scheduler.model.storage import measure_activations
 from sterna.shm.errors import InternalError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import Storage
+from sterna.workers.checkpoint.held.formats import Storage
 from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
 from ..workers.checkpoint import ternary_bytes

@@ -18,7 +18,7 @@ from sterna.scheduler.model.plan import DENSE_HEADER_NBYTES, ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import ActivationKind, Format
+from sterna.workers.checkpoint.held.formats import ActivationKind, Format
 from sterna.workers.gating import SIGMOID, SOFTMAX
 from sterna.workers.messages import FileSlab
 

@@ -16,9 +16,9 @@ from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.expert_memory import ExpertMemory
 from sterna.shm.errors import ConfigError
-from sterna.workers.checkpoint.convert import Converter
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.packing import pack_matrix
+from sterna.workers.checkpoint.held.convert import Converter
+from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME
 
 from . import altered_model as altered

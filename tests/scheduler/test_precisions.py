@@ -19,8 +19,8 @@ from sterna.scheduler.residency.precision.plan import ExpertPrecisions, precisio
 from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint.file import names
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import DEFAULT_STORAGE, ActivationKind, Format, format_of
-from sterna.workers.checkpoint.tiers import conversion
+from sterna.workers.checkpoint.held.formats import DEFAULT_STORAGE, ActivationKind, Format, format_of
+from sterna.workers.checkpoint.held.precisions import conversion
 
 from . import altered_model as altered
 

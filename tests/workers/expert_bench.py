@@ -14,8 +14,8 @@ from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.checkpoint.packing import pack_matrix
+from sterna.workers.checkpoint.held.formats import Format, MatrixShape
+from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.types import TENSOR_TYPES, dequantize
 from sterna.workers.checksums import Checksums
 from sterna.workers.kernels.cache import cache_dir

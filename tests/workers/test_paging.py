@@ -20,7 +20,7 @@ import pytest
 from sterna.runtime.config import embedded_model
 from sterna.shm.slots import FILLING, READY
 from sterna.workers import selftest
-from sterna.workers.checkpoint.formats import Format
+from sterna.workers.checkpoint.held.formats import Format
 from sterna.workers.checksums import Checksums
 from sterna.workers.kernels import repack
 from sterna.workers.messages import Compute, ExpertPage, FileSlab, Paged, PageIn, Trouble

@@ -11,8 +11,8 @@ import pytest
 from sterna.scheduler.warm import ALL_KINDS
 from sterna.shm.errors import InternalError
 from sterna.workers import selftest
-from sterna.workers.checkpoint.formats import ActivationKind, Format, MatrixShape, activation_kind
-from sterna.workers.checkpoint.packing import pack_matrix
+from sterna.workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
+from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.kernels import activations
 from sterna.workers.kernels.target import TARGET
 

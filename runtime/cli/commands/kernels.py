@@ -24,7 +24,7 @@ from ..progress import StartProgress
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ....workers.checkpoint.formats import Format
+    from ....workers.checkpoint.held.formats import Format
     from ...bench.kernels import Options
     from ...processes.kernel_environment import KernelEnvironment
 
@@ -220,8 +220,8 @@ def _integer(flag: str, text: str, largest: int) -> int:
 
 def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[Format, ...]:
     """Return the formats to measure, each once; the file's name of a format counts too."""
-    from ....workers.checkpoint.formats import Format
-    from ....workers.checkpoint.samples import file_type_of
+    from ....workers.checkpoint.held.formats import Format
+    from ....workers.checkpoint.held.samples import file_type_of
     from ....workers.checkpoint.types import TYPES_BY_NAME
 
     by_name = {name.lower(): form for form in Format for name in (file_type_of(form), form.name)}
@@ -243,7 +243,7 @@ def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[For
 
 def _kinds(formats: tuple[Format, ...]) -> Kinds:
     """Return the (file type, format) pairs that are measured."""
-    from ....workers.checkpoint.samples import file_type_of
+    from ....workers.checkpoint.held.samples import file_type_of
 
     return [(file_type_of(form), int(form)) for form in formats]
 

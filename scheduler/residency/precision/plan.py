@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import ConfigError
-from ....workers.checkpoint.tiers import FILE_PRECISION
+from ....workers.checkpoint.held.precisions import FILE_PRECISION
 from ...model.plan import ModelPlan
 from .budget import PrecisionAllocator
 from .classes import PRECISION_PRESETS, PrecisionConfig

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from sterna.shm.errors import InternalError, ModelFileError
-from sterna.workers.checkpoint.convert import Converter
-from sterna.workers.checkpoint.encode import Encoder, relative_error
-from sterna.workers.checkpoint.formats import MatrixShape, Storage, format_of
-from sterna.workers.checkpoint.packing import pack_matrix
-from sterna.workers.checkpoint.samples import sample
-from sterna.workers.checkpoint.tiers import (
+from sterna.workers.checkpoint.held.convert import Converter
+from sterna.workers.checkpoint.held.encode import Encoder, relative_error
+from sterna.workers.checkpoint.held.formats import MatrixShape, Storage, format_of
+from sterna.workers.checkpoint.held.packing import pack_matrix
+from sterna.workers.checkpoint.held.precisions import (
     TARGETS,
     conversion,
     held_nbytes,
     held_type,
     is_convertible,
 )
+from sterna.workers.checkpoint.held.samples import sample
 from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, Bytes, TensorType, dequantize
 
 SOURCES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "MXFP4")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.checkpoint.formats import Format, MatrixShape
-from sterna.workers.checkpoint.packing import pack_matrix
-from sterna.workers.checkpoint.samples import sample
+from sterna.workers.checkpoint.held.formats import Format, MatrixShape
+from sterna.workers.checkpoint.held.packing import pack_matrix
+from sterna.workers.checkpoint.held.samples import sample
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from sterna.workers.checkpoint.encode import Encoder
+from sterna.workers.checkpoint.held.encode import Encoder
 from sterna.workers.checkpoint.types import TYPES_BY_NAME
 
 F32 = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from sterna.workers.checkpoint.formats import Format
+from sterna.workers.checkpoint.held.formats import Format
 from sterna.workers.kernels.target import TARGET
 
 if __package__:

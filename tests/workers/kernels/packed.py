@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sterna.workers.checkpoint.formats import Format, activation_kind
+from sterna.workers.checkpoint.held.formats import Format, activation_kind
 from sterna.workers.kernels import floating, products, q8, repack, ternary
 from sterna.workers.kernels.activations import quantize_rows
 

@@ -7,8 +7,8 @@ import pytest
 
 from sterna.runtime.config import embedded_model
 from sterna.shm.errors import InternalError, ModelFileError
-from sterna.workers.checkpoint.encode import ENCODED, Encoder
 from sterna.workers.checkpoint.file.gguf import GgufFile
+from sterna.workers.checkpoint.held.encode import ENCODED, Encoder
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
 
 from . import encoding as twin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.checkpoint.encode import SCALE_RULES, Encoder
+from sterna.workers.checkpoint.held.encode import SCALE_RULES, Encoder
 from sterna.workers.checkpoint.types import TYPES_BY_NAME, ternary_codes
 
 from . import encoding as twin

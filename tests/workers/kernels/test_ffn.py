@@ -9,7 +9,7 @@ import pytest
 
 from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.activation import Activation
-from sterna.workers.checkpoint.formats import Format, MatrixShape
+from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.kernels import dense, ffn, products
 from sterna.workers.kernels.activations import QuantizedRows
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.formats import (
+from sterna.workers.checkpoint.held.formats import (
     Format,
     MatrixShape,
     activation_kind,
     format_of,
     is_decoded_at_load,
 )
-from sterna.workers.checkpoint.packing import matrix_entry, pack_matrix
+from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, dequantize
 from sterna.workers.kernels import ffn, products
 from sterna.workers.kernels.cache import cache_dir

@@ -10,11 +10,11 @@ from typing import Final
 
 import numpy as np
 
-from ...shm.errors import ModelFileError
+from ....shm.errors import ModelFileError
+from ..plain_types import PLAIN, encode_plain
+from ..types import Bytes, Floats, TensorType
 from .encode import ENCODED, Encoder
-from .plain_types import PLAIN, encode_plain
 from .row_decoder import RowDecoder
-from .types import Bytes, Floats, TensorType
 
 WRITABLE: Final = (*PLAIN, *ENCODED)
 """Names of the types that a tensor can be given."""

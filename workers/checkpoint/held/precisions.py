@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..types import TYPES_BY_NAME, TensorType
 from .formats import Format, MatrixShape, format_of
-from .types import TYPES_BY_NAME, TensorType
 
 FILE_PRECISION: Final = "file"
 """Name of the precision in which everything is as the file has it; always the first."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...shm.errors import InternalError
+from ....shm.errors import InternalError
+from ..types import TYPES_BY_NAME, Bytes, Floats, TensorType, check_size, dequantize
 from .encode import Encoder, relative_error
+from .precisions import TARGETS, is_convertible, is_ternary
 from .row_decoder import RowDecoder
-from .tiers import TARGETS, is_convertible, is_ternary
-from .types import TYPES_BY_NAME, Bytes, Floats, TensorType, check_size, dequantize
 
 _ROWS = 16  # decoded at a time, so that they stay in the processor's cache
 

@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import InternalError, ModelFileError
-from ..kernels import code_blocks, encode, encode_signed, encode_ternary
+from ....shm.errors import InternalError, ModelFileError
+from ...kernels import code_blocks, encode, encode_signed, encode_ternary
+from ..types import Bytes, Floats, TensorType
 from .formats import Format
-from .tiers import TARGETS
-from .types import Bytes, Floats, TensorType
+from .precisions import TARGETS
 
 ENCODED: Final = ("Q6_K", *TARGETS, "TQ1_0")
 """Names of the types that `Encoder` writes, finest first."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ...shm.errors import ModelFileError
-from ...shm.layout import align
-from .bitnet_types import TILED
-from .types import TensorType
+from ....shm.errors import ModelFileError
+from ....shm.layout import align
+from ..bitnet_types import TILED
+from ..types import TensorType
 
 
 class Format(IntEnum):

@@ -1,0 +1,1 @@
+"""What tensors become in memory: formats, packing, conversion."""
