@@ -30,7 +30,7 @@ from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.samples import sample
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.checksums import Checksums
 from sterna.workers.messages import Configure, ExpertPage, FileSlab, LayerShape, Paged, PageIn
 from sterna.workers.paging import Pager

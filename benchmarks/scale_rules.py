@@ -21,7 +21,7 @@ from sterna.runtime.cli.render import grid
 from sterna.runtime.quantize.plan import WEIGHTED
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.file.writer import lay_out
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 RULES = ("absmean", "least-squares", "lloyd-max")
 ATTENTION = ("blk.*.attn_q_?.weight", "blk.*.attn_kv_a_mqa.weight", "blk.*.attn_output.weight")

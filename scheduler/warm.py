@@ -17,7 +17,7 @@ from ..workers.activation import Activation
 from ..workers.checkpoint.held import convert
 from ..workers.checkpoint.held.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.held.packing import matrix_entry
-from ..workers.checkpoint.types import TYPES_BY_NAME
+from ..workers.checkpoint.types.table import TYPES_BY_NAME
 from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
 from ..workers.kernels import crew as crew_kernels
 from ..workers.kernels.activations import QuantizedRows

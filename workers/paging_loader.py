@@ -17,7 +17,7 @@ from .checkpoint.held.convert import Converter
 from .checkpoint.held.formats import Format, MatrixShape
 from .checkpoint.held.packing import pack_matrix
 from .checkpoint.held.precisions import conversion
-from .checkpoint.types import TENSOR_TYPES, Bytes, TensorType
+from .checkpoint.types.table import TENSOR_TYPES, Bytes, TensorType
 from .checksums import Checksums, combined, digest
 from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging

@@ -18,7 +18,7 @@ from ..shm.errors import InternalError
 from .checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
 from .checkpoint.held.packing import matrix_entry, pack_matrix
 from .checkpoint.held.samples import sample
-from .checkpoint.types import TYPES_BY_NAME, dequantize
+from .checkpoint.types.table import TYPES_BY_NAME, dequantize
 from .kernels.activations import QuantizedRows
 from .kernels.products import kernel_of, scratch_nbytes
 from .kernels.target import TARGET

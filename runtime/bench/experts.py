@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ...shm.layout import align
 from ...workers.checkpoint.held.packing import matrix_entry
-from ...workers.checkpoint.types import TYPES_BY_NAME
+from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels import ffn
 from ...workers.kernels.activations import QuantizedRows
 from ...workers.kernels.bandwidth import allocate

@@ -19,7 +19,7 @@ from ...shm.errors import OutOfResources
 from ...workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from ...workers.checkpoint.held.samples import file_type_of, sample
-from ...workers.checkpoint.types import TYPES_BY_NAME
+from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels import dense
 from ...workers.kernels.activations import QuantizedRows
 from ...workers.kernels.bandwidth import allocate, available_nbytes

@@ -14,11 +14,11 @@ from typing import Final
 from ...scheduler.model.plan import ModelPlan
 from ...scheduler.model.planner import read_plan
 from ...shm.errors import ModelFileError
-from ...workers.checkpoint.bitnet_types import CONFIG_NAME, TILED, find_tiling
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.names import TensorProblem
 from ...workers.checkpoint.held.formats import is_decoded_at_load
-from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
+from ...workers.checkpoint.types.bitnet import CONFIG_NAME, TILED, find_tiling
+from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType
 from ..chat.template import ChatTemplate, token_texts
 from ..text.tokenizer import Tokenizer
 

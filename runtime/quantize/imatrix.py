@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...shm.errors import ModelFileError
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.file.writer import lay_out, string_value
-from ...workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from ...workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 from .journal import write_error
 
 Floats = npt.NDArray[np.float32]

@@ -16,7 +16,7 @@ from ...shm.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
-    from ...workers.checkpoint.types import TensorType
+    from ...workers.checkpoint.types.table import TensorType
 
 # Type -> general.file_type of a file that is made with it, llama.cpp's numbers.
 FILE_TYPES: Final = {
@@ -106,7 +106,7 @@ def choose(file: GgufFile, wanted: Wanted) -> tuple[Choice, ...]:
 
 
 def _choose(file: GgufFile, info: TensorInfo, wanted: Wanted) -> Choice:
-    from ...workers.checkpoint.types import TYPES_BY_NAME
+    from ...workers.checkpoint.types.table import TYPES_BY_NAME
 
     name, kept = _wanted_type(info, wanted)
     if name is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.checkpoint.types import dequantize
+from ...workers.checkpoint.types.table import dequantize
 from ...workers.kernels.norms import add_rows, add_scaled_rows, gate_rows, rms_rows, scale_rows
 from ..kv import StreamMemory
 from ..model.hyper import LatentAttention

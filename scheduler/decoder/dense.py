@@ -16,11 +16,11 @@ import numpy.typing as npt
 from ...shm.errors import InternalError, ModelFileError
 from ...shm.layout import align
 from ...workers.activation import Activation
-from ...workers.checkpoint.bitnet_types import TILED, find_tiling
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.held.formats import ActivationKind, MatrixShape, activation_kind
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
-from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType, dequantize
+from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.activations import QuantizedRows
 from ...workers.kernels.dense import multiply_heads, shared_feed_forward
 from ...workers.kernels.products import scratch_nbytes

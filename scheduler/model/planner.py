@@ -24,7 +24,7 @@ from ...workers.checkpoint.held.formats import (
     kernel_type,
 )
 from ...workers.checkpoint.held.precisions import FILE_PRECISION, TARGETS, held_type
-from ...workers.checkpoint.types import TYPES_BY_NAME, TensorType
+from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType
 from .families.family import read_hyperparameters
 from .hyper import GroupedAttention, LatentAttention
 from .plan import BIASES, PROJECTIONS, DenseTensor, ExpertMatrix, ModelPlan

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.checkpoint.bitnet_types import TILED, find_tiling
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.held.formats import ROW_SCALED
-from ...workers.checkpoint.types import dequantize, ternary_matrix
+from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.table import dequantize, ternary_matrix
 from .families.family import read_hyperparameters
 
 F32 = npt.NDArray[np.float32]

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 
 from sterna.workers.checkpoint.held.encode import Encoder
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 from .draw import Floats
 from .tiny_models import VOCAB, Tiny

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sterna.workers.checkpoint.file.writer import lay_out, string_value, uint32_value
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 SHAPES = {
     "token_embd.weight": (32, 512),

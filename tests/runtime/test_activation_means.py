@@ -22,7 +22,7 @@ from sterna.runtime.text.tokenizer import Tokenizer
 from sterna.shm.errors import ModelFileError, OutOfResources, UsageError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.encode import Encoder
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 TEXT = "Once upon a time there was a king who had three daughters, and the youngest of them was so fair. " * 4
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -20,7 +20,7 @@ from sterna.shm.errors import ModelFileError, StartFailed, UsageError
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.held.samples import file_type_of, sample
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 from sterna.workers.pinned import PinnedThreads
 
 COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]

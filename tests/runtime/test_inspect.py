@@ -20,7 +20,7 @@ from sterna.scheduler.model.storage import ActivationError, measure_activations
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Format, Storage
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 from ..scheduler import altered_model as altered
 from ..workers.checkpoint import ternary_bytes

@@ -29,7 +29,7 @@ from sterna.workers.checkpoint.file.names import EXPERT_ROLES, LAYER_ROLES, MODE
 from sterna.workers.checkpoint.file.writer import lay_out
 from sterna.workers.checkpoint.held.encode import ENCODED
 from sterna.workers.checkpoint.held.recode import WRITABLE
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 from ..workers.checkpoint.ternary_bytes import i2_s, iq2_bn
 from .quantize_source import SHAPES, write_source

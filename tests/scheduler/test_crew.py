@@ -12,7 +12,7 @@ import pytest
 from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.kernels import dense, products
 from sterna.workers.kernels.activations import QuantizedRows
 

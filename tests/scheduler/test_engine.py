@@ -18,7 +18,7 @@ from sterna.scheduler.model.storage import measure_activations
 from sterna.shm.errors import InternalError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Storage
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 from ..workers.checkpoint import ternary_bytes
 from . import altered_model as altered

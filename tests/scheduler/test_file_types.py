@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 from ..workers.checkpoint import ternary_bytes as tb
 from ..workers.checkpoint.gguf_bytes import text

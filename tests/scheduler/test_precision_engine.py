@@ -19,7 +19,7 @@ from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.convert import Converter
 from sterna.workers.checkpoint.held.packing import pack_matrix
-from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME
 
 from . import altered_model as altered
 from .local_engine import Generated, LocalEngine

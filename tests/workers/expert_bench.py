@@ -16,7 +16,7 @@ from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.packing import pack_matrix
-from sterna.workers.checkpoint.types import TENSOR_TYPES, dequantize
+from sterna.workers.checkpoint.types.table import TENSOR_TYPES, dequantize
 from sterna.workers.checksums import Checksums
 from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.messages import Configure, ExpertPage, Paged, PageIn, Trouble

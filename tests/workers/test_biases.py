@@ -16,7 +16,7 @@ from sterna.shm.errors import InternalError
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.activation import Activation
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.messages import Compute, Configure, ExpertPage, FileSlab, LayerShape, PageIn
 from sterna.workers.serve import ExpertWorker
 

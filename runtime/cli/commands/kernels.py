@@ -222,7 +222,7 @@ def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[For
     """Return the formats to measure, each once; the file's name of a format counts too."""
     from ....workers.checkpoint.held.formats import Format
     from ....workers.checkpoint.held.samples import file_type_of
-    from ....workers.checkpoint.types import TYPES_BY_NAME
+    from ....workers.checkpoint.types.table import TYPES_BY_NAME
 
     by_name = {name.lower(): form for form in Format for name in (file_type_of(form), form.name)}
     names = list(by_name) if text is None else [name.strip().lower() for name in text.split(",")]

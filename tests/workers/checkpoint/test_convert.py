@@ -18,7 +18,7 @@ from sterna.workers.checkpoint.held.precisions import (
     is_convertible,
 )
 from sterna.workers.checkpoint.held.samples import sample
-from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, Bytes, TensorType, dequantize
+from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME, Bytes, TensorType, dequantize
 
 SOURCES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q4_0", "IQ4_NL", "MXFP4")
 TERNARY = ("TQ1_0", "TQ2_0", "BITNET_T158", "Q2_0", "PQ2_0", "I2_S", "IQ1_BN", "IQ2_BN", "TL1", "TL2")

@@ -17,7 +17,7 @@ from sterna.shm.errors import ModelFileError, ModelNotFound, ModelReadError, Not
 from sterna.workers.checkpoint.file import source as source_module
 from sterna.workers.checkpoint.file.gguf import GgufArray, GgufFile
 from sterna.workers.checkpoint.file.shard import Shard
-from sterna.workers.checkpoint.types import dequantize
+from sterna.workers.checkpoint.types.table import dequantize
 
 from .gguf_bytes import (
     ALIGN_KEY,

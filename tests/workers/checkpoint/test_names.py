@@ -22,7 +22,7 @@ from sterna.workers.checkpoint.file.names import (
     find,
     require,
 )
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 from . import gguf_bytes
 

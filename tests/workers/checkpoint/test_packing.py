@@ -8,7 +8,7 @@ import pytest
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.held.samples import sample
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 
 @pytest.mark.parametrize("name", ["TQ2_0", "Q8_0", "Q4_K", "I2_S", "IQ2_BN_R4", "BF16"])

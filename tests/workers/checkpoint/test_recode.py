@@ -10,8 +10,8 @@ from gguf.quants import quantize
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.held.encode import relative_error
 from sterna.workers.checkpoint.held.recode import WRITABLE, Loss, Recoder, chunks_of
-from sterna.workers.checkpoint.plain_types import PLAIN
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, Bytes, Floats, dequantize
+from sterna.workers.checkpoint.types.plain import PLAIN
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, Bytes, Floats, dequantize
 
 F32 = TYPES_BY_NAME["F32"]
 

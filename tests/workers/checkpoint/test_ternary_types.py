@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sterna.shm.errors import ModelFileError
-from sterna.workers.checkpoint.bitnet_types import Tiling, find_tiling
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.ternary_types import PER_TENSOR, PRIVATE_IDS, TernaryMatrix
-from sterna.workers.checkpoint.types import (
+from sterna.workers.checkpoint.types.bitnet import Tiling, find_tiling
+from sterna.workers.checkpoint.types.table import (
     TENSOR_TYPES,
     TYPES_BY_NAME,
     candidates,
@@ -22,6 +21,7 @@ from sterna.workers.checkpoint.types import (
     ternary_codes,
     ternary_matrix,
 )
+from sterna.workers.checkpoint.types.ternary import PER_TENSOR, PRIVATE_IDS, TernaryMatrix
 
 from . import ternary_bytes as encoders
 from .gguf_bytes import ARR, F32, U32, build, items, key, tensor

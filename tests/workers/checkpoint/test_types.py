@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, dequantize, ternary_codes
+from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME, dequantize, ternary_codes
 
 WRITTEN = (
     "F32", "F16", "BF16", "Q8_0", "TQ1_0", "TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4",

@@ -12,7 +12,7 @@ from sterna.runtime.config import embedded_model
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.file.writer import Layout, lay_out, string_value, uint32_value
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 F32, TQ2_0 = TYPES_BY_NAME["F32"], TYPES_BY_NAME["TQ2_0"]
 

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from sterna.workers.checkpoint.held.encode import Encoder
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import pack_matrix
-from sterna.workers.checkpoint.types import TYPES_BY_NAME
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.kernels import products
 from sterna.workers.kernels.activations import quantize_rows
 

@@ -9,7 +9,7 @@ from sterna.runtime.config import embedded_model
 from sterna.shm.errors import InternalError, ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.encode import ENCODED, Encoder
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, dequantize
 
 from . import encoding as twin
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sterna.workers.checkpoint.held.encode import SCALE_RULES, Encoder
-from sterna.workers.checkpoint.types import TYPES_BY_NAME, ternary_codes
+from sterna.workers.checkpoint.types.table import TYPES_BY_NAME, ternary_codes
 
 from . import encoding as twin
 

@@ -24,7 +24,7 @@ from sterna.workers.checkpoint.held.formats import (
     is_decoded_at_load,
 )
 from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
-from sterna.workers.checkpoint.types import TENSOR_TYPES, TYPES_BY_NAME, dequantize
+from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME, dequantize
 from sterna.workers.kernels import ffn, products
 from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.target import TARGETS

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ....shm.errors import ModelFileError
-from ..types import TensorType
+from ..types.table import TensorType
 from .gguf import GgufFile, TensorInfo
 from .source import quoted, refusal
 

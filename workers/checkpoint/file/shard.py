@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Final, Self, TypeVar
 
 from ....shm.errors import ModelFileError
-from ..types import FOREIGN_TYPES, TensorType, candidates, is_claimed
+from ..types.table import FOREIGN_TYPES, TensorType, candidates, is_claimed
 from .metadata import MAX_KEYS, MIN_KEY_BYTES, Metadata
 from .source import HeaderReader, Source, quoted, refusal
 

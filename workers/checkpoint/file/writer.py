@@ -12,8 +12,8 @@ from typing import Final
 
 from ....shm.errors import ModelFileError
 from ....shm.layout import align
-from ..ternary_types import PRIVATE_IDS
-from ..types import TensorType
+from ..types.table import TensorType
+from ..types.ternary import PRIVATE_IDS
 from .gguf import TensorInfo
 from .metadata import STRING
 from .source import quoted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ....shm.errors import InternalError
-from ..types import TYPES_BY_NAME, Bytes, Floats, TensorType, check_size, dequantize
+from ..types.table import TYPES_BY_NAME, Bytes, Floats, TensorType, check_size, dequantize
 from .encode import Encoder, relative_error
 from .precisions import TARGETS, is_convertible, is_ternary
 from .row_decoder import RowDecoder

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ....shm.errors import InternalError, ModelFileError
 from ...kernels import code_blocks, encode, encode_signed, encode_ternary
-from ..types import Bytes, Floats, TensorType
+from ..types.table import Bytes, Floats, TensorType
 from .formats import Format
 from .precisions import TARGETS
 

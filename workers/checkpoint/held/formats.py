@@ -11,8 +11,8 @@ from enum import IntEnum
 
 from ....shm.errors import ModelFileError
 from ....shm.layout import align
-from ..bitnet_types import TILED
-from ..types import TensorType
+from ..types.bitnet import TILED
+from ..types.table import TensorType
 
 
 class Format(IntEnum):

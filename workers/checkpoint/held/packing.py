@@ -10,8 +10,8 @@ import numpy.typing as npt
 from ....shm.errors import ModelFileError
 from ...kernels import base3, nibbles, planes, repack, ternary
 from ...kernels.products import product
-from ..bitnet_types import Tiling
-from ..types import TensorType, check_size, dequantize, ternary_matrix
+from ..types.bitnet import Tiling
+from ..types.table import TensorType, check_size, dequantize, ternary_matrix
 from .formats import ROW_SCALED, Format, MatrixShape, activation_kind
 
 _K_QUANTS = (Format.Q2_K, Format.Q3_K, Format.Q4_K, Format.Q5_K, Format.Q6_K)

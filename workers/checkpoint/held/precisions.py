@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..types import TYPES_BY_NAME, TensorType
+from ..types.table import TYPES_BY_NAME, TensorType
 from .formats import Format, MatrixShape, format_of
 
 FILE_PRECISION: Final = "file"

@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 
 from ....shm.errors import ModelFileError
-from ..plain_types import PLAIN, encode_plain
-from ..types import Bytes, Floats, TensorType
+from ..types.plain import PLAIN, encode_plain
+from ..types.table import Bytes, Floats, TensorType
 from .encode import ENCODED, Encoder
 from .row_decoder import RowDecoder
 

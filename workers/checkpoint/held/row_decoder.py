@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from ...kernels import decode, planes
-from ..types import Bytes, Floats, TensorType, dequantize
+from ..types.table import Bytes, Floats, TensorType, dequantize
 from .formats import Format
 
 _K_QUANTS: Final = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

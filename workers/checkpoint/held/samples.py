@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..types import Bytes, TensorType
+from ..types.table import Bytes, TensorType
 from .formats import ROW_SCALED, Format
 
 # Where a block keeps its float16 scales; the other bytes may be anything, but for ternary codes.

@@ -18,9 +18,9 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ModelFileError
-from . import bitnet_types
-from .bitnet_types import Tiling
+from ....shm.errors import ModelFileError
+from . import bitnet
+from .bitnet import Tiling
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -221,8 +221,8 @@ MATRICES: Final[Mapping[str, MatrixType]] = MappingProxyType(
         **{
             name: MatrixType(measure=measure, read=_per_tensor(read), has_slices=False)
             for name, measure, read in (
-                ("TL1", bitnet_types.tl1_nbytes, bitnet_types.read_tl1),
-                ("TL2", bitnet_types.tl2_nbytes, bitnet_types.read_tl2),
+                ("TL1", bitnet.tl1_nbytes, bitnet.read_tl1),
+                ("TL2", bitnet.tl2_nbytes, bitnet.read_tl2),
             )
         },
     }

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from .types import Bytes, Floats
+from .table import Bytes, Floats
 
 _F16_MAX: Final = np.float32(65504.0)
 

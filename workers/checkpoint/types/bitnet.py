@@ -16,8 +16,8 @@ from typing import Final, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ModelFileError
-from .file.metadata import GgufArray
+from ....shm.errors import ModelFileError
+from ..file.metadata import GgufArray
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 

@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .block_types import Bytes, Floats, half, spread
-from .grids import book
+from .blocks import Bytes, Floats, half, spread
+from .code_books import book
 
 # Seven signs are stored, the eighth makes their number even.
 _PARITY: Final = np.array([i | (i.bit_count() % 2) << 7 for i in range(128)], np.uint8)

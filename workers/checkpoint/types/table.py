@@ -16,10 +16,11 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import ModelFileError
-from . import block_types, grid_types, ternary_types
-from .bitnet_types import Tiling
-from .ternary_types import MatrixType, TernaryMatrix, digits
+from ....shm.errors import ModelFileError
+from . import blocks as block_types
+from . import grids, ternary
+from .bitnet import Tiling
+from .ternary import MatrixType, TernaryMatrix, digits
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -124,12 +125,12 @@ _SIZES: Final = (
     (23, "IQ4_XS", 256, 136), (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4), (27, "I64", 1, 8),
     (28, "F64", 1, 8), (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2), (34, "TQ1_0", 256, 54),
     (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36), (41, "Q1_0", 128, 18),
-    (42, "Q2_0", 64, 18), *ternary_types.SIZES,
+    (42, "Q2_0", 64, 18), *ternary.SIZES,
 )  # fmt: skip
 _CODE_READERS: Final[dict[str, CodeReader]] = {
     "TQ1_0": _read_codes_tq1_0,
     "TQ2_0": _read_codes_tq2_0,
-    **ternary_types.CODE_READERS,
+    **ternary.CODE_READERS,
 }
 _DECODERS: Final[dict[str, Decoder]] = {
     "F32": _decode_f32,
@@ -138,7 +139,7 @@ _DECODERS: Final[dict[str, Decoder]] = {
     "Q8_0": _decode_q8_0,
     **{name: _decoder_from(read) for name, read in _CODE_READERS.items()},
     **block_types.DECODERS,
-    **grid_types.DECODERS,
+    **grids.DECODERS,
 }
 
 TENSOR_TYPES: Final[Mapping[int, TensorType]] = MappingProxyType(
@@ -147,7 +148,7 @@ TENSOR_TYPES: Final[Mapping[int, TensorType]] = MappingProxyType(
             TensorType(*row),
             decode=_DECODERS.get(row[1]),
             read_codes=_CODE_READERS.get(row[1]),
-            matrix=ternary_types.MATRICES.get(row[1]),
+            matrix=ternary.MATRICES.get(row[1]),
         )
         for row in _SIZES
     }
@@ -160,15 +161,15 @@ def candidates(type_id: int) -> tuple[TensorType, ...]:
 
     More than one where projects have given an id twice: then the size decides. See `is_claimed`.
     """
-    if type_id not in TENSOR_TYPES or type_id >= ternary_types.PRIVATE_IDS:
+    if type_id not in TENSOR_TYPES or type_id >= ternary.PRIVATE_IDS:
         return ()
-    others = ternary_types.CLAIMED.get(type_id, ())
+    others = ternary.CLAIMED.get(type_id, ())
     return (TENSOR_TYPES[type_id], *(TENSOR_TYPES[other] for other in others))
 
 
 def is_claimed(type_id: int) -> bool:
     """Return whether the id alone does not say what a tensor is, because it has had two meanings."""
-    return type_id in ternary_types.CLAIMED
+    return type_id in ternary.CLAIMED
 
 
 # Ids that are not ggml's (any more); only for telling the user what the file probably holds.
@@ -273,7 +274,7 @@ def ternary_matrix(
     """
     if tensor_type.matrix is None:
         if tensor_type.read_codes is None:
-            raise _not_ternary(tensor_type, (*_CODE_READERS, *ternary_types.MATRICES))
+            raise _not_ternary(tensor_type, (*_CODE_READERS, *ternary.MATRICES))
         codes, wide = ternary_codes(tensor_type, data, shape)
         with np.errstate(all="ignore"):
             scales = wide.astype(np.float16)  # exact: they were float16 in the file

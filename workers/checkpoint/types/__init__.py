@@ -1,0 +1,1 @@
+"""The tensor types of files, and how each is decoded."""
