@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..shm.errors import InternalError
-from ..workers.kernels.norms import first_bad_row
+from ..workers.kernels.layers.norms import first_bad_row
 from .decoder.crew import Crew
 from .decoder.decoder import Decoder
 from .decoder.dense import DenseWeights

@@ -80,7 +80,7 @@ class StreamMemory:
         self.tables: npt.NDArray[np.int32] = layout.view(memory, "tables").view(np.int32)
         self.tokens: npt.NDArray[np.int32] = layout.view(memory, "tokens").view(np.int32)
         self.kv: npt.NDArray[np.uint8] = layout.view(memory, "kv").view(np.uint8)
-        # As kernels take it: see `workers.kernels.cached`.
+        # As kernels take it: see `workers.kernels.layers.kv_values`.
         self.cache = self.kv if shape.value_nbytes == 2 else self.kv.view(np.float32)
 
 

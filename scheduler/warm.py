@@ -18,10 +18,11 @@ from ..workers.checkpoint.held import convert
 from ..workers.checkpoint.held.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.held.packing import matrix_entry
 from ..workers.checkpoint.types.table import TYPES_BY_NAME
-from ..workers.kernels import attention, bandwidth, dense, ffn, norms, routing
+from ..workers.kernels import bandwidth, routing
 from ..workers.kernels import crew as crew_kernels
-from ..workers.kernels.activations import QuantizedRows
 from ..workers.kernels.crew import job_address
+from ..workers.kernels.layers import attention, ffn, norms, shared_dense
+from ..workers.kernels.layers.activations import QuantizedRows
 from .decoder.crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
 
@@ -82,7 +83,7 @@ def _multiply() -> None:
     out = np.zeros((1, 16), np.float32)
     product, form, codes_at, scales_at, _ = _matrix(16)
     crew = Crew(1)
-    dense.multiply_heads(
+    shared_dense.multiply_heads(
         crew.board, crew.heads_job, product, form, _ARENA, codes_at, scales_at, 0, 0, 1, 1, 256, _ROWS, q.q,
         q.scales, q.sums, _INDEX.reshape(1, 1), 1, _SCRATCH, out,
     )  # fmt: skip
@@ -92,7 +93,7 @@ def _feed_forward() -> None:
     q = QuantizedRows.allocate(1, 256, 256)
     gate, up, out = (np.zeros((1, 256), np.float32) for _ in range(3))
     crew = Crew(1)
-    dense.shared_feed_forward(
+    shared_dense.shared_feed_forward(
         crew.board, crew.heads_job, crew.middle_job, _ARENA, np.array([_matrix(256)] * 3, np.int64),
         np.zeros((3, 2), np.int64), 256, 256, int(Activation.SILU), _NOTHING, np.float32(0.0), _ROWS, q.q,
         q.scales, q.sums, _INDEX.reshape(1, 1), 1, gate, up, q.q, q.scales, q.sums, _SCRATCH, out,

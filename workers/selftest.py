@@ -19,7 +19,7 @@ from .checkpoint.held.formats import ActivationKind, Format, MatrixShape, activa
 from .checkpoint.held.packing import matrix_entry, pack_matrix
 from .checkpoint.held.samples import sample
 from .checkpoint.types.table import TYPES_BY_NAME, dequantize
-from .kernels.activations import QuantizedRows
+from .kernels.layers.activations import QuantizedRows
 from .kernels.products import kernel_of, scratch_nbytes
 from .kernels.target import TARGET
 

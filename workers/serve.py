@@ -18,7 +18,7 @@ from ..shm.slots import SlotTable
 from .checkpoint.held.formats import ActivationKind, activation_kind
 from .checkpoint.held.packing import matrix_entry
 from .checksums import Checksums
-from .kernels.ffn import expert_batch
+from .kernels.layers.ffn import expert_batch
 from .kernels.products import scratch_nbytes
 from .kernels.routing import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn

@@ -20,9 +20,9 @@ from ...workers.checkpoint.held.formats import ActivationKind, Format, MatrixSha
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from ...workers.checkpoint.held.samples import file_type_of, sample
 from ...workers.checkpoint.types.table import TYPES_BY_NAME
-from ...workers.kernels import dense
-from ...workers.kernels.activations import QuantizedRows
 from ...workers.kernels.bandwidth import allocate, available_nbytes
+from ...workers.kernels.layers import shared_dense
+from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.products import scratch_nbytes
 
 Bytes = npt.NDArray[np.uint8]
@@ -163,7 +163,7 @@ class Product:
     def __call__(self, at: int = 0) -> None:
         """Multiply the matrices from byte `at` of the arena."""
         shape, tokens, q = self._shape, self._tokens, self._tokens.q
-        dense.multiply_heads(
+        shared_dense.multiply_heads(
             self._alone.board, self._alone.heads_job, self._product, self._form, self._arena, at,
             at + self._scales_at, self._step, self._step, self._heads, shape.groups, shape.columns, tokens.x,
             q.q, q.scales, q.sums, self._index, tokens.count, self._scratch, self._out,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.kernels import crew as kernels
-from ...workers.kernels.dense import heads_chunk, middle_chunk
+from ...workers.kernels.layers.shared_dense import heads_chunk, middle_chunk
 
 MAX_THREADS = 64
 STOP_TIMEOUT_S = 2.0
@@ -30,7 +30,7 @@ class Crew:
     """`threads` in all, the caller included, of which `streaming` are used when weights stream.
 
     board: what kernels take to share work; heads_job, middle_job: addresses of the jobs in
-    `workers.kernels.dense`. One thread alone shares nothing and starts nothing.
+    `workers.kernels.layers.shared_dense`. One thread alone shares nothing and starts nothing.
     """
 
     def __init__(self, threads: int, streaming: int | None = None, least_work: int = LEAST_WORK) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.checkpoint.types.table import dequantize
-from ...workers.kernels.norms import add_rows, add_scaled_rows, gate_rows, rms_rows, scale_rows
+from ...workers.kernels.layers.norms import add_rows, add_scaled_rows, gate_rows, rms_rows, scale_rows
 from ..kv import StreamMemory
 from ..model.hyper import LatentAttention
 from ..model.plan import ModelPlan

@@ -21,8 +21,8 @@ from ...workers.checkpoint.held.formats import ActivationKind, MatrixShape, acti
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from ...workers.checkpoint.types.bitnet import TILED, find_tiling
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
-from ...workers.kernels.activations import QuantizedRows
-from ...workers.kernels.dense import multiply_heads, shared_feed_forward
+from ...workers.kernels.layers.activations import QuantizedRows
+from ...workers.kernels.layers.shared_dense import multiply_heads, shared_feed_forward
 from ...workers.kernels.products import scratch_nbytes
 from ..model.hyper import LatentAttention
 from ..model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.attention import grouped_attention, grouped_chunk, grouped_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
-from ...workers.kernels.norms import add_vector, rms_rows, rope_halves, rope_pairs, store_latent
+from ...workers.kernels.layers.attention import (
+    grouped_attention,
+    grouped_chunk,
+    grouped_chunk_f32,
+    scratch_shapes,
+)
+from ...workers.kernels.layers.norms import add_vector, rms_rows, rope_halves, rope_pairs, store_latent
 from ..kv import StreamMemory
 from ..model.hyper import GroupedAttention, Hyperparameters
 from .dense import DenseWeights, Linear, Rows

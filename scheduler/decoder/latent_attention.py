@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.attention import latent_attention, latent_chunk, latent_chunk_f32, scratch_shapes
 from ...workers.kernels.crew import job_address
-from ...workers.kernels.norms import rms_rows, rope_pairs, store_latent
+from ...workers.kernels.layers.attention import (
+    latent_attention,
+    latent_chunk,
+    latent_chunk_f32,
+    scratch_shapes,
+)
+from ...workers.kernels.layers.norms import rms_rows, rope_pairs, store_latent
 from ..kv import StreamMemory
 from ..model.hyper import Hyperparameters, LatentAttention
 from .dense import DenseWeights, Linear, Rows

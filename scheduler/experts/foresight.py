@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.norms import rms_rows
+from ...workers.kernels.layers.norms import rms_rows
 from ..decoder.dense import DenseWeights, Rows
 from ..model.plan import ModelPlan
 from ..residency.predictor import ExpertPredictor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.norms import add_vector
+from ...workers.kernels.layers.norms import add_vector
 from ..decoder.dense import DenseWeights, Linear, Rows
 
 F32 = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import InternalError
-from ...workers.kernels.norms import first_bad_row
+from ...workers.kernels.layers.norms import first_bad_row
 from ...workers.kernels.routing import combine
 from ..decoder.dense import DenseWeights, Rows
 from ..model.plan import ModelPlan

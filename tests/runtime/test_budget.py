@@ -23,7 +23,7 @@ from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
 from sterna.shm.slots import arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.kernels.attention import scratch_shapes
+from sterna.workers.kernels.layers.attention import scratch_shapes
 
 from ..families.tiny_files import write
 from ..families.tiny_models import tiny_model

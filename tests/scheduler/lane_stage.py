@@ -22,7 +22,7 @@ from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
 from sterna.shm.slots import SlotTable, arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.kernels.activations import QuantizedRows
+from sterna.workers.kernels.layers.activations import QuantizedRows
 from sterna.workers.messages import Compute, Configure, Hello, PageIn, decode_for_worker, encode
 from sterna.workers.serve import ExpertWorker
 

@@ -13,8 +13,9 @@ from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
-from sterna.workers.kernels import dense, products
-from sterna.workers.kernels.activations import QuantizedRows
+from sterna.workers.kernels import products
+from sterna.workers.kernels.layers import shared_dense
+from sterna.workers.kernels.layers.activations import QuantizedRows
 
 from .local_engine import LocalEngine
 
@@ -47,7 +48,7 @@ def product(crew: Crew, name: str, form: Format, heads: int, groups: int, count:
     index = (np.arange(count)[None, :] * heads + np.arange(heads)[:, None]).astype(np.int32)
     out = np.full((count, heads * groups * 16), np.nan, np.float32)
     address, number, codes_at, scales_at, _ = matrix_entry(whole, 0)
-    dense.multiply_heads(
+    shared_dense.multiply_heads(
         crew.board, crew.heads_job, address, number, arena, codes_at, scales_at, head.codes_nbytes,
         head.scales_nbytes, heads, groups, columns, x, q.q, q.scales, q.sums, np.ascontiguousarray(index),
         count, np.zeros(crew.threads * products.scratch_nbytes(columns, count), np.uint8), out,

@@ -13,7 +13,7 @@ from sterna.shm.errors import InternalError
 from sterna.workers import selftest
 from sterna.workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import pack_matrix
-from sterna.workers.kernels import activations
+from sterna.workers.kernels.layers import activations
 from sterna.workers.kernels.target import TARGET
 
 NAMES = [name for name, _ in ALL_KINDS]

@@ -141,7 +141,7 @@ def _q8() -> dict[str, str]:
 
 def _floating() -> dict[str, str]:
     floating = import_module("sterna.workers.kernels.floating")
-    activations = import_module("sterna.workers.kernels.activations")
+    activations = import_module("sterna.workers.kernels.layers.activations")
     repack = import_module("sterna.workers.kernels.repack")
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((23, 256)).astype(np.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.kernels.activations import Q8_BLOCK, TERNARY_BLOCK, QuantizedRows, quantize_rows
+from sterna.workers.kernels.layers.activations import Q8_BLOCK, TERNARY_BLOCK, QuantizedRows, quantize_rows
 
 from ... import oracles
 from .packed import F32, Tokens, same_bits

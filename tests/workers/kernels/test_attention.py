@@ -9,14 +9,14 @@ import numpy.typing as npt
 import pytest
 
 from sterna.scheduler.decoder.crew import Crew
-from sterna.workers.kernels.attention import (
+from sterna.workers.kernels.crew import job_address
+from sterna.workers.kernels.layers.attention import (
     grouped_attention,
     grouped_chunk,
     latent_attention,
     latent_chunk,
     scratch_shapes,
 )
-from sterna.workers.kernels.crew import job_address
 
 from ... import oracles
 from .packed import F32, same_bits

@@ -10,8 +10,9 @@ import pytest
 from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.activation import Activation
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
-from sterna.workers.kernels import dense, ffn, products
-from sterna.workers.kernels.activations import QuantizedRows
+from sterna.workers.kernels import products
+from sterna.workers.kernels.layers import ffn, shared_dense
+from sterna.workers.kernels.layers.activations import QuantizedRows
 
 from ... import oracles
 from .packed import (
@@ -235,7 +236,7 @@ def test_a_dense_network_agrees_with_float64(activation: Activation, normed: boo
     sizes = [(MatrixShape(form=Format.F32, rows=n, columns=k).codes_nbytes, 0) for n, k in shapes]
     crew = Crew(threads, least_work=0)
     try:
-        dense.shared_feed_forward(
+        shared_dense.shared_feed_forward(
             crew.board, crew.heads_job, crew.middle_job, experts.arena, experts.table[0], np.array(sizes),
             D_MODEL, D_FF, int(activation), norm, np.float32(1e-5), tokens.x, none.q, none.scales, none.sums,
             np.arange(count, dtype=np.int32).reshape(1, count), count, gate, up, none.q, none.scales,
@@ -282,7 +283,7 @@ def test_heads_are_matrices_under_each_other(form: str, rows: int, count: int) -
     out = np.full((count, heads * rows), np.float32(7.0))
     scratch = Scratch(D_MODEL, count)
     crew = Crew(1)
-    dense.multiply_heads(
+    shared_dense.multiply_heads(
         crew.board, crew.heads_job,
         products.product(whole.form), whole.form, whole.arena, whole.codes_at, whole.scales_at,
         shape.codes_nbytes, shape.scales_nbytes, heads, shape.groups, D_MODEL, tokens.x, tokens.q,

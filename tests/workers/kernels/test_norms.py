@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.kernels.norms import (
+from sterna.workers.kernels.layers.norms import (
     add_rows,
     add_scaled_rows,
     add_vector,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .kernel import kernel
-from .simd.ops import (
+from ..kernel import kernel
+from ..simd.ops import (
     abs_f32,
     add_i32,
     fma_f32,

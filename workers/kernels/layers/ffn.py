@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..activation import CLAMP, CLAMPED_SLOPE, Activation
+from ...activation import CLAMP, CLAMPED_SLOPE, Activation
+from ..kernel import kernel, piece
+from ..products import multiply
+from ..simd.mathematics import exp_f32, silu_f32
+from ..simd.ops import add_f32, div_f32, load_f32, max_f32, min_f32, mul_f32, splat_f32, store_f32, zero_f32
 from .activations import quantize_rows
-from .kernel import kernel, piece
-from .products import multiply
-from .simd.mathematics import exp_f32, silu_f32
-from .simd.ops import (
-    add_f32,
-    div_f32,
-    load_f32,
-    max_f32,
-    min_f32,
-    mul_f32,
-    splat_f32,
-    store_f32,
-    zero_f32,
-)
 
 _RELU2, _CLAMPED = int(Activation.RELU2), int(Activation.CLAMPED)
 _ONE, _LIMIT, _SLOPE = np.float32(1.0), np.float32(CLAMP), np.float32(CLAMPED_SLOPE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import types
 from numba.extending import overload
 
-from .simd.ops import load_f16, load_f32, round_f16, store_f16, store_f32
+from ..simd.ops import load_f16, load_f32, round_f16, store_f16, store_f32
 
 
 def load_cached(cache, byte_offset):

@@ -13,12 +13,11 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from .cached import as_cached, load_cached, value_nbytes
-from .calls import borrower, lend
-from .crew import ARGUMENTS, run, threads_for
-from .kernel import kernel
-from .simd.mathematics import exp_f32
-from .simd.ops import (
+from ..calls import borrower, lend
+from ..crew import ARGUMENTS, run, threads_for
+from ..kernel import kernel
+from ..simd.mathematics import exp_f32
+from ..simd.ops import (
     add_f32,
     fma_f32,
     largest_f32,
@@ -31,6 +30,7 @@ from .simd.ops import (
     sum_f32,
     zero_f32,
 )
+from .kv_values import as_cached, load_cached, value_nbytes
 
 _HEADS = 4  # at a time
 # Positions whose values are summed for all columns before the next ones are read: they then come from the

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from .cached import store_cached, value_nbytes
-from .kernel import kernel, merged
-from .simd.ops import add_f32, load_f32, mul_f32, splat_f32, store_f32, sub_f32
+from ..kernel import kernel, merged
+from ..simd.ops import add_f32, load_f32, mul_f32, splat_f32, store_f32, sub_f32
+from .kv_values import store_cached, value_nbytes
 
 
 @merged

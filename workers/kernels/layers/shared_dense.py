@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from numba import types
 
+from ..calls import borrower, lend
+from ..crew import ARGUMENTS, THREADS, run, threads_for
+from ..kernel import kernel
+from ..products import multiply
 from .activations import quantize_rows
-from .calls import borrower, lend
-from .crew import ARGUMENTS, THREADS, run, threads_for
 from .ffn import gated
-from .kernel import kernel
 from .norms import rms_row
-from .products import multiply
 
 _bytes = borrower(types.Array(types.uint8, 1, "C"))
 _floats = borrower(types.Array(types.float32, 2, "C"))

@@ -1,0 +1,1 @@
+"""Kernels of whole layers: attention, feed-forward, norms, activations."""
