@@ -19,7 +19,7 @@ from ..shm.arena import Arena
 from ..shm.errors import ModelFileError, StartFailed, SternaError, WorkerLost
 from ..shm.slots import SlotTable
 from ..workers.checkpoint.file.gguf import GgufFile
-from ..workers.kernels import bandwidth
+from ..workers.kernels.measure import bandwidth
 from ..workers.messages import Configure
 from ..workers.ownership import owners
 from ..workers.pinned import cpus_by_core

@@ -18,11 +18,12 @@ from ..workers.checkpoint.held import convert
 from ..workers.checkpoint.held.formats import KERNEL_TYPES, Format, MatrixShape, Storage, format_of
 from ..workers.checkpoint.held.packing import matrix_entry
 from ..workers.checkpoint.types.table import TYPES_BY_NAME
-from ..workers.kernels import bandwidth, routing
 from ..workers.kernels import crew as crew_kernels
+from ..workers.kernels import routing
 from ..workers.kernels.crew import job_address
 from ..workers.kernels.layers import attention, ffn, norms, shared_dense
 from ..workers.kernels.layers.activations import QuantizedRows
+from ..workers.kernels.measure import bandwidth
 from .decoder.crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
 

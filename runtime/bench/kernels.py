@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...workers.checkpoint.held.formats import ActivationKind, Format, activation_kind
-from ...workers.kernels import bandwidth, peak
-from ...workers.kernels.bandwidth import ReadBandwidth
+from ...workers.kernels.measure import bandwidth, peak
+from ...workers.kernels.measure.bandwidth import ReadBandwidth
 from ...workers.pinned import PinnedThreads
 from .experts import ExpertRow, measure_experts
 from .llama import LlamaCpp

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...workers.kernels.bandwidth import cache_nbytes
 from ...workers.kernels.features import host_features
+from ...workers.kernels.measure.bandwidth import cache_nbytes
 from ...workers.kernels.target import TARGET
 from ...workers.pinned import cpus_by_core
 

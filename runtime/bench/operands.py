@@ -20,9 +20,9 @@ from ...workers.checkpoint.held.formats import ActivationKind, Format, MatrixSha
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from ...workers.checkpoint.held.samples import file_type_of, sample
 from ...workers.checkpoint.types.table import TYPES_BY_NAME
-from ...workers.kernels.bandwidth import allocate, available_nbytes
 from ...workers.kernels.layers import shared_dense
 from ...workers.kernels.layers.activations import QuantizedRows
+from ...workers.kernels.measure.bandwidth import allocate, available_nbytes
 from ...workers.kernels.products import scratch_nbytes
 
 Bytes = npt.NDArray[np.uint8]

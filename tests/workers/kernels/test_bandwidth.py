@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.workers.kernels import bandwidth, peak
-from sterna.workers.kernels.bandwidth import BLOCK_NBYTES, ReadBandwidth
+from sterna.workers.kernels.measure import bandwidth, peak
+from sterna.workers.kernels.measure.bandwidth import BLOCK_NBYTES, ReadBandwidth
 from sterna.workers.pinned import PinnedThreads
 
 MIB = 1 << 20

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import OutOfResources
-from ..pinned import PinnedThreads, cpu_numbers, cpus_by_core
-from .kernel import kernel
-from .simd.ops import add_i32, load_i32, sum_i32, zero_i32
+from ....shm.errors import OutOfResources
+from ...pinned import PinnedThreads, cpu_numbers, cpus_by_core
+from ..kernel import kernel
+from ..simd.ops import add_i32, load_i32, sum_i32, zero_i32
 
 # Four pages side by side: prefetchers follow a stream in each page, and one alone does not keep memory busy.
 _PAGE = 4096

@@ -11,12 +11,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .kernel import kernel
-from .simd.dot import emit_dot_unsigned
-from .simd.ops import load_bytes
-from .simd.tile import Tile, store_tile
-from .simd.vector import I32, LANES, llvm_type, pointer, splat, v64u8
-from .target import TARGET
+from ..kernel import kernel
+from ..simd.dot import emit_dot_unsigned
+from ..simd.ops import load_bytes
+from ..simd.tile import Tile, store_tile
+from ..simd.vector import I32, LANES, llvm_type, pointer, splat, v64u8
+from ..target import TARGET
 
 # Sums side by side: enough to hide the latency of the dot product (5 cycles, two a cycle), few enough
 # that with as many activations they fit the registers (32 of 512 bits, else 16 or 32 of 128 or 256).

@@ -1,0 +1,1 @@
+"""Kernels that measure: reading bandwidth, peak of the products' instruction."""
