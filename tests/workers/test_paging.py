@@ -22,7 +22,7 @@ from sterna.shm.slots import FILLING, READY
 from sterna.workers import selftest
 from sterna.workers.checkpoint.held.formats import Format
 from sterna.workers.checksums import Checksums
-from sterna.workers.kernels import repack
+from sterna.workers.kernels.packing import repack
 from sterna.workers.messages import Compute, ExpertPage, FileSlab, Paged, PageIn, Trouble
 from sterna.workers.paging import Pager
 from sterna.workers.paging_calibration import COUNTS, calibrated_threads, choose

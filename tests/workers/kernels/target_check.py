@@ -117,7 +117,7 @@ def _ternary() -> dict[str, str]:
 
 def _q8() -> dict[str, str]:
     q8 = import_module("sterna.workers.kernels.q8")
-    repack = import_module("sterna.workers.kernels.repack")
+    repack = import_module("sterna.workers.kernels.packing.repack")
     found = {}
     for rows in ROWS:
         for columns in Q8_COLUMNS:
@@ -142,7 +142,7 @@ def _q8() -> dict[str, str]:
 def _floating() -> dict[str, str]:
     floating = import_module("sterna.workers.kernels.floating")
     activations = import_module("sterna.workers.kernels.layers.activations")
-    repack = import_module("sterna.workers.kernels.repack")
+    repack = import_module("sterna.workers.kernels.packing.repack")
     rng = np.random.default_rng(5)
     weights = rng.standard_normal((23, 256)).astype(np.float16)
     x = rng.standard_normal((COUNT, 256)).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from sterna.workers.kernels import repack
+from sterna.workers.kernels.packing import repack
 
 from ..checkpoint import ternary_bytes as encoders
 

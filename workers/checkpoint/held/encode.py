@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import InternalError, ModelFileError
-from ...kernels import code_blocks, encode, encode_signed, encode_ternary
+from ...kernels.packing import code_blocks, encode, encode_signed, encode_ternary
 from ..types.table import Bytes, Floats, TensorType
 from .formats import Format
 from .precisions import TARGETS

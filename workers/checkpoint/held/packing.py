@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import ModelFileError
-from ...kernels import base3, nibbles, planes, repack, ternary
+from ...kernels import base3, nibbles, planes, ternary
+from ...kernels.packing import repack
 from ...kernels.products import product
 from ..types.bitnet import Tiling
 from ..types.table import TensorType, check_size, dequantize, ternary_matrix

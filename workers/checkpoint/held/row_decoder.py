@@ -6,7 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from ...kernels import decode, planes
+from ...kernels import planes
+from ...kernels.packing import decode
 from ..types.table import Bytes, Floats, TensorType, dequantize
 from .formats import Format
 

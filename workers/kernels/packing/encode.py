@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .code_blocks import BLOCK, gather, gather_subs, inverse, write_bits, write_nibbles, write_pairs
-from .kernel import inner, kernel, merged
-from .simd.fitting import most_lanes, pick_more, store_half, sum_lanes
-from .simd.ops import (
+from ..kernel import inner, kernel, merged
+from ..simd.fitting import most_lanes, pick_more, store_half, sum_lanes
+from ..simd.ops import (
     add_f32,
     broadcast_f32,
     div_f32,
@@ -39,7 +38,8 @@ from .simd.ops import (
     to_i32,
     zero_f32,
 )
-from .simd.planes import Q2_K, Q4_K, Q5_K
+from ..simd.planes import Q2_K, Q4_K, Q5_K
+from .code_blocks import BLOCK, gather, gather_subs, inverse, write_bits, write_nibbles, write_pairs
 
 # Float32 scratch, in elements; [element of the sub][16 lanes] first, then vectors of one number a lane.
 _X, _W = 0, 512

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .code_blocks import BLOCK, gather, gather_subs, inverse, write_bits, write_pairs, write_sixes
-from .kernel import inner, kernel, merged
-from .simd.fitting import most_lanes, pick_more, store_half, sum_lanes
-from .simd.ops import (
+from ..kernel import inner, kernel, merged
+from ..simd.fitting import most_lanes, pick_more, store_half, sum_lanes
+from ..simd.ops import (
     abs_f32,
     add_f32,
     add_i32,
@@ -34,7 +33,8 @@ from .simd.ops import (
     to_i32,
     zero_f32,
 )
-from .simd.planes import Q3_K
+from ..simd.planes import Q3_K
+from .code_blocks import BLOCK, gather, gather_subs, inverse, write_bits, write_pairs, write_sixes
 
 # Float32 scratch, in elements: values and weights, then one number a lane.
 _X, _W = 0, 256

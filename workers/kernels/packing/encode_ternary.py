@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .code_blocks import BLOCK
-from .kernel import inner, kernel, merged
-from .simd.fitting import pick_more, sign_f32, store_half
-from .simd.ops import (
+from ..kernel import inner, kernel, merged
+from ..simd.fitting import pick_more, sign_f32, store_half
+from ..simd.ops import (
     abs_f32,
     add_f32,
     add_i32,
@@ -36,6 +35,7 @@ from .simd.ops import (
     to_i32,
     zero_f32,
 )
+from .code_blocks import BLOCK
 
 LLOYD_MAX, LEAST_SQUARES, ABSMEAN = 0, 1, 2
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import inner, merged
-from .simd.codes import load_dword, store_dword
-from .simd.fitting import pick_more
-from .simd.ops import abs_f32, div_f32, splat_f32, zero_f32
-from .simd.transpose import lanes_to, load_rows, store_rows
+from ..kernel import inner, merged
+from ..simd.codes import load_dword, store_dword
+from ..simd.fitting import pick_more
+from ..simd.ops import abs_f32, div_f32, splat_f32, zero_f32
+from ..simd.transpose import lanes_to, load_rows, store_rows
 
 BLOCK = 256
 _store_tile = store_rows(4, 0)

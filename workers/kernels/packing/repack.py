@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel
-from .simd.ops import zero_i32
-from .simd.transpose import (
+from ..kernel import kernel
+from ..simd.ops import zero_i32
+from ..simd.transpose import (
     any_set,
     digits,
     digits_within,

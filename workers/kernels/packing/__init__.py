@@ -1,0 +1,1 @@
+"""Kernels from a file's blocks to the layouts of the products, and encoders."""
