@@ -20,7 +20,7 @@ from .checkpoint.held.packing import matrix_entry, pack_matrix
 from .checkpoint.held.samples import sample
 from .checkpoint.types.table import TYPES_BY_NAME, dequantize
 from .kernels.layers.activations import QuantizedRows
-from .kernels.products import kernel_of, scratch_nbytes
+from .kernels.products.table import kernel_of, scratch_nbytes
 from .kernels.target import TARGET
 
 ROWS, COLUMNS, TOKENS = 40, 512, 11  # an odd number of groups, one tile and three single tokens

@@ -15,7 +15,7 @@ from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels.layers import ffn
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.measure.bandwidth import allocate
-from ...workers.kernels.products import scratch_nbytes
+from ...workers.kernels.products.table import scratch_nbytes
 from ...workers.pinned import PinnedThreads
 from .operands import Clock, Matrix, Product, Tokens, time_call
 

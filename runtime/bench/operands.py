@@ -23,7 +23,7 @@ from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels.layers import shared_dense
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.measure.bandwidth import allocate, available_nbytes
-from ...workers.kernels.products import scratch_nbytes
+from ...workers.kernels.products.table import scratch_nbytes
 
 Bytes = npt.NDArray[np.uint8]
 Clock = Callable[[], float]

@@ -23,7 +23,7 @@ from ...workers.checkpoint.types.bitnet import TILED, find_tiling
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.layers.shared_dense import multiply_heads, shared_feed_forward
-from ...workers.kernels.products import scratch_nbytes
+from ...workers.kernels.products.table import scratch_nbytes
 from ..model.hyper import LatentAttention
 from ..model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
 from .crew import Crew

@@ -30,7 +30,7 @@ def kernels() -> dict[str, tuple[Any, tuple[types.Type, ...]]]:
     """Return name -> kernel, types of its arguments."""
     # Kernels of another machine are not kept.
     Dispatcher.enable_caching = lambda self: None  # type: ignore[method-assign]
-    ternary = import_module("sterna.workers.kernels.ternary")
+    ternary = import_module("sterna.workers.kernels.products.ternary")
     tile = import_module("sterna.workers.kernels.simd.tile").Tile
     end = (OUT, AT, AT)  # out, place, step
     by_row = types.boolean

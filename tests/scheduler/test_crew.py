@@ -13,9 +13,9 @@ from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
-from sterna.workers.kernels import products
 from sterna.workers.kernels.layers import shared_dense
 from sterna.workers.kernels.layers.activations import QuantizedRows
+from sterna.workers.kernels.products import table as products
 
 from .local_engine import LocalEngine
 

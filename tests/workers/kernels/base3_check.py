@@ -108,7 +108,7 @@ def _assembly(kernel: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN40
 
 def assemblies() -> dict[str, str]:
     """Return the machine code of the kernel for one token and of the one that unpacks a block."""
-    base3: Any = import_module("sterna.workers.kernels.base3")
+    base3: Any = import_module("sterna.workers.kernels.products.base3")
     w, zeros = np.zeros(4096, np.uint8), np.zeros((1, 1), np.float32)
     one = (
         w, 0, 2048, 256, 0, np.zeros((1, 256), np.int8), zeros, zeros.astype(np.int32), np.int32(0),

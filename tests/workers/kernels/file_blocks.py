@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape, activation_kind
 from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
-from sterna.workers.kernels import products
 from sterna.workers.kernels.layers.activations import quantize_rows
+from sterna.workers.kernels.products import table as products
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

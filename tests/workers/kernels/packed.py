@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sterna.workers.checkpoint.held.formats import Format, activation_kind
-from sterna.workers.kernels import floating, products, q8, ternary
 from sterna.workers.kernels.layers.activations import quantize_rows
 from sterna.workers.kernels.packing import repack
+from sterna.workers.kernels.products import floating, q8, ternary
+from sterna.workers.kernels.products import table as products
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]

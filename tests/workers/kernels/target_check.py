@@ -39,8 +39,8 @@ def assembly(kernel: Any, arguments: tuple[object, ...]) -> str:  # noqa: ANN401
 
 def assemblies() -> dict[str, str]:
     """Return the machine code of the inner kernels: 2-bit for one token and for tiles, 8-bit for a tile."""
-    ternary = import_module("sterna.workers.kernels.ternary")
-    q8 = import_module("sterna.workers.kernels.q8")
+    ternary = import_module("sterna.workers.kernels.products.ternary")
+    q8 = import_module("sterna.workers.kernels.products.q8")
     tokens = ternary.TOKENS
     w, out = np.zeros(32768, np.uint8), np.zeros((8, 16), np.float32)
     scratch = np.zeros(max(ternary.scratch_nbytes(256, 2 * tokens), q8.scratch_nbytes(256, 8)), np.uint8)
@@ -88,7 +88,7 @@ def _activations(rng: np.random.Generator, columns: int) -> U8:
 
 
 def _ternary() -> dict[str, str]:
-    ternary = import_module("sterna.workers.kernels.ternary")
+    ternary = import_module("sterna.workers.kernels.products.ternary")
     found = {}
     for rows in ROWS:
         for columns in TERNARY_COLUMNS:
@@ -116,7 +116,7 @@ def _ternary() -> dict[str, str]:
 
 
 def _q8() -> dict[str, str]:
-    q8 = import_module("sterna.workers.kernels.q8")
+    q8 = import_module("sterna.workers.kernels.products.q8")
     repack = import_module("sterna.workers.kernels.packing.repack")
     found = {}
     for rows in ROWS:
@@ -140,7 +140,7 @@ def _q8() -> dict[str, str]:
 
 
 def _floating() -> dict[str, str]:
-    floating = import_module("sterna.workers.kernels.floating")
+    floating = import_module("sterna.workers.kernels.products.floating")
     activations = import_module("sterna.workers.kernels.layers.activations")
     repack = import_module("sterna.workers.kernels.packing.repack")
     rng = np.random.default_rng(5)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core.errors import TypingError
 
-from sterna.workers.kernels import base3
 from sterna.workers.kernels.cache import cache_dir
+from sterna.workers.kernels.products import base3
 from sterna.workers.kernels.simd.trits import FLIP
 from sterna.workers.kernels.target import TARGETS
 

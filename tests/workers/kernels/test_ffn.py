@@ -10,9 +10,9 @@ import pytest
 from sterna.scheduler.decoder.crew import Crew
 from sterna.workers.activation import Activation
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
-from sterna.workers.kernels import products
 from sterna.workers.kernels.layers import ffn, shared_dense
 from sterna.workers.kernels.layers.activations import QuantizedRows
+from sterna.workers.kernels.products import table as products
 
 from ... import oracles
 from .packed import (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sterna.workers.kernels import products
+from sterna.workers.kernels.products import table
 
 from ... import oracles
 from .packed import Tokens, multiply, pack_floating, padding_of, same_bits
 
-FORMS = {"F32": products.F32, "F16": products.F16, "BF16": products.BF16}
+FORMS = {"F32": table.F32, "F16": table.F16, "BF16": table.BF16}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -73,16 +73,16 @@ def test_what_is_not_finite_surfaces(form: int, bad: float) -> None:
 
 def test_subnormal_values_are_kept() -> None:
     tiny = np.full((1, 4), 2.0**-24, np.float32)
-    matrix, values = pack_floating(products.F16, tiny)
+    matrix, values = pack_floating(table.F16, tiny)
     assert (values == tiny).all()
     x = np.ones((1, 4), np.float32)
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == np.float32(2.0**-22)
-    matrix, _ = pack_floating(products.F32, np.full((1, 4), 1e-40, np.float32))
+    matrix, _ = pack_floating(table.F32, np.full((1, 4), 1e-40, np.float32))
     assert multiply(matrix, Tokens.floats(x), [0])[0, 0] == 4 * np.float32(1e-40)
 
 
 def test_products_that_differ_have_names_of_their_own() -> None:
     """Else two that were compiled in different processes could have one symbol, and one address."""
-    kernels = {id(products.kernel_of(form)): products.kernel_of(form) for form in products.FORMS}
+    kernels = {id(table.kernel_of(form)): table.kernel_of(form) for form in table.FORMS}
     functions = [kernel.py_func for kernel in kernels.values()]  # type: ignore[attr-defined]
     assert len({(f.__module__, f.__qualname__) for f in functions}) == len(functions)

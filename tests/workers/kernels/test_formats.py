@@ -25,9 +25,9 @@ from sterna.workers.checkpoint.held.formats import (
 )
 from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME, dequantize
-from sterna.workers.kernels import products
 from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.layers import ffn
+from sterna.workers.kernels.products import table as products
 from sterna.workers.kernels.target import TARGETS
 
 from ... import oracles

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.workers.kernels import q8
+from sterna.workers.kernels.products import q8
 
 from ... import oracles
 from .packed import F32, I8, Tokens, multiply, pack_q8, padding_of, same_bits

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.workers.kernels import ternary
+from sterna.workers.kernels.products import ternary
 
 from ... import oracles
 from .packed import F32, I8, U8, Tokens, multiply, pack_ternary, padding_of, same_bits

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import ModelFileError
-from ...kernels import base3, nibbles, planes, ternary
 from ...kernels.packing import repack
-from ...kernels.products import product
+from ...kernels.products import base3, nibbles, planes, ternary
+from ...kernels.products.table import product
 from ..types.bitnet import Tiling
 from ..types.table import TensorType, check_size, dequantize, ternary_matrix
 from .formats import ROW_SCALED, Format, MatrixShape, activation_kind

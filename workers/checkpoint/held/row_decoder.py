@@ -6,8 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from ...kernels import planes
 from ...kernels.packing import decode
+from ...kernels.products import planes
 from ..types.table import Bytes, Floats, TensorType, dequantize
 from .formats import Format
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...activation import CLAMP, CLAMPED_SLOPE, Activation
 from ..kernel import kernel, piece
-from ..products import multiply
+from ..products.table import multiply
 from ..simd.mathematics import exp_f32, silu_f32
 from ..simd.ops import add_f32, div_f32, load_f32, max_f32, min_f32, mul_f32, splat_f32, store_f32, zero_f32
 from .activations import quantize_rows

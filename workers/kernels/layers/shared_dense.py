@@ -11,7 +11,7 @@ from numba import types
 from ..calls import borrower, lend
 from ..crew import ARGUMENTS, THREADS, run, threads_for
 from ..kernel import kernel
-from ..products import multiply
+from ..products.table import multiply
 from .activations import quantize_rows
 from .ffn import gated
 from .norms import rms_row

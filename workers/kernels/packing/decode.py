@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import kernel
-from ..planes import BLOCK, FILE_NBYTES, OFFSETS, SUBS, _unpack
+from ..products.planes import BLOCK, FILE_NBYTES, OFFSETS, SUBS, _unpack
 from ..simd.codes import load_i8, load_u8
 from ..simd.fitting import half_at
 from ..simd.ops import load_bf16, load_f16, mul_f32, splat_f32, store_f32, sub_f32, to_f32

@@ -14,13 +14,11 @@ from __future__ import annotations
 import numpy as np
 from numba import literally
 
-from .areas import AREAS_AT, aligned, clear, fill_area, totals_at, write
-from .kernel import inner, kernel, merged, named
-from .planes import BLOCK, CHUNK_NBYTES, CHUNK_SCALES_NBYTES, OFFSETS, QUADS, SCALE_NBYTES, SUBS
-from .simd.codes import store_dword
-from .simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales
-from .simd.ops import splat_f32, store_f32, zero_f32, zero_i32
-from .simd.planes import (
+from ..kernel import inner, kernel, merged, named
+from ..simd.codes import store_dword
+from ..simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales
+from ..simd.ops import splat_f32, store_f32, zero_f32, zero_i32
+from ..simd.planes import (
     D_AT,
     DMIN_AT,
     Q2_K,
@@ -33,8 +31,10 @@ from .simd.planes import (
     spread_chunk,
     spread_minima,
 )
-from .simd.subs import PAIRS, load_tile, tile_add_scaled, tile_dot_scales, tile_dot_sub
-from .simd.tile import start_tile, store_tile, tile_dot, tile_finish, tile_shift, zero_tile
+from ..simd.subs import PAIRS, load_tile, tile_add_scaled, tile_dot_scales, tile_dot_sub
+from ..simd.tile import start_tile, store_tile, tile_dot, tile_finish, tile_shift, zero_tile
+from .areas import AREAS_AT, aligned, clear, fill_area, totals_at, write
+from .planes import BLOCK, CHUNK_NBYTES, CHUNK_SCALES_NBYTES, OFFSETS, QUADS, SCALE_NBYTES, SUBS
 
 _zeros = zero_tile(TOKENS)
 _times4, _times32, _times64 = tile_shift(2), tile_shift(5), tile_shift(6)

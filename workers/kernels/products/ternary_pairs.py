@@ -5,9 +5,8 @@ What `ternary._one` does, with the same arguments and bits. Codes are 0..2: a fi
 
 from __future__ import annotations
 
-from .areas import BLOCK, clear, totals_at, write
-from .kernel import inner
-from .simd.ops import (
+from ..kernel import inner
+from ..simd.ops import (
     add_i32,
     and_bytes,
     broadcast_dword,
@@ -22,7 +21,8 @@ from .simd.ops import (
     store_f32,
     to_f32,
 )
-from .simd.pairs import add_pairs, widen_pairs, zero_pairs
+from ..simd.pairs import add_pairs, widen_pairs, zero_pairs
+from .areas import BLOCK, clear, totals_at, write
 
 _ones = and_bytes(0x03)
 _fours = and_bytes(0x0C)

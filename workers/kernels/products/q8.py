@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .areas import AREAS_AT, aligned, clear, totals_at, write
-from .kernel import inner, kernel, piece
-from .panels import fill, scratch_nbytes, tile_weights
-from .simd.codes import signed_codes
-from .simd.dot import OFFSET_IN_DOT, dot_offset
-from .simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales, spread_codes
-from .simd.ops import (
+from ..kernel import inner, kernel, piece
+from ..simd.codes import signed_codes
+from ..simd.dot import OFFSET_IN_DOT, dot_offset
+from ..simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales, spread_codes
+from ..simd.ops import (
     add_i32,
     broadcast_dword,
     fma_f32,
@@ -28,6 +26,8 @@ from .simd.ops import (
     zero_f32,
     zero_i32,
 )
+from .areas import AREAS_AT, aligned, clear, totals_at, write
+from .panels import fill, scratch_nbytes, tile_weights
 
 __all__ = ["BLOCK", "codes_nbytes", "gemm", "scales_nbytes", "scratch_nbytes"]
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import areas, ternary
-from .areas import AREAS_AT, BLOCK, aligned, clear, fill_area, tile_spread, totals_at, write
-from .kernel import kernel, piece
-from .simd.groups import GROUPS, SPREAD, TOKENS, load_scales
-from .simd.ops import (
+from ..kernel import kernel, piece
+from ..simd.groups import GROUPS, SPREAD, TOKENS, load_scales
+from ..simd.ops import (
     fma_f32,
     load_f16,
     mul_f32,
@@ -31,8 +29,8 @@ from .simd.ops import (
     to_f32,
     zero_f32,
 )
-from .simd.tile import zero_tile
-from .simd.trits import (
+from ..simd.tile import zero_tile
+from ..simd.trits import (
     DIGITS,
     SIGNED,
     add_packet,
@@ -45,6 +43,8 @@ from .simd.trits import (
     zero_codes,
     zero_sums,
 )
+from . import areas, ternary
+from .areas import AREAS_AT, BLOCK, aligned, clear, fill_area, tile_spread, totals_at, write
 
 B3 = 5
 """The format's number."""

@@ -17,22 +17,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .areas import (
-    AREAS_AT,
-    BLOCK,
-    aligned,
-    clear,
-    fill_area,
-    scratch_nbytes,
-    tile_spread,
-    totals_at,
-    write,
-)
-from .kernel import inner, kernel, merged
-from .simd.dot import SMALL_CODES
-from .simd.dwords import load_quads
-from .simd.groups import GROUPS, TOKENS, field, load_codes, load_scales, no_scales, spread_codes
-from .simd.tile import (
+from ..kernel import inner, kernel, merged
+from ..simd.dot import SMALL_CODES
+from ..simd.dwords import load_quads
+from ..simd.groups import GROUPS, TOKENS, field, load_codes, load_scales, no_scales, spread_codes
+from ..simd.tile import (
     start_tile,
     tile_add,
     tile_dot,
@@ -42,7 +31,8 @@ from .simd.tile import (
     tokens_of,
     zero_tile,
 )
-from .target import TARGET
+from ..target import TARGET
+from .areas import AREAS_AT, BLOCK, aligned, clear, fill_area, scratch_nbytes, tile_spread, totals_at, write
 
 __all__ = ["BLOCK", "TL1", "TL1_ROW", "gemm", "pack", "pack_row", "scratch_nbytes"]
 

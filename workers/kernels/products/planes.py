@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel, piece
-from .simd.codes import load_dword, store_dword
-from .simd.planes import D_AT, DMIN_AT, MINIMA_AT, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from ..kernel import kernel, piece
+from ..simd.codes import load_dword, store_dword
+from ..simd.planes import D_AT, DMIN_AT, MINIMA_AT, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
 BLOCK = 256
 

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from .kernel import kernel, merged, named
-from .simd.ops import (
-    add_f32,
-    broadcast_f32,
-    fma_f32,
-    load_bf16,
-    load_f16,
-    load_f32,
-    store_f32,
-    zero_f32,
-)
+from ..kernel import kernel, merged, named
+from ..simd.ops import add_f32, broadcast_f32, fma_f32, load_bf16, load_f16, load_f32, store_f32, zero_f32
 
 F32, F16, BF16 = 0, 1, 2
 BLOCK = 4  # columns come in fours: four sums run side by side

@@ -11,20 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .areas import AREAS_AT, aligned, clear, totals_at, write
-from .kernel import inner, kernel, merged, piece
-from .panels import fill, scratch_nbytes, tile_weights
-from .simd.codes import (
-    load_dword,
-    load_e8m0_half,
-    load_half_powers,
-    load_table,
-    lookup,
-    store_dword,
-)
-from .simd.dot import WEIGHT_OFFSET, dot_weights
-from .simd.groups import GROUPS, SPREAD, TOKENS, load_scales
-from .simd.ops import (
+from ..kernel import inner, kernel, merged, piece
+from ..simd.codes import load_dword, load_e8m0_half, load_half_powers, load_table, lookup, store_dword
+from ..simd.dot import WEIGHT_OFFSET, dot_weights
+from ..simd.groups import GROUPS, SPREAD, TOKENS, load_scales
+from ..simd.ops import (
     and_bytes,
     broadcast_dword,
     fma_f32,
@@ -39,6 +30,8 @@ from .simd.ops import (
     to_f32,
     zero_f32,
 )
+from .areas import AREAS_AT, aligned, clear, totals_at, write
+from .panels import fill, scratch_nbytes, tile_weights
 
 __all__ = ["BLOCK", "IQ4_NL", "MXFP4", "Q4_0", "gemm", "pack", "scratch_nbytes"]
 

@@ -14,8 +14,8 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
+from ..calls import address_of, emit_call
 from . import base3, floating, kquants, nibbles, q8, ternary
-from .calls import address_of, emit_call
 
 F32, F16, BF16, Q8 = 0, 1, 2, 3
 TL1, TL1_ROW, TL1_TOKEN = ternary.TL1, ternary.TL1_ROW, 7

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..kernel import inner, merged
+from ..simd.dot import WEIGHT_OFFSET
+from ..simd.groups import GROUPS, TOKENS, load_codes
+from ..simd.tile import copy_column, copy_half_panel, start_tile, tile_dot_weights, tile_finish, zero_tile
 from .areas import AREAS_AT
-from .kernel import inner, merged
-from .simd.dot import WEIGHT_OFFSET
-from .simd.groups import GROUPS, TOKENS, load_codes
-from .simd.tile import copy_column, copy_half_panel, start_tile, tile_dot_weights, tile_finish, zero_tile
 
 SPAN = 32
 _START = np.int32(-WEIGHT_OFFSET)

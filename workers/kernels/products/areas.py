@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import inner, merged
-from .simd.groups import GROUPS, SPREAD, TOKENS, load_codes
-from .simd.ops import address, load_f32, mul_f32, splat_f32, store_f32, zero_f32
-from .simd.tile import copy_column, copy_panel, start_tile, tile_dot, tile_finish, tokens_of, zero_tile
+from ..kernel import inner, merged
+from ..simd.groups import GROUPS, SPREAD, TOKENS, load_codes
+from ..simd.ops import address, load_f32, mul_f32, splat_f32, store_f32, zero_f32
+from ..simd.tile import copy_column, copy_panel, start_tile, tile_dot, tile_finish, tokens_of, zero_tile
 
 BLOCK = 256
 AREAS_AT = GROUPS * SPREAD
