@@ -19,11 +19,11 @@ from ..workers.checkpoint.held.formats import KERNEL_TYPES, Format, MatrixShape,
 from ..workers.checkpoint.held.packing import matrix_entry
 from ..workers.checkpoint.types.table import TYPES_BY_NAME
 from ..workers.kernels import crew as crew_kernels
-from ..workers.kernels import routing
 from ..workers.kernels.crew import job_address
 from ..workers.kernels.layers import attention, ffn, norms, shared_dense
 from ..workers.kernels.layers.activations import QuantizedRows
 from ..workers.kernels.measure import bandwidth
+from ..workers.kernels.routing import top_k
 from .decoder.crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
 
@@ -163,14 +163,14 @@ def _routing() -> None:
     ends, pairs = np.zeros(3, np.int32), np.zeros(1, np.int32)
     y = np.zeros((1, 1, 256), np.float32)
     one = np.float32(1.0)
-    routing.route_top_k(logits, bias, 1, 2, 2, 1, 1, True, one, work, selected.copy(), selected, weights)
+    top_k.route_top_k(logits, bias, 1, 2, 2, 1, 1, True, one, work, selected.copy(), selected, weights)
     present, accounts = np.zeros(2, np.uint8), np.zeros((1, 5), np.float64)
-    routing.route_resident(
+    top_k.route_resident(
         logits, bias, 1, 2, 2, 1, 1, True, one, work, selected.copy(), selected, weights, _INDEX, accounts[0],
         1.0, 1, 1.0, 0.5, present, present.copy(), accounts,
     )  # fmt: skip
-    routing.group_by_expert(selected, 1, ends, pairs, pairs.copy())
+    top_k.group_by_expert(selected, 1, ends, pairs, pairs.copy())
     rows = np.frombuffer(bytes(1024), np.float32).reshape(1, 256)
-    routing.scatter_pairs(rows, pairs, pairs, 0, 1, y)
-    routing.all_below(_INDEX, 1)
-    routing.combine(np.zeros((1, 256), np.float32), y, weights, np.zeros((1, 256), np.float32), 1)
+    top_k.scatter_pairs(rows, pairs, pairs, 0, 1, y)
+    top_k.all_below(_INDEX, 1)
+    top_k.combine(np.zeros((1, 256), np.float32), y, weights, np.zeros((1, 256), np.float32), 1)

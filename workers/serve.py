@@ -20,7 +20,7 @@ from .checkpoint.held.packing import matrix_entry
 from .checksums import Checksums
 from .kernels.layers.ffn import expert_batch
 from .kernels.products.table import scratch_nbytes
-from .kernels.routing import all_below
+from .kernels.routing.top_k import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn
 from .paging_loader import MATRICES, ExpertLoader, ExpertShape, shapes_of
 from .reading import ModelFile, Staging

@@ -1,7 +1,7 @@
 """From a quality budget to what routing may lose: measured points of a model, and the rule without them.
 
 In here: the files that `sterna calibrate` writes and how they are read between their points. Not in here:
-measuring (`perplexity.py`), and the trades themselves (`workers.kernels.routing`).
+measuring (`perplexity.py`), and the trades themselves (`workers.kernels.routing.top_k`).
 
 A budget is a fraction of perplexity (0.005: half a percent more), an epsilon the mean share of the gate mass
 that a token may lose in a layer. Tables lie in the user's cache, by the model file's identity, and beside the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.routing import group_by_expert
+from ...workers.kernels.routing.top_k import group_by_expert
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ...shm.errors import InternalError
 from ...workers.kernels.layers.norms import first_bad_row
-from ...workers.kernels.routing import combine
+from ...workers.kernels.routing.top_k import combine
 from ..decoder.dense import DenseWeights, Rows
 from ..model.plan import ModelPlan
 from ..residency.quality import QualityLedger

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ...shm.errors import InternalError
 from ...workers.gating import SIGMOID
-from ...workers.kernels.routing import route_resident, route_top_k
+from ...workers.kernels.routing.top_k import route_resident, route_top_k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

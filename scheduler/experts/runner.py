@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...shm.errors import InternalError
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.held.formats import ActivationKind
-from ...workers.kernels.routing import scatter_pairs
+from ...workers.kernels.routing.top_k import scatter_pairs
 from ...workers.messages import ExpertPage
 from ..decoder.dense import Rows
 from ..lane.interface import Computed, Lane, Loaded, WorkerBatch

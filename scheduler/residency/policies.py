@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shm.errors import ConfigError
-from ...workers.kernels import eviction
+from ...workers.kernels.routing import eviction
 
 KINDS: Final = {
     "lru": eviction.LRU,
@@ -43,7 +43,7 @@ DEFAULT_CAP = 12.0
 
 
 class Arrays(NamedTuple):
-    """The state of a policy; `workers/kernels/eviction.py` says what is where."""
+    """The state of a policy; `workers/kernels/routing/eviction.py` says what is where."""
 
     scalars: NDArray[np.float64]
     table: NDArray[np.float64]

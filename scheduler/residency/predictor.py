@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import ConfigError
-from ...workers.kernels.prediction import observe_transitions, predict_next, score_next
+from ...workers.kernels.routing.prediction import observe_transitions, predict_next, score_next
 
 Ids = npt.NDArray[np.int32]
 

@@ -1,6 +1,6 @@
 """What each stream may still lose by routing to experts that are in memory, and what it has lost.
 
-Not in here: the trades (`workers.kernels.routing.route_resident`).
+Not in here: the trades (`workers.kernels.routing.top_k.route_resident`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...workers.kernels.routing import CREDIT
+from ...workers.kernels.routing.top_k import CREDIT
 from ..messages import RoutingReport, Submit
 from ..state import Segment
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the daemon reads counts, and must not load numba
     from .policies import Policy
 
 COUNT_ROW = 1
-"""Of the saved table; `workers/kernels/eviction.py` has it as COUNT."""
+"""Of the saved table; `workers/kernels/routing/eviction.py` has it as COUNT."""
 
 
 class SavedCounts:

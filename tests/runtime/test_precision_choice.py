@@ -22,7 +22,7 @@ from sterna.scheduler.residency.saved_counts import COUNT_ROW, SavedCounts, read
 from sterna.scheduler.spec import model_id
 from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.kernels import eviction
+from sterna.workers.kernels.routing import eviction
 from sterna.workers.user_cache import user_cache
 
 from .sparse_model import write_flash

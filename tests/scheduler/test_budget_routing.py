@@ -14,7 +14,7 @@ from sterna.scheduler.experts.router import Router, RouterConfig
 from sterna.scheduler.experts.routing_log import RoutingLog
 from sterna.scheduler.residency.replay.trace import read_trace
 from sterna.shm.errors import NotPermitted
-from sterna.workers.kernels.routing import CHANGED, CREDIT, EVENTS, LOST, SWAPS
+from sterna.workers.kernels.routing.top_k import CHANGED, CREDIT, EVENTS, LOST, SWAPS
 
 from .local_engine import LocalEngine
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sterna.scheduler.experts.router import Router, RouterConfig, probabilities
 from sterna.shm.errors import InternalError
 from sterna.workers.gating import SIGMOID, SOFTMAX, SOFTMAX_SELECTED
-from sterna.workers.kernels.routing import CREDIT, LOST, SWAPS
+from sterna.workers.kernels.routing.top_k import CREDIT, LOST, SWAPS
 
 from .. import oracles
 

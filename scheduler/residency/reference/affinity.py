@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import ConfigError
-from ....workers.kernels.affinity import mark_tokens
+from ....workers.kernels.routing.activity import mark_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....shm.errors import ConfigError
-from ....workers.kernels import eviction
+from ....workers.kernels.routing import eviction
 from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, Policy
 
 _SMALLEST_WEIGHT = 1e-6  # of an affinity that counts at all
@@ -51,7 +51,7 @@ class CacheStats:
 
 
 class _Hot(NamedTuple):
-    """What is hot; `workers/kernels/eviction.py` says what is in it."""
+    """What is hot; `workers/kernels/routing/eviction.py` says what is in it."""
 
     listed: NDArray[np.int32]
     place: NDArray[np.int32]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ....shm.errors import ConfigError, InternalError
-from ....workers.kernels.memory_routing import (
+from ....workers.kernels.routing.memory_routing import (
     LEAST_WIDTH,
     SETTINGS,
     STATE_ROWS,

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....shm.errors import UsageError
-from ....workers.kernels import eviction
-from ....workers.kernels.replay import Pool, replay, replay_with_prior
+from ....workers.kernels.routing import eviction
+from ....workers.kernels.routing.replay import Pool, replay, replay_with_prior
 from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, Arrays
 from .trace import DECODE, Trace
 

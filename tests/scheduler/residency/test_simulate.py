@@ -14,8 +14,8 @@ from sterna.scheduler.residency.replay import simulate as s
 from sterna.scheduler.residency.replay.simulate import POLICIES, Report, Setting, compare, simulate
 from sterna.scheduler.residency.replay.trace import DECODE, Routes, Trace, read_trace
 from sterna.shm.errors import UsageError
-from sterna.workers.kernels import eviction
-from sterna.workers.kernels.replay import replay
+from sterna.workers.kernels.routing import eviction
+from sterna.workers.kernels.routing.replay import replay
 
 from . import synthetic
 

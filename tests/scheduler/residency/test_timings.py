@@ -12,7 +12,7 @@ from sterna.scheduler.experts.groups import MoeBatchScheduler
 from sterna.scheduler.residency.predictor import ExpertPredictor
 from sterna.scheduler.residency.reference.affinity import AffinityConfig, ExpertAffinity
 from sterna.scheduler.residency.reference.memory_router import MemoryAwareRouter, MemoryRouterConfig
-from sterna.workers.kernels.routing import group_by_expert
+from sterna.workers.kernels.routing.top_k import group_by_expert
 
 
 def best_ns(call: Callable[[], object], calls: int = 20, rounds: int = 1000) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sterna.workers.kernels.routing import all_below, combine, group_by_expert, scatter_pairs
+from sterna.workers.kernels.routing.top_k import all_below, combine, group_by_expert, scatter_pairs
 
 from ... import oracles
 from .packed import same_bits

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from ..gating import SIGMOID, SOFTMAX_SELECTED
-from .kernel import kernel
+from ...gating import SIGMOID, SOFTMAX_SELECTED
+from ..kernel import kernel
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
 

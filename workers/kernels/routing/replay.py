@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernel import kernel, merged
 from .eviction import BELADY, PRIORITY, admit, evict, tick, use, victim
-from .kernel import kernel, merged
 
 
 class Pool(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kernel import kernel, merged
+from ..kernel import kernel, merged
 
 # Places in `rates`, float32: what each token multiplies, adds and may not exceed, and whether an expert
 # that a token names twice is lifted twice (the reference) or once. What falls below FLOOR becomes 0: a

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .kernel import kernel
+from ..kernel import kernel
 
 _LONG_AGO = np.float32(1e-30)  # not subnormal, which would be slow
 

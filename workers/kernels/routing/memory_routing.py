@@ -1,16 +1,16 @@
 """Top-k selection that prefers resident experts, the experts to page in for it, and their activity.
 
-Not in here: gating functions and mixing weights (routing.py), which must come from the scores as they are.
+Not in here: gating functions and mixing weights (top_k.py), which must come from the scores as they are.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .affinity import NUM_RATES, mark_token
-from .kernel import kernel, merged
+from ..kernel import kernel, merged
+from .activity import NUM_RATES, mark_token
 
-# Places in the settings, float32, behind the rates of affinity.py.
+# Places in the settings, float32, behind the rates of activity.py.
 BONUS, KEEP_TOP, MEMORY_AWARE, COMPAT = NUM_RATES, NUM_RATES + 1, NUM_RATES + 2, NUM_RATES + 3
 _HIGH, _LOW = NUM_RATES + 4, NUM_RATES + 5  # scratch
 

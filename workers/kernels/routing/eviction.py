@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from .kernel import kernel, merged
+from ..kernel import kernel, merged
 
 # BELADY's priorities are written by the replay, which knows the future.
 LRU, LFU, ADAPTIVE, LRFU, LFUDA, BELADY = range(6)
@@ -64,7 +64,7 @@ def score(kind, key, weight, scalars, table, span):
 @merged
 def use(kind, key, tokens, scalars, table, span):
     """Count a use of `key` by `tokens` tokens in the event that the clock shows."""
-    # Uses in one event are one burst: on the Qwen3 trace their root predicts best (policies.py).
+    # Uses in one event are one burst: on the Qwen3 trace their root predicts best (scheduler/residency/policies.py).
     weight = math.sqrt(tokens) if kind >= LRFU else 1.0
     table[LAST, key] = scalars[CLOCK]
     table[COUNT, key] += weight

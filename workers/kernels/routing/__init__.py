@@ -1,0 +1,1 @@
+"""Kernels of routing and residency: top-k, eviction, prediction, replay."""
