@@ -31,11 +31,11 @@ from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.samples import sample
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
-from sterna.workers.checksums import Checksums
 from sterna.workers.messages import Configure, ExpertPage, FileSlab, LayerShape, Paged, PageIn
-from sterna.workers.paging import Pager
-from sterna.workers.paging_loader import ExpertLoader, shapes_of
-from sterna.workers.reading import ModelFile, Staging
+from sterna.workers.paging.checksums import Checksums
+from sterna.workers.paging.loader import ExpertLoader, shapes_of
+from sterna.workers.paging.pager import Pager
+from sterna.workers.paging.reading import ModelFile, Staging
 
 HIDDEN, INNER, LAYERS, EXPERTS = 2048, 1536, 7, 64
 SLOTS, WARM_UP = 16, 24

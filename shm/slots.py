@@ -29,7 +29,7 @@ HEADER = np.dtype(
         ("format", np.int32),
         ("generation", np.int64),
         ("nbytes", np.int64),
-        ("checksum", np.uint64),  # of the file's bytes, see `workers.checksums`
+        ("checksum", np.uint64),  # of the file's bytes, see `workers.paging.checksums`
         ("precision", np.int32),  # which of the layer's formats, see `workers.messages.LayerShape`
         ("reserved", np.uint8, 20),
     ]

@@ -17,11 +17,11 @@ import zmq
 from ..shm.arena import Arena
 from ..shm.errors import SternaError
 from ..shm.slots import SlotTable
-from .checksums import Checksums
 from .framing import split
 from .messages import Cancel, Compute, Configure, Hello, PageIn, Trouble, decode_for_worker, encode
-from .paging import Pager
-from .paging_calibration import calibrated_threads
+from .paging.checksums import Checksums
+from .paging.pager import Pager
+from .paging.threads import calibrated_threads
 from .serve import ExpertWorker
 from .spec import WorkerSpec
 

@@ -17,13 +17,13 @@ from ..shm.errors import InternalError
 from ..shm.slots import SlotTable
 from .checkpoint.held.formats import ActivationKind, activation_kind
 from .checkpoint.held.packing import matrix_entry
-from .checksums import Checksums
 from .kernels.layers.ffn import expert_batch
 from .kernels.products.table import scratch_nbytes
 from .kernels.routing.top_k import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn
-from .paging_loader import MATRICES, ExpertLoader, ExpertShape, shapes_of
-from .reading import ModelFile, Staging
+from .paging.checksums import Checksums
+from .paging.loader import MATRICES, ExpertLoader, ExpertShape, shapes_of
+from .paging.reading import ModelFile, Staging
 
 _NO_X = np.zeros((1, 1), np.float32)
 _NO_Q = np.zeros((1, 1), np.int8)

@@ -17,12 +17,12 @@ from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
 from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.types.table import TENSOR_TYPES, dequantize
-from sterna.workers.checksums import Checksums
 from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.messages import Configure, ExpertPage, Paged, PageIn, Trouble
-from sterna.workers.paging import Pager
-from sterna.workers.paging_loader import ExpertLoader
-from sterna.workers.reading import ModelFile
+from sterna.workers.paging.checksums import Checksums
+from sterna.workers.paging.loader import ExpertLoader
+from sterna.workers.paging.pager import Pager
+from sterna.workers.paging.reading import ModelFile
 from sterna.workers.serve import ExpertWorker
 
 from .. import oracles

@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sterna.workers.checksums import Checksums, combined, digest
+from sterna.workers.paging.checksums import Checksums, combined, digest
 
 MODEL = (1, 2, 3, 4)
 

@@ -21,13 +21,13 @@ from sterna.runtime.config import embedded_model
 from sterna.shm.slots import FILLING, READY
 from sterna.workers import selftest
 from sterna.workers.checkpoint.held.formats import Format
-from sterna.workers.checksums import Checksums
 from sterna.workers.kernels.packing import repack
 from sterna.workers.messages import Compute, ExpertPage, FileSlab, Paged, PageIn, Trouble
-from sterna.workers.paging import Pager
-from sterna.workers.paging_calibration import COUNTS, calibrated_threads, choose
-from sterna.workers.paging_loader import ExpertLoader, Part
-from sterna.workers.reading import ModelFile, Staging, staging_nbytes
+from sterna.workers.paging.checksums import Checksums
+from sterna.workers.paging.loader import ExpertLoader, Part
+from sterna.workers.paging.pager import Pager
+from sterna.workers.paging.reading import ModelFile, Staging, staging_nbytes
+from sterna.workers.paging.threads import COUNTS, calibrated_threads, choose
 
 from .expert_bench import Bench, Bytes, answers, environment
 from .kernels.packed import Tokens

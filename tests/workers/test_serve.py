@@ -19,8 +19,8 @@ from sterna.runtime.config import embedded_model
 from sterna.shm.errors import InternalError, ModelReadError
 from sterna.shm.slots import FILLING
 from sterna.workers.checkpoint.held.formats import Format, MatrixShape
-from sterna.workers.checksums import combined
 from sterna.workers.messages import Compute, PageIn
+from sterna.workers.paging.checksums import combined
 from sterna.workers.serve import ExpertWorker
 
 from .. import oracles

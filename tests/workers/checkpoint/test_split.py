@@ -17,7 +17,7 @@ from sterna.scheduler.spec import model_id
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.file.split import MAX_SHARDS
-from sterna.workers.reading import ModelFile, Staging
+from sterna.workers.paging.reading import ModelFile, Staging
 
 from ...system.gguf_copy import copy_model, shard_path
 from .gguf_bytes import STR, U16, build, key, tensor, text

@@ -10,16 +10,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..shm.errors import InternalError, ModelFileError, ModelReadError
-from ..shm.slots import SlotTable
-from .activation import Activation
-from .checkpoint.held.convert import Converter
-from .checkpoint.held.formats import Format, MatrixShape
-from .checkpoint.held.packing import pack_matrix
-from .checkpoint.held.precisions import conversion
-from .checkpoint.types.table import TENSOR_TYPES, Bytes, TensorType
+from ...shm.errors import InternalError, ModelFileError, ModelReadError
+from ...shm.slots import SlotTable
+from ..activation import Activation
+from ..checkpoint.held.convert import Converter
+from ..checkpoint.held.formats import Format, MatrixShape
+from ..checkpoint.held.packing import pack_matrix
+from ..checkpoint.held.precisions import conversion
+from ..checkpoint.types.table import TENSOR_TYPES, Bytes, TensorType
+from ..messages import Configure, ExpertPage
 from .checksums import Checksums, combined, digest
-from .messages import Configure, ExpertPage
 from .reading import ModelFile, Staging
 
 MATRICES = 3

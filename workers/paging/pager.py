@@ -20,11 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from ..shm.errors import Cancelled, InternalError, SternaError
-from .messages import ExpertPage, Paged, PageIn, Trouble
-from .paging_calibration import MAX_THREADS
-from .paging_loader import ExpertLoader, Part
+from ...shm.errors import Cancelled, InternalError, SternaError
+from ..messages import ExpertPage, Paged, PageIn, Trouble
+from .loader import ExpertLoader, Part
 from .reading import Staging
+from .threads import MAX_THREADS
 
 SLICE_S = 1.0  # of waiting for work
 CLOSE_S = 5.0

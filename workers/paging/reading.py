@@ -12,8 +12,8 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from ..shm.errors import ModelReadError
-from .messages import FileSlab
+from ...shm.errors import ModelReadError
+from ..messages import FileSlab
 
 ALIGNMENT = 4096
 """What O_DIRECT wants of offsets, lengths and addresses; no disk in use asks for more."""

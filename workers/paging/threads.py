@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..shm.errors import ModelReadError
+from ...shm.errors import ModelReadError
+from ..messages import ExpertPage, FileSlab
 from .checksums import digest
-from .messages import ExpertPage, FileSlab
 from .reading import ALIGNMENT, ModelFile, Staging
 
 COUNTS = (1, 2, 3, 4)

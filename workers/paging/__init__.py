@@ -1,0 +1,1 @@
+"""Reading experts into slots: pager, loader, threads, checksums."""
