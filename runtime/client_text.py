@@ -1,7 +1,7 @@
 """The clients' calls that turn text into something else: into tokens and back, conversations into answers.
 
-In here: one base class for each client. Not in here: connections and answers (`client/client.py`, `client/async_client.py`),
-what the messages mean (`client/replies.py`).
+In here: one base class for each client. Not in here: connections and answers (`client/client.py`,
+`client/async_client.py`), what the messages mean (`client/replies.py`).
 """
 
 from __future__ import annotations

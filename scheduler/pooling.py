@@ -1,7 +1,8 @@
 """One vector for a whole prompt, out of its hidden states after the final norm.
 
 In here: what one step adds, and what all steps' parts make. The vector does not depend on how the prompt was
-cut into steps. Not in here: the hidden states (`model/decoder.py`), the request (`runtime/daemon/answers.py`).
+cut into steps. Not in here: the hidden states (`decoder/decoder.py`), the request
+(`runtime/daemon/answers.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What both clients decide alike, without a socket or a clock: time is an argument, frames are bytes.
 
 In here: building requests, liveness of a connection (`Link`), sorting replies by request (`route`), putting
-answers together (`Answer`). Not in here: sending, receiving (`wire.py`), waiting (`client.py`, `async_client.py`).
+answers together (`Answer`). Not in here: sending, receiving (`wire.py`), waiting (`client.py`,
+`async_client.py`).
 """
 
 from __future__ import annotations

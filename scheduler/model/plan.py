@@ -61,7 +61,7 @@ class ModelPlan:
     vocab_size: int
     storage: Storage
     precisions: tuple[str, ...] = (FILE_PRECISION,)
-    """What experts may be held as: "file", then names of `tiers.TARGETS`; a precision is an index."""
+    """What experts may be held as: "file", then names of `precisions.TARGETS`; a precision is an index."""
     assignment: tuple[int, ...] = ()
     """The precision of each expert by key, see `assigned`; empty: all as the file has them."""
     dense: dict[str, DenseTensor] = field(default_factory=dict)

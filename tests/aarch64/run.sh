@@ -12,7 +12,7 @@ DIR=${STERNA_AARCH64_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/sterna-aarch64}
 TESTS=("$@")
 if [ $# -eq 0 ]; then
   TESTS=(tests/workers/kernels tests/workers/checkpoint tests/workers/test_selftest.py tests/shm)
-  TESTS+=(tests/scheduler/test_crew.py) # threads, futexes and atomics
+  TESTS+=(tests/scheduler/decoder/test_crew.py) # threads, futexes and atomics
   # These compare all targets of one machine; same_bits does that below, across machines.
   TESTS+=(--ignore tests/workers/kernels/test_targets.py)
   without="test_all_targets_give and not test_bytes_are_multiplied"

@@ -20,7 +20,7 @@ from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import Storage
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
-from ..workers.checkpoint import ternary_bytes
+from ..workers.checkpoint.types import ternary_bytes
 from . import altered_model as altered
 from .local_engine import GREEDY, Generated, LocalEngine
 

@@ -17,8 +17,8 @@ import pytest
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
-from ..workers.checkpoint import ternary_bytes as tb
-from ..workers.checkpoint.gguf_bytes import text
+from ..workers.checkpoint.file.gguf_bytes import text
+from ..workers.checkpoint.types import ternary_bytes as tb
 from . import altered_model as altered
 from .local_engine import Generated, LocalEngine
 from .test_engine import PROMPTS, apart, ternary_run

@@ -1,7 +1,7 @@
 """The commands `sterna perplexity`, `calibrate` and `trace`: a text through a daemon of its own.
 
-In here: arguments, progress and printing. Not in here: scoring and search (`quality/perplexity.py`), what a budget
-means afterwards (`quality/calibration.py`).
+In here: arguments, progress and printing. Not in here: scoring and search (`quality/perplexity.py`), what a
+budget means afterwards (`quality/calibration.py`).
 """
 
 from __future__ import annotations

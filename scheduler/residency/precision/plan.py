@@ -18,7 +18,10 @@ from .budget import PrecisionAllocator
 from .classes import PRECISION_PRESETS, PrecisionConfig
 
 TYPICAL_ERRORS: Final = {"Q5_K": 0.0013, "Q4_K": 0.0051, "Q3_K": 0.0209, "Q2_K": 0.071, "TQ2_0": 0.19}
-"""Squared error / squares of Gaussian weights held as each type of `tiers.TARGETS`: see tests/workers/kernels/test_encode.py."""
+"""Squared error / squares of Gaussian weights held as each type of `precisions.TARGETS`.
+
+Measured in tests/workers/kernels/packing/test_encode.py.
+"""
 
 
 def preset_config(preset: str) -> PrecisionConfig:

@@ -7,7 +7,8 @@ prefetch; pinned keys and those prefetched in the same call are never victims; a
 above the threshold and displaces only what has less; a capacity of 0 holds nothing. In both an id out of
 range is an error.
 
-Not in here: bytes, slots and events of a batch, which the live engine has; whole traces (`residency/simulate.py`).
+Not in here: bytes, slots and events of a batch, which the live engine has; whole traces
+(`residency/replay/simulate.py`).
 """
 
 from __future__ import annotations

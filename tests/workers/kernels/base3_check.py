@@ -29,7 +29,7 @@ COUNT = 9  # eight tokens at once and one alone
 
 def pack(name: str, codes: U8, scales: F32, at: int = 0) -> tuple[U8, int, int]:
     """Pack codes 0..2 (N, K) by module `name`: (arena, codes_at, scales_at), scales right behind codes."""
-    module: Any = import_module(f"sterna.workers.kernels.{name}")
+    module: Any = import_module(f"sterna.workers.kernels.products.{name}")
     scales_at = at + module.codes_nbytes(*codes.shape)
     end = scales_at + module.scales_nbytes(*codes.shape)
     arena = np.full(end + 64, POISON)
@@ -47,7 +47,7 @@ def multiply(
 
     Checks that nothing beside the places of the output and the scratch was written.
     """
-    module: Any = import_module(f"sterna.workers.kernels.{name}")
+    module: Any = import_module(f"sterna.workers.kernels.products.{name}")
     groups, count, columns = -(-rows // 16), len(tokens), q.shape[1]
     wide, gap, start = groups * 16, 5, 3
     size = module.scratch_nbytes(columns, count)

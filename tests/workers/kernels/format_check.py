@@ -12,7 +12,7 @@ from sterna.workers.checkpoint.held.formats import Format
 from sterna.workers.kernels.target import TARGET
 
 if __package__:
-    from .file_blocks import FORMATS, Matrix, quantized
+    from .products.file_blocks import FORMATS, Matrix, quantized
 else:  # run as a script
     from file_blocks import FORMATS, Matrix, quantized
 

@@ -58,7 +58,7 @@ def _run(
     name: str, form: int, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int
 ) -> dict[str, F32]:
     """Return the products with scales of 1 and with the block scales 1, 2, 3, ... / 7."""
-    module = import_module(f"sterna.workers.kernels.{name}")
+    module = import_module(f"sterna.workers.kernels.products.{name}")
     count, columns = q.shape
     groups = -(-rows // 16)
     scratch = np.full(module.scratch_nbytes(columns, count), np.uint8(0xA5))

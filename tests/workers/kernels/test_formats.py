@@ -33,7 +33,7 @@ from sterna.workers.kernels.target import TARGETS
 from ... import oracles
 from ...scheduler import altered_model
 from ...scheduler.local_engine import Generated, LocalEngine
-from .file_blocks import FORMATS, SCALES_AT, Matrix, quantized, random_blocks, ternary_blocks
+from .products.file_blocks import FORMATS, SCALES_AT, Matrix, quantized, random_blocks, ternary_blocks
 from .test_targets import missing, run
 
 # A few roundings of float32 in sums of K products.

@@ -64,7 +64,8 @@ def score(kind, key, weight, scalars, table, span):
 @merged
 def use(kind, key, tokens, scalars, table, span):
     """Count a use of `key` by `tokens` tokens in the event that the clock shows."""
-    # Uses in one event are one burst: on the Qwen3 trace their root predicts best (scheduler/residency/policies.py).
+    # Uses in one event are one burst: on the Qwen3 trace their root predicts best
+    # (scheduler/residency/policies.py).
     weight = math.sqrt(tokens) if kind >= LRFU else 1.0
     table[LAST, key] = scalars[CLOCK]
     table[COUNT, key] += weight

@@ -1,0 +1,349 @@
+"""The command line as users and scripts meet it: streams, exit codes, one line per error."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sterna import __version__
+from sterna.runtime.cli import main, private_daemon, render
+from sterna.runtime.config import SETTINGS, flag_of
+from sterna.runtime.protocol import messages as m
+from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
+
+from ..client.peer import Peer
+
+COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]
+ENV = {key: value for key, value in os.environ.items() if not key.startswith("STERNA_")}
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    with Peer(tmp_path) as peer:
+        yield peer
+
+
+def sterna(*arguments: str, stdin: bytes = b"", **env: str) -> tuple[int, str, str]:
+    """Run the command and return its exit code, stdout and stderr."""
+    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, env=ENV | env, timeout=30)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def error_line(stderr: str) -> str:
+    """Return the text of the one error line."""
+    assert stderr.startswith("sterna: error: ")
+    assert stderr.count("\n") == 1
+    return stderr.removeprefix("sterna: error: ").rstrip("\n")
+
+
+def test_version() -> None:
+    assert sterna("--version") == (0, f"sterna {__version__}\n", "")
+
+
+def test_version_and_help_load_nothing_heavy() -> None:
+    heavy = {"zmq", "numpy", "numba", "msgspec", "msgpack", "rich", "uvloop", "asyncio", "tomllib"}
+    script = (
+        "import sys\nfrom sterna.runtime import cli\n"
+        f"cli.run(['--version']); cli.run(['serve', '--help'])\nprint({heavy!r} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout.endswith("\nset()\n")
+
+
+def test_help_shows_every_setting() -> None:
+    text = CliRunner().invoke(main.cli, ["serve", "--help"]).output
+    for name in SETTINGS:
+        assert name == "model" or flag_of(name) in text
+    assert "--exit-with-parent" not in text
+
+
+# ---- with a daemon ----
+
+
+def test_generate(peer: Peer) -> None:
+    code, out, err = sterna("generate", "abc", "--socket", peer.url)
+    assert (code, out) == (0, "abc!\n")
+    assert err == (
+        "prompt 2 tokens at 4.0 tok/s, answer 3 tokens at 8.0 tok/s, queued 0.00 s, ended by stop, seed 7\n"
+    )
+
+
+def test_generate_finds_the_daemon_by_environment(peer: Peer) -> None:
+    assert sterna("generate", "abc", "--no-stats", STERNA_SOCKET=peer.url) == (0, "abc!\n", "")
+
+
+def test_generate_passes_options_on(peer: Peer) -> None:
+    options = [
+        "-n",
+        "5",
+        "-t",
+        "0",
+        "--top-k",
+        "1",
+        "--top-p",
+        "0.5",
+        "--min-p",
+        "0.25",
+        "--seed",
+        "3",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+    ]
+    code, _, err = sterna("generate", "abc", "--socket", peer.url, *options)
+    assert code == 0, err
+    (sent,) = peer.messages(m.Generate)
+    assert (sent.max_tokens, sent.temperature, sent.top_k, sent.top_p, sent.min_p) == (5, 0.0, 1, 0.5, 0.25)
+    assert (sent.seed, sent.stop) == (3, ["a", "b"])
+
+
+def test_generate_from_stdin(peer: Peer) -> None:
+    code, out, _ = sterna("generate", "-", "--socket", peer.url, stdin="hé".encode())
+    assert (code, out) == (0, "hé!\n")
+    code, _, err = sterna("generate", "-", "--socket", peer.url, stdin=b"ab\xff")
+    assert code == 64
+    assert error_line(err) == "stdin: expected UTF-8 text, found the byte 0xff at 2"
+
+
+def test_generate_json(peer: Peer) -> None:
+    code, out, _ = sterna("generate", "ab", "--socket", peer.url, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("ab!", [97, 98], "stop")
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
+
+
+def test_generate_streams(peer: Peer) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "slow", "--socket", peer.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+    ) as child:
+        assert child.stdout is not None
+        assert os.read(child.stdout.fileno(), 1) == b"x"  # while the answer goes on
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == 130
+        assert child.stderr is not None
+        assert b"Traceback" not in child.stderr.read()
+    assert len(peer.messages(m.Cancel)) == 1
+
+
+def test_generate_ended_by_sigterm(peer: Peer) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "mute", "--socket", peer.url], stdout=subprocess.PIPE, env=ENV
+    ) as child:
+        peer.wait_for(m.Generate)
+        child.terminate()
+        assert child.wait(10) == 143
+    assert len(peer.messages(m.Cancel)) == 1
+
+
+def test_generate_into_a_closed_pipe(peer: Peer) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "slow", "--socket", peer.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENV,
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.close()
+        assert child.wait(10) == 141
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+    assert len(peer.messages(m.Cancel)) == 1
+
+
+def test_status(peer: Peer) -> None:
+    assert sterna("status", "--socket", peer.url) == (0, "model.name  tiny\nworkers     1\n", "")
+    code, out, _ = sterna("status", "--socket", peer.url, "--json")
+    assert (code, json.loads(out)) == (0, {"model": {"name": "tiny"}, "workers": [1]})
+
+
+def test_tokenize(peer: Peer) -> None:
+    assert sterna("tokenize", "ab", "--socket", peer.url) == (0, "97 98\n", "")
+    assert sterna("tokenize", "-", "--json", "--socket", peer.url, stdin=b"a") == (0, "[97]\n", "")
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize("code", ["overloaded", "too_long", "internal", "engine_lost"])
+def test_failed_request(peer: Peer, code: str) -> None:
+    exit_code, out, err = sterna("generate", f"fail {code}", "--socket", peer.url)
+    assert (exit_code, out) == (REQUEST_ERRORS[code].exit_code, "")
+    assert error_line(err) == "as you wish"
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    url = f"ipc://{tmp_path}/none.sock"
+    for arguments in (["status"], ["tokenize", "a"], ["generate", "a"]):
+        code, out, err = sterna(*arguments, "--socket", url)
+        assert (code, out) == (69, "")
+        assert (
+            error_line(err) == f"no daemon at {url}: there is no such socket; start one with 'sterna serve'"
+        )
+    assert sterna("generate", "a", STERNA_SOCKET=url)[0] == 69
+
+
+def test_other_model_than_the_one_that_is_served(peer: Peer) -> None:
+    code, _, err = sterna("generate", "a", "--socket", peer.url, "--model", "/models/other.gguf")
+    assert code == 64
+    assert error_line(err) == f"the daemon at {peer.url} serves /models/tiny.gguf, not /models/other.gguf"
+    assert sterna("generate", "a", "--socket", peer.url, "--model", "/models/tiny.gguf")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "text"),
+    [
+        (["generate"], 64, "Missing argument 'PROMPT'."),
+        (["generate", "a", "--max-tokens", "x"], 64, "'x' is not a valid integer"),
+        (["serv"], 64, "No such command 'serv'"),
+        (["serve", "--wrokers", "1"], 64, "No such option"),
+        (["serve", "a.gguf", "-m", "b.gguf"], 64, "the model is given twice"),
+        (["serve", "--workers", "x"], 78, "--workers: expected an integer from 0 to 256, found 'x'"),
+        (["serve", "--config", "/none.toml"], 78, "config file /none.toml: No such file or directory"),
+        (["serve", "--socket", "tcp://*:1"], 78, "CURVE"),
+        (["status", "--socket", "x"], 78, "--socket: expected ipc://"),
+        (["status", "--socket", "ipc:///" + "x" * 200], 78, "at most 107 bytes"),
+    ],
+)
+def test_wrong_command_line(arguments: list[str], exit_code: int, text: str) -> None:
+    code, out, err = sterna(*arguments)
+    assert (code, out) == (exit_code, "")
+    assert text in error_line(err)
+
+
+def test_wrong_values_of_a_request(peer: Peer) -> None:
+    code, _, err = sterna("generate", "a", "--socket", peer.url, "--temperature", "nan")
+    assert (code, error_line(err)) == (64, "temperature: expected a finite number, found nan")
+    code, _, err = sterna("generate", os.fsdecode(b"a\xff"), "--socket", peer.url)
+    assert code == 64
+    assert "expected valid Unicode" in error_line(err)
+
+
+def test_without_a_command() -> None:
+    code, out, err = sterna()
+    assert (code, out) == (64, "")
+    assert err.startswith("Usage: sterna")
+
+
+def test_unexpected_exception_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("one\ntwo")
+
+    monkeypatch.setattr(main, "_client", broken)
+    monkeypatch.delenv("STERNA_DEBUG", raising=False)
+    assert main.run(["status"]) == 70
+    text = error_line(capsys.readouterr().err)
+    assert text == "unexpected ValueError: one two (STERNA_DEBUG=1 shows where)"
+    monkeypatch.setenv("STERNA_DEBUG", "1")
+    with pytest.raises(ValueError, match="one"):
+        main.run(["status"])
+
+
+# ---- a daemon for one call ----
+
+
+def script(folder: Path, text: str) -> str:
+    """Return an executable that stands where the interpreter would."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\necho $$ >{folder}/pid\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def is_alive(folder: Path) -> bool:
+    return Path(f"/proc/{(folder / 'pid').read_text().strip()}").exists()
+
+
+def test_private_daemon_is_stopped_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "executable", script(tmp_path, "echo starting; echo ready socket=$5; exec sleep 60")
+    )
+    with private_daemon.private_daemon(["x.gguf"], 10) as url:
+        folder = Path(url.removeprefix("ipc://")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert is_alive(tmp_path)
+    assert not is_alive(tmp_path)
+    assert not folder.exists()
+
+
+def test_private_daemon_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubborn = "trap '' TERM; echo ready socket=x; while :; do sleep 0.1; done"
+    monkeypatch.setattr(sys, "executable", script(tmp_path, stubborn))
+    monkeypatch.setattr(private_daemon, "STOP_TIMEOUT_S", 0.3)
+    with private_daemon.private_daemon([], 10):
+        pass
+    assert not is_alive(tmp_path)
+
+
+def test_private_daemon_that_is_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", script(tmp_path, "echo loading the model >&2; exec sleep 60"))
+    start_s = time.monotonic()
+    text = r"^the daemon was not ready after 0\.5 s: loading the model$"
+    with pytest.raises(StartFailed, match=text), private_daemon.private_daemon([], 0.5):
+        pass
+    assert time.monotonic() - start_s < 5
+    assert not is_alive(tmp_path)
+
+
+def test_private_daemon_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", script(tmp_path, "kill -9 $$"))
+    text = r"^the daemon was killed by signal 9 before it was ready$"
+    with pytest.raises(StartFailed, match=text), private_daemon.private_daemon([], 10):
+        pass
+
+
+def test_private_daemon_that_refuses_its_settings() -> None:
+    text = r"^the daemon ended with exit code 78 before it was ready: --workers: expected an integer"
+    with pytest.raises(ConfigError, match=text), private_daemon.private_daemon(["--workers", "x"], 20):
+        pass
+
+
+def test_private_daemon_with_a_broken_model(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    with (
+        pytest.raises(ModelFileError, match=r"broken\.gguf") as caught,
+        private_daemon.private_daemon([str(path)], 20),
+    ):
+        pass
+    assert caught.value.exit_code == 65
+    assert error_of_exit(65) is ModelFileError
+    assert error_of_exit(1) is error_of_exit(250) is StartFailed
+
+
+def test_private_daemon_whose_command_is_gone() -> None:
+    assert sterna("serve", "--exit-with-parent", "1")[0] == 143
+
+
+# ---- text for people ----
+
+
+def test_model_output_cannot_command_a_terminal() -> None:
+    assert render.for_terminal("a\x1b[2Jb\tc\n\r\x9b1m\x07ä") == "a\ufffd[2Jb\tc\n\ufffd\ufffd1m\ufffdä"
+
+
+def test_table() -> None:
+    body = {"a": {"b": 1, "long": 0.123456789}, "list": [{"x": True}, {"x": None}], "c": ["p", "q"], "e": []}
+    assert render.table(body).splitlines() == [
+        "a.b        1",
+        "a.long     0.123457",
+        "list[0].x  yes",
+        "list[1].x  -",
+        "c          p, q",
+        "e          -",
+    ]
