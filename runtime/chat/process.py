@@ -82,7 +82,7 @@ class ChatProcess:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", f"{__package__}.chat_renderer"],
+                [sys.executable, "-P", "-m", f"{__package__}.renderer"],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

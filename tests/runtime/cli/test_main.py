@@ -52,7 +52,7 @@ def test_version() -> None:
 def test_version_and_help_load_nothing_heavy() -> None:
     heavy = {"zmq", "numpy", "numba", "msgspec", "msgpack", "rich", "uvloop", "asyncio", "tomllib"}
     script = (
-        "import sys\nfrom sterna.runtime import cli\n"
+        "import sys\nfrom sterna.runtime.cli import main as cli\n"
         f"cli.run(['--version']); cli.run(['serve', '--help'])\nprint({heavy!r} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)

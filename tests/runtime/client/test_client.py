@@ -344,7 +344,7 @@ def test_url_is_checked() -> None:
 def test_use_after_fork(peer: Peer) -> None:
     script = """
         import os, sys
-        from sterna.runtime.client import Client
+        from sterna.runtime.client.client import Client
         client = Client(sys.argv[1])
         client.status()
         stream = client.generate("slow", stream=True)
