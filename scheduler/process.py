@@ -294,6 +294,8 @@ class _Scheduler:
         self._carry_out(instructions)
 
     def _handle(self, event: st.Event) -> None:
+        if isinstance(event, st.WorkerJoined):
+            self.send(wire.WorkerReady(index=event.worker))
         self._carry_out(self._state.handle(event))
 
     def _carry_out(self, instructions: Sequence[st.Instruction]) -> None:
