@@ -16,7 +16,16 @@ from functools import partial
 
 from ...scheduler.messages import Step, StreamsFailed
 from ...scheduler.pooling import PooledPrompt
-from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
+from ...shm.errors import (
+    BadRequest,
+    NoChatTemplate,
+    NotFound,
+    Overloaded,
+    ShuttingDown,
+    SternaError,
+    TooLong,
+    request_error,
+)
 from ..config import Config
 from ..protocol.messages import (
     Accepted,
@@ -33,7 +42,8 @@ from ..protocol.report import QualityReport
 from ..quality.calibration import Allowance, Calibration
 from .answers import Answer
 from .engine_link import EngineLink
-from .loaded_model import LoadedModel
+from .model_memory import ModelMemory
+from .served_model import ServedModel
 
 RATE_WINDOW_S = 10.0
 
@@ -52,6 +62,8 @@ class Totals:
     steps: int = 0
     last_step_s: float | None = None
     recent: deque[tuple[float, int, int]] = field(default_factory=deque)
+    ends: deque[float] = field(default_factory=deque)
+    """When requests ended, of the last seconds."""
 
     def add(self, now_s: float, prompt: int, generated: int) -> None:
         """Count one step's tokens."""
@@ -60,6 +72,20 @@ class Totals:
         self.prompt_tokens += prompt
         self.generated_tokens += generated
         self.recent.append((now_s, prompt, generated))
+
+    def end(self, now_s: float) -> None:
+        """Note that a request ended: the next in the queue takes its place."""
+        self.ends.append(now_s)
+        self._drop_old(now_s)
+
+    def seconds_per_end(self, now_s: float) -> float | None:
+        """Return the mean time between two ends over the last ten seconds, None if there was none."""
+        self._drop_old(now_s)
+        return RATE_WINDOW_S / len(self.ends) if self.ends else None
+
+    def _drop_old(self, now_s: float) -> None:
+        while self.ends and self.ends[0] < now_s - RATE_WINDOW_S:
+            self.ends.popleft()
 
     def rates(self, now_s: float) -> tuple[float, float]:
         """Return (prompt, generated) tokens per second over the last ten seconds."""
@@ -76,7 +102,8 @@ class Service:
     def __init__(
         self,
         config: Config,
-        model: LoadedModel,
+        model: ServedModel,
+        memory: ModelMemory,
         engine: EngineLink,
         send: Callable[[bytes, Message], None],
         default_budget: float = 0.0,
@@ -86,6 +113,7 @@ class Service:
         self._default_budget = default_budget
         self._calibration = Calibration.load(model.path)
         self._model = model
+        self._memory = memory
         self._engine = engine
         self._send = send
         self._answers: dict[Key, Answer] = {}
@@ -128,7 +156,10 @@ class Service:
         if key in self._answers:
             raise BadRequest(f"id: a request {request.id!r} is running already")
         if len(self._waiting) >= self._config.max_queue:
-            raise Overloaded(f"the queue is full: {len(self._waiting)} requests wait (max_queue)")
+            raise Overloaded(
+                f"the queue is full: {len(self._waiting)} requests wait (max_queue)",
+                self.totals.seconds_per_end(time.monotonic()),
+            )
         prompt = self._prompt(request, to_embed=pooled is not None) if ids is None else ids
         self._serial += 1
         answer = Answer.create(
@@ -193,20 +224,15 @@ class Service:
         if request.lost_mass is not None:
             return Allowance(request.lost_mass, "given")
         budget = self._default_budget if request.quality_budget is None else request.quality_budget
-        return self._calibration.allowance(budget, self._resident_share)
-
-    @property
-    def _resident_share(self) -> float:
-        """Share of the routed experts that memory has slots for."""
-        return sum(self._model.limits) / max(1, self._model.plan.num_experts)
+        return self._calibration.allowance(budget, self._memory.resident_share)
 
     def apply_template(self, request: ApplyTemplate, now: datetime) -> str:
         """Return a conversation as prompt text; for any thread, and blocks as `ChatTemplate.render` does.
 
-        Raises BadRequest and TooLong.
+        Raises NoChatTemplate, BadRequest and TooLong.
         """
         if self._model.chat_template is None:
-            raise BadRequest(
+            raise NoChatTemplate(
                 f"no chat template in {self._model.path}: use generate with a prompt as the model expects it"
             )
         return self._model.chat_template.render(
@@ -237,7 +263,7 @@ class Service:
             self.totals.cancelled += 1
         return len(gone)
 
-    def fail_all(self, error: RequestError) -> None:
+    def fail_all(self, error: SternaError) -> None:
         """End every request with `error`."""
         for key, answer in list(self._answers.items()):
             self._end(key, answer, cancel=True)
@@ -256,10 +282,10 @@ class Service:
             answer = self._answers.get(key) if key else None
             if key is None or answer is None or answer.serial != part.serial:
                 continue  # cancelled while the step ran
-            before = int(self._model.streams.records[part.stream]["computed"])
+            _, before = self._memory.lengths(part.stream)
             prompt_tokens += max(0, min(part.computed, len(answer.prompt)) - before)
             generated += part.token is not None
-            self._model.commit(part.stream, part.computed, part.token)
+            self._memory.commit(part.stream, part.computed, part.token)
             item, stopped = answer.take(part, now_s)
             if item is not None:
                 items.setdefault(answer.owner, []).append(item)
@@ -288,13 +314,10 @@ class Service:
     def resubmit(self) -> None:
         """Tell a new scheduler of all running streams, from what is committed."""
         for stream, key in self._running.items():
-            record = self._model.streams.records[stream]
+            committed, computed = self._memory.lengths(stream)
+            stop_ids = self._model.tokenizer.stop_ids
             self._engine.submit(
-                self._answers[key].submission(
-                    self._model.tokenizer.stop_ids,
-                    committed=int(record["committed"]),
-                    computed=int(record["computed"]),
-                )
+                self._answers[key].submission(stop_ids, committed=committed, computed=computed)
             )
 
     # ---- the life of an answer ----
@@ -306,7 +329,7 @@ class Service:
             answer.stream = self._free.pop()
             answer.started_s = time.monotonic()
             self._running[answer.stream] = key
-            self._model.put_prompt(answer.stream, answer.serial, answer.prompt)
+            self._memory.put_prompt(answer.stream, answer.serial, answer.prompt)
             self._engine.submit(
                 answer.submission(self._model.tokenizer.stop_ids, committed=len(answer.prompt), computed=0)
             )
@@ -318,7 +341,8 @@ class Service:
             self._waiting.remove(key)
         else:
             del self._running[answer.stream]
-            self._model.release(answer.stream)
+            self.totals.end(time.monotonic())
+            self._memory.release(answer.stream)
             if cancel:
                 # A step that runs may yet write a token there: the next prompt has to wait for its end.
                 self._engine.cancel(answer.stream, answer.serial, partial(self._reuse, answer.stream))
@@ -336,12 +360,9 @@ class Service:
         self._free.sort(reverse=True)
         self._start_waiting()
 
-    def _fail(self, answer: Answer, error: RequestError) -> None:
+    def _fail(self, answer: Answer, error: SternaError) -> None:
         self.totals.failed += 1
-        self._send(
-            answer.owner,
-            Failed(id=answer.request.id, code=error.code, text=str(error), retryable=error.retryable),
-        )
+        self._send(answer.owner, Failed.of(answer.request.id, error))
 
     # ---- what status shows ----
 
@@ -362,7 +383,7 @@ class Service:
 
     def quality(self) -> QualityReport:
         """Return what requests without a budget of their own may lose, and what that rests on."""
-        allowance = self._calibration.allowance(self._default_budget, self._resident_share)
+        allowance = self._calibration.allowance(self._default_budget, self._memory.resident_share)
         return QualityReport(
             budget=self._default_budget,
             lost_mass=allowance.epsilon,

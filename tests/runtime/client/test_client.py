@@ -29,7 +29,6 @@ from sterna.shm.errors import (
     ProtocolError,
     ShuttingDown,
     TooLong,
-    Unauthorized,
     UsageError,
 )
 
@@ -226,7 +225,7 @@ def test_lost_token_is_noticed(client: Client) -> None:
 
 def test_refused(client: Client, peer: Peer) -> None:
     peer.refuses = True
-    with pytest.raises(Unauthorized, match="not you"):
+    with pytest.raises(ProtocolError, match="not you"):
         client.status()
 
 
