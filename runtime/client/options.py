@@ -67,7 +67,10 @@ def check_names(options: Iterable[str], call: str) -> None:
 
 
 def shows_options(method: F) -> F:
-    """Let `help` and tools show each option, its type and its default where `method` takes `**options`."""
+    """Let `help` and completion show each option, its type and its default where `method` takes `**options`.
+
+    Editors and type checkers read names and types from `Unpack[GenerateOptions]` in the overloads.
+    """
     shown: Any = method
     signature = inspect.signature(method, eval_str=True)
     given = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
