@@ -19,6 +19,7 @@ from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants
 from ..memory.room import choose_budget, own_nbytes, read_room
 from .check import Examined, examine, text_warnings
 from .groups import groups, unused_names
+from .slow_types import slow_types
 
 
 def describe(
@@ -46,6 +47,7 @@ def describe(
             "architecture": _text(file, "general.architecture"),
             "runs": not found.problems,
             "problems": list(found.problems),
+            "slow": [] if plan is None else slow_types(file, found.used, plan),
             "notes": _notes(found, _unused(file, found)),
             **_sizes(file, plan),
             "hyperparameters": _hyperparameters(file),
