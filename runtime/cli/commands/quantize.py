@@ -118,8 +118,8 @@ def quantize(
 ) -> int:
     """Write the model IN to OUT with other tensor types.
 
-    Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. Stopped by a signal
-    or a full disk, the same command goes on where it was; OUT appears when it is complete and checked.
+    Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. After a signal
+    or with a full disk the same command goes on where it was. OUT appears when it is complete and checked.
     """
     from ....workers.checkpoint.file.gguf import GgufFile
 
