@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import logging
 import os
@@ -67,6 +68,7 @@ def serve(
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    faulthandler.register(signal.SIGUSR1)  # writes where every thread stands to stderr: docs/debugging.md
     return uvloop.run(Daemon(config, on_progress or _log_progress, on_ready).run())
 
 

@@ -16,8 +16,9 @@ from ...scheduler.model.planner import read_plan
 from ...shm.errors import ModelFileError
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.names import TensorProblem
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.held.formats import is_decoded_at_load
-from ...workers.checkpoint.types.bitnet import CONFIG_NAME, TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import CONFIG_NAME, TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType
 from ..chat.template import ChatTemplate, token_texts
 from ..text.metadata import MetadataReader

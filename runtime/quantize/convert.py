@@ -24,10 +24,11 @@ import numpy as np
 from ... import __version__
 from ...shm.errors import ModelFileError, ModelReadError, OutOfResources
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.file.writer import Layout, lay_out, string_value, uint32_value
 from ...workers.checkpoint.held.precisions import is_ternary
 from ...workers.checkpoint.held.recode import Loss, Recoder, chunks_of
-from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
 from .journal import Done, PartFile, check_place, identify
 from .plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized

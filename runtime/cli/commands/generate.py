@@ -30,9 +30,10 @@ from ..render import cut_line, for_terminal, routing_line, statistics
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ...client.client import Client, Stream
-    from ...client.replies import GenerateOptions
+    from ...client.client import Client
+    from ...client.options import GenerateOptions
     from ...client.results import Result
+    from ...client.stream import Stream
 
 MAX_STDIN_BYTES: Final = 16 * 2**20
 
