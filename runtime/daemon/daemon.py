@@ -37,6 +37,7 @@ from ..processes.supervisor import Supervisor, WarmProgress
 from ..protocol import codec
 from ..protocol.messages import Limits, Welcome
 from ..protocol.sockets import ipc_path, server_socket
+from .announcement import Announcement, wished_context
 from .endpoint import Endpoint
 from .engine_link import EngineLink
 from .engine_processes import EngineProcesses
@@ -55,10 +56,15 @@ LINGER_S = 0.5
 RUN_FOLDER_PREFIX = "sterna-"
 
 
-def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = None) -> int:
+def serve(
+    config: Config,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_ready: Callable[[Announcement], None] = Announcement.print_ready,
+) -> int:
     """Run a daemon until it is told to stop; return its exit code.
 
-    `on_progress(what, done, total)` is called while it starts. Raises SternaError when it cannot start.
+    `on_progress(what, done, total)` is called while it starts, `on_ready` when it serves. Raises SternaError
+    when it cannot start.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -66,15 +72,21 @@ def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = 
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     faulthandler.register(signal.SIGUSR1)  # writes where every thread stands to stderr: docs/debugging.md
-    return uvloop.run(Daemon(config, on_progress or _log_progress).run())
+    return uvloop.run(Daemon(config, on_progress or _log_progress, on_ready).run())
 
 
 class Daemon:
     """One daemon; `run` is its whole life."""
 
-    def __init__(self, config: Config, on_progress: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_progress: Callable[[str, int, int], None],
+        on_ready: Callable[[Announcement], None],
+    ) -> None:
         self._config = config
         self._on_progress = on_progress
+        self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._idle = asyncio.Event()
         self._signals: list[int] = []
@@ -200,7 +212,14 @@ class Daemon:
         watches = [group.create_task(self._watch_nursery(), name="nursery.watch")]
         if self._config.memory_pressure == "auto":
             watches.append(group.create_task(self.memory.watch(), name="memory.watch"))
-        print(f"ready socket={self._config.socket}", flush=True)
+        self._on_ready(
+            Announcement(
+                socket=self._config.socket,
+                name=self.model.facts.name,
+                context=self.model.context,
+                wished_context=wished_context(self._config, self.model.plan.hyper),
+            )
+        )
         notify(f"READY=1\nSTATUS=serving {self.model.facts.name}")
         log.info(
             "daemon.ready model=%s workers=%d context=%d slots=%d experts=%d start_s=%.2f",
