@@ -31,9 +31,10 @@ from .render import for_terminal, one_line, routing_line, statistics, table
 from .signals import EXIT_SIGTERM, exit_on_sigterm
 
 if TYPE_CHECKING:
-    from ..client.client import Client, Stream
-    from ..client.replies import GenerateOptions
+    from ..client.client import Client
+    from ..client.options import GenerateOptions
     from ..client.results import Result
+    from ..client.stream import Stream
 
 EXIT_INTERNAL = 70
 EXIT_SIGINT = 130

@@ -250,7 +250,18 @@ class Daemon:
         )
 
     async def _report(self) -> dict[str, Any]:
-        return report(self, await self.engine.stats())
+        engine = await self.engine.stats()
+        status = report(
+            service=self.service,
+            model=self.model,
+            presence=self.engine.presence(),
+            door=self.endpoint.figures(),
+            engine=engine,
+            own_pids={"daemon": os.getpid(), "nursery": self.supervisor.nursery_pid},
+            started_s=self.started_s,
+            now_s=time.monotonic(),
+        )
+        return status.to_body()
 
 
 def _log_progress(what: str, done: int, total: int) -> None:

@@ -26,6 +26,7 @@ from ..config import Config
 from ..processes.child import Child
 from ..processes.supervisor import Supervisor
 from .loaded_model import LoadedModel
+from .presence import EnginePresence
 from .socket_reader import SocketReader
 
 log = logging.getLogger("sterna.engine")
@@ -83,6 +84,7 @@ class EngineLink:
         self._stopping = False
         self._deaths = 0
         self._worker_deaths: dict[int, int] = {}
+        self._missing_since_s = self._loop.time()
         self.restarts = {"scheduler": 0, "worker": 0}
         self.children: dict[str, Child] = {}
         self.on_step: Callable[[wire.Step], None] = lambda step: None
@@ -145,6 +147,19 @@ class EngineLink:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def presence(self) -> EnginePresence:
+        """Return which processes of the engine are there."""
+        missing = [i for i in range(self._num_workers) if f"worker {i}" not in self.children]
+        return EnginePresence(
+            scheduler=self._serving,
+            num_workers=self._num_workers,
+            workers_missing=missing,
+            workers_missing_since_s=self._missing_since_s if missing else None,
+            scheduler_restarts=self.restarts["scheduler"],
+            worker_restarts=self.restarts["worker"],
+            pids={name: child.pid for name, child in self.children.items()},
+        )
+
     def _lane_url(self, generation: int) -> str:
         return f"ipc://{self._folder}/lane-{generation}.sock"
 
@@ -177,6 +192,8 @@ class EngineLink:
     def _child_ended(self, name: str, child: Child, began: float) -> None:
         if self._stopping or self.children.get(name) is not child:
             return
+        if len(self.children) > self._num_workers:
+            self._missing_since_s = self._loop.time()
         del self.children[name]
         log.warning("process.lost name=%r pid=%d status=%r", name, child.pid, child.describe())
         stable = self._loop.time() - began > STABLE_S

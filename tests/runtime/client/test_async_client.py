@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from sterna.runtime.client import replies
+from sterna.runtime.client import heartbeat
 from sterna.runtime.client.async_client import AsyncClient
 from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
@@ -37,8 +37,8 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the heartbeat, so that its failure is a matter of half a second."""
-    monkeypatch.setattr(replies, "PING_AFTER_S", 0.1)
-    monkeypatch.setattr(replies, "LOST_AFTER_PING_S", 0.3)
+    monkeypatch.setattr(heartbeat, "PING_AFTER_S", 0.1)
+    monkeypatch.setattr(heartbeat, "LOST_AFTER_PING_S", 0.3)
 
 
 def run_async(peer: Peer, talk: Callable[[AsyncClient], Coroutine[Any, Any, None]], **options: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.runtime.client import replies
+from sterna.runtime.client import heartbeat, replies
 from sterna.runtime.client.client import Client
 from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
@@ -51,8 +51,8 @@ def client(peer: Peer) -> Iterator[Client]:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the heartbeat, so that its failure is a matter of half a second."""
-    monkeypatch.setattr(replies, "PING_AFTER_S", 0.1)
-    monkeypatch.setattr(replies, "LOST_AFTER_PING_S", 0.3)
+    monkeypatch.setattr(heartbeat, "PING_AFTER_S", 0.1)
+    monkeypatch.setattr(heartbeat, "LOST_AFTER_PING_S", 0.3)
 
 
 # ---- answers ----

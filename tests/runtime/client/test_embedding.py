@@ -53,11 +53,11 @@ def test_asyncio_client_gives_the_same_and_has_calls_side_by_side(peer: Peer) ->
             assert answer.text == "ab!"
             with pytest.raises(TooLong, match="as you wish"):
                 await client.embed(["a", "fail too_long", "b"])
-            assert not client._mailboxes
+            assert not client._channel._mailboxes
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await client.embed(["mute", "aa"])
-            assert not client._mailboxes
+            assert not client._channel._mailboxes
             cancels = await asyncio.to_thread(peer.wait_for, m.Cancel, 2)
             requests = [r for r in peer.messages(m.Embed) if isinstance(r, m.Embed)]
             given_up = [request.id for request in requests if request.prompt in ("b", "mute")]
