@@ -51,6 +51,17 @@ ALONE = (
     "scheduler/residency/test_timings.py",
     "workers/kernels/measure/test_bandwidth.py",
 )
+# Left out of `make test-fast`, as daemons are: they compile for other targets or start process after process.
+LONG = (
+    "aarch64/",
+    "runtime/cli/test_kernels.py",
+    "runtime/processes/test_supervisor.py",
+    "scheduler/lane/test_zeromq.py",
+    "scheduler/test_precision_engine.py",
+    "scheduler/test_warm.py",
+    "workers/kernels/test_targets.py",
+    "workers/paging/test_pager.py",
+)
 
 
 def file_of(item: pytest.Item) -> str:
@@ -63,6 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if file_of(item).startswith("system/"):
             item.add_marker(pytest.mark.daemon)
+        if file_of(item).startswith(LONG):
+            item.add_marker(pytest.mark.long)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
 
