@@ -31,6 +31,7 @@ from ..protocol.messages import (
 )
 from ..protocol.report import QualityReport
 from ..quality.calibration import Allowance, Calibration
+from .announcement import context_shortage
 from .answers import Answer
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
@@ -84,6 +85,7 @@ class Service:
         """`default_budget`: fraction of perplexity for requests that name none; 0 is exact."""
         self._config = config
         self._default_budget = default_budget
+        self._context_shortage = context_shortage(config, model.plan.hyper, model.context)
         self._calibration = Calibration.load(model.path)
         self._model = model
         self._engine = engine
@@ -186,7 +188,10 @@ class Service:
             ids.append(self._model.tokenizer.eos_id or 0)
         if len(ids) >= self._model.context + to_embed:
             rest = "" if to_embed else ", the answer included"
-            raise TooLong(f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}")
+            raise TooLong(
+                f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}"
+                f"{self._context_shortage}"
+            )
         return ids
 
     def _allowance(self, request: Generate) -> Allowance:
