@@ -93,7 +93,7 @@ def test_every_test_that_is_named_exists() -> None:
     lost = [
         f"{relative(page)}: {name}"
         for page in NAMED
-        for name in re.findall(r"(?<![\w/*])test_\w+", page.read_text())
+        for name in re.findall(r"(?<![\w/*])test_\w+", FENCE.sub("", page.read_text()))
         if name not in known
     ]
     assert lost == []
