@@ -1,7 +1,7 @@
 # make demo    write a story with the model that comes along (the first run sets everything up)
 # make serve   run the daemon in the foreground
 # make test    all checks of .ci/run: ruff, mypy, pytest in two processes
-# make test-fast    the tests that start no daemon, without the slowest
+# make test-fast    the tests that start no daemon, without the slowest: a minute and a half at most
 # make check FILE=path    ruff, mypy and the tests that belong to one source file
 # make docs    write docs/cli.md anew from the commands' help
 # make test-aarch64    kernels, formats and shared memory on an emulated Raspberry Pi 5 (x86-64 only)
@@ -29,6 +29,10 @@ help:
 
 demo: $(READY)
 	@$(BIN)/sterna generate "Once upon a time" --echo --temperature 0.7 --max-tokens 200
+	@echo
+	@echo "That was the small story model; it writes no plot. Go on with:"
+	@echo "  $(CURDIR)/$(BIN)/sterna serve /path/to/model.gguf"
+	@echo "or put the command on PATH of this shell: . $(CURDIR)/$(BIN)/activate; then: sterna --help"
 
 serve: $(READY)
 	@$(BIN)/sterna serve
@@ -38,7 +42,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow and not bench"
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow and not bench and not daemon"
+	$(PYTEST) -m "not slow and not bench and not daemon and not long"
 
 check: $(READY)
 	@test -n "$(FILE)" || { echo "usage: make check FILE=runtime/config.py" >&2; exit 64; }

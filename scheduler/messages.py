@@ -1,7 +1,7 @@
 """What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
 
-daemon -> scheduler   submit, cancel, worker_lost, drain, query, resize
-scheduler -> daemon   loading, ready, worker_ready, step, stats, resized, trouble
+daemon -> scheduler   submit, cancel, query, resize
+scheduler -> daemon   loading, ready, worker_ready, step, streams_failed, stats, resized, trouble
 """
 
 from __future__ import annotations
@@ -74,17 +74,6 @@ class Cancel(EngineMessage, frozen=True, kw_only=True):
 
     stream: int
     serial: int
-
-
-class WorkerGone(EngineMessage, frozen=True, kw_only=True):
-    """The worker `index` ended; `text` says how."""
-
-    index: int
-    text: str
-
-
-class Drain(EngineMessage, frozen=True, kw_only=True):
-    """Take nothing new; answer `drained` in the stats when nothing runs."""
 
 
 class Query(EngineMessage, frozen=True, kw_only=True):
@@ -230,7 +219,7 @@ class Trouble(EngineMessage, frozen=True, kw_only=True):
     text: str
 
 
-ToScheduler = Submit | Cancel | WorkerGone | Drain | Query | Resize
+ToScheduler = Submit | Cancel | Query | Resize
 ToDaemon = Loading | Ready | WorkerReady | Step | StreamsFailed | Stats | Resized | Trouble
 
 encode = msgspec.msgpack.Encoder().encode

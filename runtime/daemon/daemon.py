@@ -31,6 +31,7 @@ from ..processes.nursery_wire import Warm
 from ..processes.placement import NurseryPlacement
 from ..processes.supervisor import Supervisor, WarmProgress
 from ..protocol.sockets import ipc_path
+from .announcement import Announcement, wished_context
 from .engine_link import EngineLink
 from .engine_processes import EngineProcesses
 from .engine_recipes import EngineRecipes
@@ -45,10 +46,15 @@ log = logging.getLogger("sterna.daemon")
 GRACE_S = 2.0
 
 
-def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = None) -> int:
+def serve(
+    config: Config,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_ready: Callable[[Announcement], None] = Announcement.print_ready,
+) -> int:
     """Run a daemon until it is told to stop; return its exit code.
 
-    `on_progress(what, done, total)` is called while it starts. Raises SternaError when it cannot start.
+    `on_progress(what, done, total)` is called while it starts, `on_ready` when it serves. Raises SternaError
+    when it cannot start.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -56,15 +62,21 @@ def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = 
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
     faulthandler.register(signal.SIGUSR1)  # writes where every thread stands to stderr: docs/debugging.md
-    return uvloop.run(Daemon(config, on_progress or _log_progress).run())
+    return uvloop.run(Daemon(config, on_progress or _log_progress, on_ready).run())
 
 
 class Daemon:
     """One daemon; `run` is its whole life."""
 
-    def __init__(self, config: Config, on_progress: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_progress: Callable[[str, int, int], None],
+        on_ready: Callable[[Announcement], None],
+    ) -> None:
         self._config = config
         self._on_progress = on_progress
+        self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._signals: list[int] = []
         self._error: SternaError | None = None
@@ -181,7 +193,14 @@ class Daemon:
         watch = group.create_task(self._watch_nursery(supervisor), name="nursery.watch")
         try:
             with serving.open_door(own_pids, self._started_s, self._stop.set):
-                print(f"ready socket={self._config.socket}", flush=True)
+                self._on_ready(
+                    Announcement(
+                        socket=self._config.socket,
+                        name=model.facts.name,
+                        context=model.context,
+                        wished_context=wished_context(self._config, model.plan.hyper),
+                    )
+                )
                 notify(f"READY=1\nSTATUS=serving {model.facts.name}")
                 log.info(
                     "daemon.ready model=%s workers=%d context=%d slots=%d experts=%d start_s=%.2f",

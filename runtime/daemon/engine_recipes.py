@@ -72,6 +72,7 @@ class EngineRecipes:
             step_timeout_s=config.step_timeout_s,
             start_timeout_s=config.start_timeout_s,
             trace=str(config.trace.absolute()) if config.trace else "",
+            log_level=config.log_level,
         )
 
     def _worker(self, index: int, start: StartMember) -> WorkerSpec:
@@ -84,4 +85,5 @@ class EngineRecipes:
             model_path=model.paths[0],  # whichever part was named
             model_id=model.id,
             cache_dir=str(user_cache()),
+            log_level=self._config.log_level,
         )

@@ -10,7 +10,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
@@ -23,7 +22,6 @@ from ...shm.errors import (
     Overloaded,
     ShuttingDown,
     SternaError,
-    TooLong,
     request_error,
 )
 from ..config import Config
@@ -43,57 +41,11 @@ from ..quality.calibration import Allowance, Calibration
 from .answers import Answer
 from .engine_link import EngineLink
 from .model_memory import ModelMemory
+from .prompts import Prompts
 from .served_model import ServedModel
-
-RATE_WINDOW_S = 10.0
+from .totals import Totals
 
 Key = tuple[str, str]  # client, request id
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counters since the start, and the last seconds' tokens as (time, prompt, generated)."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    steps: int = 0
-    last_step_s: float | None = None
-    recent: deque[tuple[float, int, int]] = field(default_factory=deque)
-    ends: deque[float] = field(default_factory=deque)
-    """When requests ended, of the last seconds."""
-
-    def add(self, now_s: float, prompt: int, generated: int) -> None:
-        """Count one step's tokens."""
-        self.steps += 1
-        self.last_step_s = now_s
-        self.prompt_tokens += prompt
-        self.generated_tokens += generated
-        self.recent.append((now_s, prompt, generated))
-
-    def end(self, now_s: float) -> None:
-        """Note that a request ended: the next in the queue takes its place."""
-        self.ends.append(now_s)
-        self._drop_old(now_s)
-
-    def seconds_per_end(self, now_s: float) -> float | None:
-        """Return the mean time between two ends over the last ten seconds, None if there was none."""
-        self._drop_old(now_s)
-        return RATE_WINDOW_S / len(self.ends) if self.ends else None
-
-    def _drop_old(self, now_s: float) -> None:
-        while self.ends and self.ends[0] < now_s - RATE_WINDOW_S:
-            self.ends.popleft()
-
-    def rates(self, now_s: float) -> tuple[float, float]:
-        """Return (prompt, generated) tokens per second over the last ten seconds."""
-        while self.recent and self.recent[0][0] < now_s - RATE_WINDOW_S:
-            self.recent.popleft()
-        prompt = sum(item[1] for item in self.recent)
-        generated = sum(item[2] for item in self.recent)
-        return prompt / RATE_WINDOW_S, generated / RATE_WINDOW_S
 
 
 class Service:
@@ -111,6 +63,7 @@ class Service:
         """`default_budget`: fraction of perplexity for requests that name none; 0 is exact."""
         self._config = config
         self._default_budget = default_budget
+        self._prompts = Prompts(config, model)
         self._calibration = Calibration.load(model.path)
         self._model = model
         self._memory = memory
@@ -160,7 +113,7 @@ class Service:
                 f"the queue is full: {len(self._waiting)} requests wait (max_queue)",
                 self.totals.seconds_per_end(time.monotonic()),
             )
-        prompt = self._prompt(request, to_embed=pooled is not None) if ids is None else ids
+        prompt = self._prompts.ids(request, to_embed=pooled is not None) if ids is None else ids
         self._serial += 1
         answer = Answer.create(
             request,
@@ -186,39 +139,7 @@ class Service:
 
         Raises BadRequest and TooLong.
         """
-        if isinstance(request, Generate):
-            return self._prompt(request, to_embed=False)
-        text = Generate(id=request.id, prompt=request.prompt, token_ids=request.token_ids)
-        return self._prompt(text, to_embed=True)
-
-    def _prompt(self, request: Generate, *, to_embed: bool) -> list[int]:
-        if request.token_ids is not None:
-            ids = list(request.token_ids)
-            limit = self._model.plan.vocab_size
-            for place, token in enumerate(ids[: self._model.context]):
-                if token >= limit:
-                    raise BadRequest(f"token_ids[{place}]: expected 0 to {limit - 1}, found {token}")
-        else:
-            text = request.prompt or ""
-            if len(text) > self._model.max_prompt_chars:
-                # Not worth the time of tokenizing it, in which nobody else would be served.
-                raise TooLong(
-                    f"the prompt has {len(text)} characters, at most {self._model.max_prompt_chars} "
-                    f"fit into the context of {self._model.context} tokens"
-                )
-            tokenizer = self._model.tokenizer
-            ids = tokenizer.encode(text, add_bos=request.add_bos, special=request.special)
-            if request.special and ids[:2] == [tokenizer.bos_id] * 2:
-                del ids[0]  # chat templates write BOS themselves
-        if not ids:
-            raise BadRequest("prompt: expected at least one token, found none")
-        if to_embed and request.token_ids is None and self._model.tokenizer.adds_eos:
-            # Embedding models are trained to gather the text in it; a prompt that goes on must not end.
-            ids.append(self._model.tokenizer.eos_id or 0)
-        if len(ids) >= self._model.context + to_embed:
-            rest = "" if to_embed else ", the answer included"
-            raise TooLong(f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}")
-        return ids
+        return self._prompts.ids(request, to_embed=isinstance(request, Embed))
 
     def _allowance(self, request: Generate) -> Allowance:
         if request.lost_mass is not None:

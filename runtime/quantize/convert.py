@@ -46,7 +46,7 @@ Weights = Mapping[str, Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Conversion:
     """What a conversion did; bytes are of tensors. resumed: tensors that an earlier run had written."""
 
     path: Path
@@ -68,7 +68,7 @@ def quantize(
     force: bool = False,
     restart: bool = False,
     progress: Progress = lambda what, done, total: None,
-) -> Report:
+) -> Conversion:
     """Write `file` to `out` as `wanted`; what is under way lies in `out`.part and can be gone on with.
 
     weights: returns what `activation_means` finds, asked for when nothing else is in the way;
@@ -95,7 +95,7 @@ def quantize(
         _read_back(part, keys, layout, progress)
         part.finish()
     fresh = [choice for choice in choices if choice.info.name not in resumed]
-    return Report(
+    return Conversion(
         path=out,
         nbytes=layout.nbytes,
         seconds=time.monotonic() - began,

@@ -16,7 +16,8 @@ from sterna.runtime.config import Config, embedded_model
 from sterna.runtime.daemon.engine_link import EngineLink
 from sterna.runtime.daemon.model_memory import ModelMemory
 from sterna.runtime.daemon.served_model import ServedModel
-from sterna.runtime.daemon.service import Service, Totals
+from sterna.runtime.daemon.service import Service
+from sterna.runtime.daemon.totals import Totals
 from sterna.runtime.protocol import messages as m
 from sterna.runtime.quality.calibration import UNCALIBRATED_EPSILON
 from sterna.scheduler.messages import RoutingReport, Step, StreamsFailed, StreamStep, Submit
@@ -63,7 +64,7 @@ class Bench:
         MEMORIES.append(self.memory)
         self.sent: list[m.Message] = []
         self.service = Service(
-            Config(max_num_seqs=2),
+            Config(max_num_seqs=2, ctx_size=64),
             model,
             self.memory,
             cast(EngineLink, self.engine),
