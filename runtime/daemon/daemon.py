@@ -38,7 +38,7 @@ from .engine_recipes import EngineRecipes
 from .model_memory import ModelMemory
 from .notify import notify
 from .served_model import ServedModel
-from .serving import LINGER_S, Serving
+from .serving_phase import LINGER_S, ServingPhase
 from .socket_files import hold_lock, run_folder
 
 log = logging.getLogger("sterna.daemon")
@@ -81,7 +81,7 @@ class Daemon:
         self._signals: list[int] = []
         self._error: SternaError | None = None
         self._started_s = time.monotonic()
-        self._serving: Serving | None = None
+        self._serving: ServingPhase | None = None
 
     async def run(self) -> int:
         """Start, serve and stop; return the exit code. Raises what kept it from starting."""
@@ -135,7 +135,7 @@ class Daemon:
                 processes.on_lost = partial(self._on_lost, supervisor)
                 await self._unless_stopped(self._start_engine(model, supervisor, processes))
                 if not self._stop.is_set():
-                    serving = Serving(self._config, model, memory, link, processes, group)
+                    serving = ServingPhase(self._config, model, memory, link, processes, group)
                     await self._serve(serving, model, supervisor, group)
             finally:
                 stack.close()  # who is stopped must not be replaced
@@ -186,7 +186,7 @@ class Daemon:
         self._stop.set()
 
     async def _serve(
-        self, serving: Serving, model: ServedModel, supervisor: Supervisor, group: asyncio.TaskGroup
+        self, serving: ServingPhase, model: ServedModel, supervisor: Supervisor, group: asyncio.TaskGroup
     ) -> None:
         self._serving = serving
         own_pids = {"daemon": os.getpid(), "nursery": supervisor.nursery_pid}

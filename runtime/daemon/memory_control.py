@@ -54,11 +54,7 @@ class MemoryControl:
         except ConfigError as error:
             raise BadRequest(str(error)) from None
         except BudgetTooSmall as error:
-            # Its advice is for a start: context and sequences cannot change any more.
-            raise OutOfResources(
-                f"memory is {format_size(nbytes)}; this daemon needs at least {format_size(error.smallest)} "
-                "for the context and the sequences that it was started with"
-            ) from None
+            raise OutOfResources(error.facts) from None  # context and sequences are those of the start
         async with self._changing:
             try:
                 freed = await self._change(decision)

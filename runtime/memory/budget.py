@@ -60,10 +60,14 @@ class Wants:
 
 
 class BudgetTooSmall(OutOfResources):
-    """The budget does not hold what has to be in memory; `smallest` bytes would."""
+    """The budget does not hold what has to be in memory; `smallest` bytes would.
 
-    def __init__(self, text: str, smallest: int) -> None:
-        super().__init__(text)
+    `facts` is the text without the advice, which is for a start: a running daemon cannot follow it.
+    """
+
+    def __init__(self, facts: str, advice: str, smallest: int) -> None:
+        super().__init__(f"{facts}; {advice}")
+        self.facts = facts
         self.smallest = smallest
 
 
@@ -220,7 +224,7 @@ def decide(
     room = {shape: budget - sum(rows.values()) for shape, rows in fixed.items()}
     smallest = sum(fixed[candidates[-1]].values()) + needed
     if budget < smallest:
-        raise BudgetTooSmall(_refusal(plan, wants, budget, smallest, fixed[candidates[-1]]), smallest)
+        raise BudgetTooSmall(*_refusal(plan, wants, budget, smallest, fixed[candidates[-1]]), smallest)
     shape = _choose_shape(candidates, room, most, needed)
     counts = _distribute(most, least, room[shape])
     fits_all = counts == [count for count, _ in most]
@@ -362,7 +366,10 @@ def _of_number(
     return spread(plan, most, wanted)
 
 
-def _refusal(plan: ModelPlan, wants: Wants, budget: int, smallest: int, rows: dict[str, int]) -> str:
+def _refusal(
+    plan: ModelPlan, wants: Wants, budget: int, smallest: int, rows: dict[str, int]
+) -> tuple[str, str]:
+    """Return the facts and the advice."""
     largest = sorted(rows.items(), key=lambda row: -row[1])[:3]
     spent = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in largest)
     cycle = len(plan.hyper.moe_layers) * plan.hyper.experts_used
@@ -373,7 +380,8 @@ def _refusal(plan: ModelPlan, wants: Wants, budget: int, smallest: int, rows: di
     return (
         f"a budget of {format_size(budget)} is too small: without experts {format_size(sum(rows.values()))} "
         f"are needed ({spent}, ...), and one token uses {cycle} experts; at least {format_size(smallest)} "
-        f"({smallest} bytes) work; {advice}raise memory"
+        f"({smallest} bytes) work",
+        f"{advice}raise memory",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sterna import Client
-from sterna.shm.errors import BadRequest
+from sterna.shm.errors import OutOfResources
 
 from .conftest import Serve
 from .daemon_process import COMMAND, Daemon, wait_until
@@ -120,10 +120,11 @@ def test_sizes_that_cannot_be_are_refused_with_numbers(serve: Serve) -> None:
     )  # fmt: skip
     print(f"\n{settings} {daemon.status()['experts']}")
     done = memory(daemon, "50MiB")
-    assert done.returncode == BadRequest.exit_code
+    assert done.returncode == OutOfResources.exit_code
     assert "one token uses 10 experts; at least" in done.stderr
+    assert "lower" not in done.stderr  # a running daemon cannot
     done = memory(daemon, "4GiB")
-    assert done.returncode == BadRequest.exit_code
+    assert done.returncode == OutOfResources.exit_code
     assert "slots were made for" in done.stderr
     assert memory(daemon, "a lot").returncode == 78
     with Client(daemon.url) as client:

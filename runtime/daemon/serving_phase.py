@@ -32,7 +32,7 @@ from .status import report
 LINGER_S = 0.5
 
 
-class Serving:
+class ServingPhase:
     """Everything between a started engine and its clients."""
 
     def __init__(
