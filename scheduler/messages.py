@@ -1,7 +1,7 @@
 """What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
 
 daemon -> scheduler   submit, cancel, query, resize
-scheduler -> daemon   loading, ready, step, streams_failed, stats, resized, trouble
+scheduler -> daemon   loading, ready, worker_ready, step, streams_failed, stats, resized, trouble
 """
 
 from __future__ import annotations
@@ -118,6 +118,12 @@ class Ready(EngineMessage, frozen=True, kw_only=True):
     streaming_threads: int
 
 
+class WorkerReady(EngineMessage, frozen=True, kw_only=True):
+    """The worker `index` was taken in: steps use it from now on."""
+
+    index: int
+
+
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of the chosen token and of the most likely ones, natural logarithm."""
 
@@ -214,7 +220,7 @@ class Trouble(EngineMessage, frozen=True, kw_only=True):
 
 
 ToScheduler = Submit | Cancel | Query | Resize
-ToDaemon = Loading | Ready | Step | StreamsFailed | Stats | Resized | Trouble
+ToDaemon = Loading | Ready | WorkerReady | Step | StreamsFailed | Stats | Resized | Trouble
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_scheduler = msgspec.msgpack.Decoder(ToScheduler).decode

@@ -149,6 +149,7 @@ class Serving:
                 log.debug("worker.filling index=%d experts=%d", worker, self._filler.total)
             case Join(worker=worker):
                 log.info("worker.joined index=%d resident=%d", worker, self._made.memory.num_resident)
+                self._send(wire.WorkerReady(index=worker))
                 self._handle(st.WorkerJoined(worker=worker))
                 if not self._ready and len(self._state.workers) == self._limits.workers:
                     self._announce()

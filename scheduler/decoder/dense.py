@@ -16,9 +16,10 @@ from ...shm.errors import InternalError, ModelFileError
 from ...shm.layout import align
 from ...workers.activation import Activation
 from ...workers.checkpoint.file.gguf import GgufFile
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.held.formats import ActivationKind, MatrixShape, activation_kind
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
-from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.layers.shared_dense import multiply_heads, shared_feed_forward
