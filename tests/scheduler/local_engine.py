@@ -113,7 +113,7 @@ class LocalEngine:
             assert slot is not None
             self.runner.read(key, slot, urgent=True)
             self.runner.take_loaded(self.lane.collect((), (), ""))  # type: ignore[arg-type]
-        dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
+        self.dense = dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
         fill_dense(plan, self.file, dense, lambda done, total: None)
         shape = StreamShape(
             layers=plan.hyper.layers,
