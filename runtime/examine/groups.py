@@ -104,7 +104,7 @@ def _held(plan: ModelPlan) -> dict[str, tuple[Counter[str], int]]:
     nbytes: Counter[str] = Counter()
     for key, entry in plan.dense.items():
         group = group_of(f"{key.rpartition('.')[2]}.")
-        form = entry.tensor.type.name if entry.kind == "raw" else "F32"
+        form = entry.tensor.type.name if entry.held == "raw" else "F32"
         forms[group][form if entry.shape is None else Format(entry.shape.form).name] += 1
         nbytes[group] += entry.nbytes
     for precisions in plan.tiers.values():
