@@ -26,6 +26,7 @@ from ..workers.kernels.measure import bandwidth
 from ..workers.kernels.routing import top_k
 from .decoder.crew import Crew
 from .residency.policies import DEFAULT_POLICY, Policy
+from .residency.predictor import ExpertPredictor
 
 Cache = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
@@ -68,6 +69,7 @@ def steps(
         ("attention", partial(_attention, cache)),
         ("routing", _routing),
         ("residency", _residency),
+        ("prediction", _predict),
         *([("conversion", convert.warm)] if conversion else []),
     ]
 
@@ -155,6 +157,12 @@ def _residency() -> None:
     policy.touch(np.zeros(1, np.int32), np.ones(1, np.float32))
     policy.admitted(0)
     policy.evicted(policy.victim(np.ones(4, np.uint8)))
+
+
+def _predict() -> None:
+    predictor, one = ExpertPredictor(num_layers=1, num_experts=4), np.zeros((1, 1), np.int32)
+    predictor.observe(0, one, one)
+    predictor.scores(0, one)
 
 
 def _routing() -> None:

@@ -32,8 +32,18 @@ settings.register_profile("sterna", deadline=None, derandomize=bool(os.environ.g
 settings.load_profile("sterna")
 
 TESTS = Path(__file__).parent
-# Longest first, so that no process is left with a long file at the end.
-FIRST = ("system", "workers/kernels/test_targets.py", "scheduler", "workers", "runtime/quantize")
+SHARED_DAEMON = "session_daemon"
+# First what counts the children of its own process, before that has the shared daemon; then the longest, so
+# that no process is left with a long file at the end.
+FIRST = (
+    "runtime/processes",
+    SHARED_DAEMON,
+    "system",
+    "workers/kernels/test_targets.py",
+    "scheduler",
+    "workers",
+    "runtime/quantize",
+)
 # They measure tenths of a second, or what a process may take of the machine.
 ALONE = (
     "runtime/client/test_client.py",
@@ -41,7 +51,17 @@ ALONE = (
     "scheduler/residency/test_timings.py",
     "workers/kernels/measure/test_bandwidth.py",
 )
-SHARED_DAEMON = "session_daemon"
+# Left out of `make test-fast`, as daemons are: they compile for other targets or start process after process.
+LONG = (
+    "aarch64/",
+    "runtime/cli/test_kernels.py",
+    "runtime/processes/test_supervisor.py",
+    "scheduler/lane/test_zeromq.py",
+    "scheduler/test_precision_engine.py",
+    "scheduler/test_warm.py",
+    "workers/kernels/test_targets.py",
+    "workers/paging/test_pager.py",
+)
 
 
 def file_of(item: pytest.Item) -> str:
@@ -49,26 +69,26 @@ def file_of(item: pytest.Item) -> str:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of daemons; say which stay together in one process, and what processes begin with."""
     for item in items:
         if file_of(item).startswith("system/"):
             item.add_marker(pytest.mark.daemon)
-    if not config.pluginmanager.hasplugin("xdist"):
+        if file_of(item).startswith(LONG):
+            item.add_marker(pytest.mark.long)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return
 
     def group(item: pytest.Item) -> str:
         return SHARED_DAEMON if SHARED_DAEMON in getattr(item, "fixturenames", ()) else file_of(item)
 
-    def rank(item: pytest.Item) -> tuple[bool, int]:
-        name = file_of(item)
-        found = (i for i, part in enumerate(FIRST) if name.startswith(part))
-        return group(item) != SHARED_DAEMON, next(found, len(FIRST))
+    def rank(item: pytest.Item) -> int:
+        found = (i for i, part in enumerate(FIRST) if group(item).startswith(part))
+        return next(found, len(FIRST))
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group(item)))
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=rank)
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -76,16 +96,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Let a test that runs alone wait for the other process's test, and that process for its end.
 
     A readers' and writers' lock of two files: whoever wants to run alone keeps `turn` while it waits for
-    `room`, so that no further test begins before it.
+    `room`, so that no further test begins before it. Any two files serve; these are always there.
     """
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     alone = file_of(item) in ALONE or item.get_closest_marker("alone") is not None
-    with (
-        Path(f"/tmp/sterna-tests-{run}.turn").open("w") as turn,
-        Path(f"/tmp/sterna-tests-{run}.room").open("w") as room,
-    ):
+    with (TESTS / "conftest.py").open() as turn, (TESTS / "oracles.py").open() as room:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)

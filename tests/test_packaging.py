@@ -104,7 +104,13 @@ def make(folder: Path, path: str, *arguments: str) -> subprocess.CompletedProces
 def test_make_test_runs_every_check(tmp_path: Path) -> None:
     result = make(tmp_path, os.environ["PATH"], "-n", "test")
     assert result.returncode == 0, result.stderr
-    for step in ("ruff check", "ruff format --check", "mypy", 'pytest -m "not slow and not bench"'):
+    for step in (
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "sterna warm",
+        'pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not bench"',
+    ):
         assert f".venv/bin/{step}" in result.stdout or f".venv/bin/python -m {step}" in result.stdout
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make test"
     assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -58,7 +58,7 @@ class RoutingSum:
             changed=self.changed,
             swaps=self.swaps,
             lost_mass=self.lost / events,
-            swap_share=self.swaps / (events * top_k),
+            swap_share=self.swaps / (events * top_k or 1),
             agreement=1 - self.changed / events,
             credit_left=self.credit,
         )

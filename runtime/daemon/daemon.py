@@ -32,6 +32,7 @@ from ...scheduler.messages import Loading
 from ...shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
 from ..config import Config
 from ..processes.nursery_wire import Warm
+from ..processes.placement import NurseryPlacement
 from ..processes.supervisor import Supervisor, WarmProgress
 from ..protocol import codec
 from ..protocol.messages import Limits, Welcome
@@ -39,6 +40,8 @@ from ..protocol.sockets import ipc_path, server_socket
 from .announcement import Announcement, wished_context
 from .endpoint import Endpoint
 from .engine_link import EngineLink
+from .engine_processes import EngineProcesses
+from .engine_recipes import EngineRecipes
 from .loaded_model import LoadedModel
 from .memory_control import MemoryControl
 from .notify import notify
@@ -128,7 +131,8 @@ class Daemon:
             if not self._stop.is_set():
                 await self._serve(group)
         finally:
-            if hasattr(self, "engine"):
+            if hasattr(self, "processes"):
+                self.processes.close()
                 self.engine.close()
             await self.supervisor.stop_all(0.0 if len(self._signals) > 1 else GRACE_S)
 
@@ -146,11 +150,19 @@ class Daemon:
             }
         )
         await self.supervisor.warm(warmed, self._config.start_timeout_s, request)
-        self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
-        self.engine.on_lost = self._on_lost
+        self.engine = EngineLink(folder)
         self.engine.on_loading = self._on_loading
+        self.processes = EngineProcesses(
+            self.num_workers,
+            NurseryPlacement(self.supervisor),
+            EngineRecipes(self._config, self.model, folder, self.engine.url),
+            self.engine,
+            group,
+            self._config.start_timeout_s,
+        )
+        self.processes.on_lost = self._on_lost
         notify("STATUS=loading the model")
-        await self.engine.start()
+        await self.processes.start()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`, or give it up when a signal comes."""
@@ -194,6 +206,7 @@ class Daemon:
         budget = self._config.quality_fraction if self._config.routing == "budget" else 0.0
         self.service = Service(self._config, self.model, self.engine, self.endpoint.send, budget)
         self.service.on_idle = self._idle.set
+        self.processes.has_work = lambda: self.service.num_running > 0
         self.endpoint.attach(self.service)
         probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")
         watches = [group.create_task(self._watch_nursery(), name="nursery.watch")]
@@ -273,7 +286,7 @@ class Daemon:
         status = report(
             service=self.service,
             model=self.model,
-            presence=self.engine.presence(),
+            presence=self.processes.presence(),
             door=self.endpoint.figures(),
             engine=engine,
             own_pids={"daemon": os.getpid(), "nursery": self.supervisor.nursery_pid},

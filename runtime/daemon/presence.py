@@ -12,7 +12,6 @@ class EnginePresence:
 
     scheduler: bool
     """Whether the scheduler has loaded the model and takes requests."""
-    num_workers: int
     workers_missing: list[int]
     """Workers that are dead, starting, or not yet taken in by the scheduler."""
     workers_missing_since_s: float | None
@@ -24,5 +23,5 @@ class EnginePresence:
 
     @property
     def can_compute(self) -> bool:
-        """Whether the scheduler and at least one worker are there."""
-        return self.scheduler and len(self.workers_missing) < self.num_workers
+        """Whether all are there: a step needs every worker."""
+        return self.scheduler and not self.workers_missing

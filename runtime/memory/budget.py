@@ -40,9 +40,6 @@ DAEMON = 48 * _MIB
 NURSERY = 48 * _MIB
 SCHEDULER = 38 * _MIB
 WORKER = 25 * _MIB
-# The start that compiles leaves the compiler's heap behind, in the nursery and in each process forked from it
-# (measured: 18, 18 and 2 x 18).
-COMPILED = 20 * _MIB
 # A piece of the vocabulary in the daemon: its text, two dictionary entries, its merge.
 VOCABULARY_ENTRY = 600
 # What malloc keeps and what nobody counts.
@@ -51,10 +48,7 @@ SLACK = 0.03
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wants:
-    """The settings that cost memory; 0 streams, context or tokens: choose. resident: as the setting.
-
-    compiles: whether this start will compile the kernels.
-    """
+    """The settings that cost memory; 0 streams, context or tokens: choose. resident: as the setting."""
 
     workers: int
     threads: int
@@ -62,7 +56,6 @@ class Wants:
     streams: int = 0
     context: int = 0
     resident: str = "auto"
-    compiles: bool = False
     value_nbytes: int = 2  # of the cache: 2 float16, 4 float32
 
 
@@ -167,16 +160,13 @@ def fixed_rows(
 
     largest_read: bytes of the largest expert in the file; headers: of the slots, by default of all of them.
     """
-    compiled = COMPILED if wants.compiles else 0
     own = {
         "daemon": DAEMON + VOCABULARY_ENTRY * plan.vocab_size,
-        "nursery": NURSERY + compiled,
+        "nursery": NURSERY,
         "scheduler": SCHEDULER
-        + compiled
         + batch_nbytes(plan, wants.max_batch_tokens, wants.threads)
         + context_nbytes(plan, shape, wants.threads),
-        "workers": wants.workers
-        * (WORKER + compiled + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
+        "workers": wants.workers * (WORKER + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
         "staging": wants.workers * IO_THREADS * (largest_read + _converted_nbytes(plan)),
     }
     kv = shape.layers * shape.layer_nbytes

@@ -60,15 +60,8 @@ def wants_of(config: Config) -> Wants:
         streams=config.max_num_seqs,
         context=config.ctx_size,
         resident=config.resident_experts,
-        compiles=not _has_kernels(),
         value_nbytes=4 if config.cache_type == "f32" else 2,
     )
-
-
-def _has_kernels() -> bool:
-    """Return whether kernels were compiled here before; to name the very folder would load the compiler."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache())
-    return any(folder.glob("kernels-*"))
 
 
 def weights_nbytes(plan: ModelPlan) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from ...shm.errors import NotPermitted
-from ...workers.kernels.cache import cache_dir
+from ...workers.kernels.cache import cache_dir, cache_root
 from .kernel_target import VARIABLE, proven_target
+
+log = logging.getLogger("sterna.kernels")
 
 # OpenBLAS starts its threads when numpy is imported; Numba's default layer may be GNU OpenMP,
 # which aborts a child forked after any parallel kernel was merely loaded.
@@ -34,6 +39,28 @@ class KernelEnvironment:
     def compiled(self) -> frozenset[Path]:
         """Return the files of machine code that the folder holds now."""
         return frozenset(self.folder.glob("*/*.nbc"))
+
+
+def borrow_folder() -> Path | None:
+    """Have kernels kept in a temporary folder if their own cannot be written; return it, None if it can.
+
+    What lies in their own comes along. The caller removes the folder when every kernel is loaded.
+    """
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return None
+    except OSError as error:
+        log.warning("kernel.folder_not_writable folder=%s error=%r", root, error.strerror)
+    borrowed = Path(tempfile.mkdtemp(prefix="sterna-kernels-"))
+    for kept in (*root.glob("kernels-*"), *root.glob("target-*")):
+        if kept.is_dir():
+            shutil.copytree(kept, borrowed / kept.name)
+        else:
+            shutil.copy2(kept, borrowed)
+    os.environ["NUMBA_CACHE_DIR"] = str(borrowed)
+    return borrowed
 
 
 @cache

@@ -17,6 +17,7 @@ import gc
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -140,7 +141,9 @@ class Nursery:
     def _warm(self, request: wire.Warm) -> None:
         """Run the warm-up steps; report each, then the whole, or the first failure."""
         began = time.monotonic()
+        borrowed: Path | None = None
         try:
+            borrowed = self._borrow_folder()
             self._prepare_imports()
             steps: WarmSteps = cast("WarmSteps", resolve(request.steps)(**request.arguments))
             for done, (name, step) in enumerate(steps, start=1):
@@ -149,8 +152,11 @@ class Nursery:
         except (BrokenPipeError, ConnectionResetError):
             raise  # the daemon has gone
         except Exception as error:  # reported to the daemon, whatever a step raised
-            self._send(wire.Failed(op="warm", text=_describe(error)))
+            self._send(wire.Failed(op="warm", text=describe(error)))
             return
+        finally:
+            if borrowed is not None:
+                shutil.rmtree(borrowed, ignore_errors=True)
         # What was loaded is shared with every child for good: keep the collector from writing to it.
         gc.collect()
         trim()
@@ -167,7 +173,7 @@ class Nursery:
             _check_single_threaded()
             child = self._fork(request, entry, fds)
         except Exception as error:  # reported to the daemon, whatever the entry's import raised
-            self._send(wire.Failed(op="spawn", key=request.key, text=_describe(error)))
+            self._send(wire.Failed(op="spawn", key=request.key, text=describe(error)))
             return
         self._children[child.pidfd] = child
         self._poll.register(child.pidfd, select.POLLIN)
@@ -203,6 +209,12 @@ class Nursery:
         os.close(pidfd)
         code = os.waitstatus_to_exitcode(status)
         self._send(wire.Exited(key=child.key, pid=child.pid, status=code))
+
+    def _borrow_folder(self) -> Path | None:
+        """Return a temporary folder for the kernels, None when their own can be written."""
+        from .kernel_environment import borrow_folder
+
+        return None if "numba" in sys.modules else borrow_folder()
 
     def _prepare_imports(self) -> None:
         """Set what numba and numpy read when they are imported; once, before the first of ours."""
@@ -263,10 +275,10 @@ def print_error(name: str, error: BaseException) -> None:
     """Print one line about `error`; with STERNA_DEBUG=1 its traceback too."""
     if os.environ.get("STERNA_DEBUG") == "1":
         traceback.print_exception(error)
-    print(f"{name}: error: {_describe(error)}", file=sys.stderr, flush=True)
+    print(f"{name}: error: {describe(error)}", file=sys.stderr, flush=True)
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Our own errors speak for themselves; others need their type."""
     if isinstance(error, SternaError):
         return " ".join(str(error).split())

@@ -25,7 +25,7 @@ MAX_FDS = 128
 _FD_BYTES = array("i").itemsize
 _FDS_SPACE_BYTES = socket.CMSG_SPACE(MAX_FDS * _FD_BYTES)
 
-WARM_STEPS = "sterna.scheduler.warm:steps"
+WARM_STEPS = "sterna.runtime.processes.kernel_steps:steps"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag=str.lower):

@@ -246,7 +246,7 @@ class StatusReport(Section, frozen=True, kw_only=True):
     uptime_s: float
     """Seconds since the start of the daemon."""
     state: State
-    """"serving"; "recovering" while the scheduler or all workers are missing; "draining" before the end."""
+    """"serving"; "recovering" while the scheduler or a worker is missing; "draining" before the end."""
     model: ServedModelReport
     experts: ExpertMemoryReport
     expert_figures: ExpertFigures | None

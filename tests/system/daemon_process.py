@@ -142,6 +142,11 @@ class Daemon:
         assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.stderr[-2000:]}"
         return self.stdout == f"ready socket={self.url}\n"
 
+    def late_kernels(self) -> list[str]:
+        """Return what its processes logged about kernels that were not there when it was ready."""
+        events = ("kernel.compiled_late", "kernel.loaded_late", "kernel.not_kept")
+        return [line for line in self.stderr.splitlines() if any(event in line for event in events)]
+
     def client(self, timeout_s: float = 60.0) -> Client:
         """Return a client that the caller closes."""
         return Client(self.url, timeout_s=timeout_s)
@@ -179,6 +184,7 @@ class Daemon:
             if self._process is not None:
                 self.stop()
                 assert "Traceback" not in self.stderr, self.stderr
+                assert self.late_kernels() == []
             # Children of a killed daemon get their signal from the kernel, a moment later.
             wait_until(
                 lambda: not processes_in(self.folder), 3.0, f"no process left: {left_behind(self.folder)}"

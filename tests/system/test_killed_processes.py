@@ -141,7 +141,7 @@ def test_scheduler_killed_when_the_oldest_stream_needs_a_block(serve: Serve) -> 
     expected = run_together(daemon.url, streams)
     for _ in range(2):
         (pid,) = daemon.pids("scheduler")
-        # After so many tokens of the answer the step that follows is the first of a block.
+        # After this number of tokens the step that follows is the first of a block.
         after = BLOCK_TOKENS + 1 - len(expected[0].prompt_token_ids) % BLOCK_TOKENS
         kill = partial(os.kill, pid, signal.SIGKILL)
         found = run_while(daemon.url, streams, kill, watched=1, after=after)

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from numba import njit
 
-kernel = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+from .late import watched
+
+_compiled = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
+
+
+def kernel(function):
+    """Return `function` as a kernel: compiled for the types that it is called with, and kept in the cache."""
+    return watched(_compiled(function))
 
 
 def named(function, suffix):

@@ -87,17 +87,15 @@ def test_what_a_context_takes_is_what_is_allocated(name: str, tmp_path: Path) ->
     tokens=st.sampled_from([0, 1, 64, 512, 4096]),
     streams=st.sampled_from([0, 1, 16]),
     context=st.sampled_from([0, 300, 4096]),
-    compiles=st.booleans(),
     two_sizes=st.booleans(),
 )
 def test_the_sum_is_kept(
     flash: ModelPlan, mixed: ModelPlan, budget: int, workers: int, tokens: int, streams: int, context: int,
-    compiles: bool, two_sizes: bool,
+    two_sizes: bool,
 ) -> None:  # fmt: skip
     plan = mixed if two_sizes else flash
     wants = Wants(
         workers=workers, threads=2, max_batch_tokens=tokens, streams=streams, context=context,
-        compiles=compiles,
     )  # fmt: skip
     try:
         decision = decide(plan, wants, budget, READ)
