@@ -29,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 Clock = Callable[[], float]
 
 MIN_REPETITIONS = 3
-# A call over so many multiply-accumulates takes about 0.2 ms with the fastest kernel there is.
+# Multiply-accumulates of one call: about 0.2 ms with the fastest kernel.
 _MACS_PER_CALL = 1 << 25
 _NO_Q = QuantizedRows.allocate(1, 32, 32)
 

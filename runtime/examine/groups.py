@@ -74,7 +74,7 @@ def groups(
 
 
 def unused_names(names: Iterable[str], layers: int) -> str:
-    """Return one line on the tensors of a file that a model of so many layers does not take."""
+    """Return one line on the tensors of a file that a model with this number of layers does not take."""
     every = list(names)
     extra = [name for name in every if (layer_of(name) or 0) >= layers]
     others = [name for name in every if name not in set(extra)]

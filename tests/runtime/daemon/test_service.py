@@ -49,7 +49,7 @@ class Bench:
         self.engine = Recorder()
         self.sent: list[m.Message] = []
         self.service = Service(
-            Config(max_num_seqs=2),
+            Config(max_num_seqs=2, ctx_size=model.context),
             model,
             cast(EngineLink, self.engine),
             lambda owner, message: self.sent.append(message),
