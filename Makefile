@@ -29,6 +29,10 @@ help:
 
 demo: $(READY)
 	@$(BIN)/sterna generate "Once upon a time" --echo --temperature 0.7 --max-tokens 200
+	@echo
+	@echo "That was the small story model; it writes no plot. Go on with:"
+	@echo "  $(CURDIR)/$(BIN)/sterna serve /path/to/model.gguf"
+	@echo "or put the command on PATH of this shell: . $(CURDIR)/$(BIN)/activate; then: sterna --help"
 
 serve: $(READY)
 	@$(BIN)/sterna serve

@@ -142,23 +142,28 @@ class RequestOption(click.Option):
             return record
         from ..protocol.messages import Generate  # here: it costs time that only this help takes
 
-        places = Generate.__struct_fields__[-len(Generate.__struct_defaults__) :]
-        default = dict(zip(places, Generate.__struct_defaults__, strict=True))[self.name]
+        default = getattr(Generate(id="none", prompt=""), self.name)
         return record if default is None else (record[0], f"{record[1].removesuffix('.')} [{default}].")
 
 
-_SAMPLING: Final[tuple[tuple[tuple[str, ...], Any, str, str], ...]] = (  # spellings, type, metavar, help
-    (("-n", "--max-tokens"), click.INT, "N", "Longest answer in tokens."),
+# Flags, type, metavar, help.
+_SAMPLING: Final[tuple[tuple[tuple[str, ...], Any, str, str], ...]] = (
+    (("-n", "--max-tokens"), click.INT, "N", "Tokens that the answer may have."),
     (
         ("-t", "--temperature"),
         FractionRange(max=MAX_TEMPERATURE),
         "X",
-        f"How freely tokens are drawn: 0 always takes the best one, at most {MAX_TEMPERATURE:g}.",
+        f"Spread of the choice, 0 to {MAX_TEMPERATURE:g}; 0 always takes the most probable token.",
     ),
-    (("--top-k",), click.INT, "N", "Keep the N best tokens; 0 keeps all."),
-    (("--top-p",), click.FLOAT, "P", "Keep the best tokens that have P of the probability together."),
-    (("--min-p",), click.FLOAT, "P", "Drop tokens with less than P times the probability of the best."),
-    (("--seed",), click.INT, "N", "Draw as the answer with this seed did."),
+    (("--top-k",), click.INT, "N", "Choose among the N most probable tokens; 0 for all."),
+    (
+        ("--top-p",),
+        click.FLOAT,
+        "P",
+        "Choose among the most probable tokens whose probabilities add up to P.",
+    ),
+    (("--min-p",), click.FLOAT, "P", "Leave out tokens with less than P times the highest probability."),
+    (("--seed",), click.INT, "N", "The same seed gives the same answer again; by default one is drawn."),
 )
 
 

@@ -92,6 +92,7 @@ class AsyncClient:
     ) -> Awaitable[Result] | AsyncStream:
         """Return the answer (to be awaited), or with `stream` an asynchronous iterator of its parts.
 
+        `options.GenerateOptions` explains each option; `help` shows it with its default.
         Raises BadRequest for a wrong value at once and TypeError for an unknown option. A cancelled task
         cancels its request on the daemon.
         """

@@ -94,6 +94,7 @@ class Client:
     ) -> Result | Stream:
         """Return the answer to a prompt or to token ids, or with `stream` an iterator of its parts.
 
+        `options.GenerateOptions` explains each option; `help` shows it with its default.
         Raises BadRequest for a wrong value before anything is sent and TypeError for an unknown option.
         """
         answer = Stream(self._pool, requests.generate_message(prompt, token_ids, options))

@@ -47,10 +47,9 @@ class Exchange(Protocol[T]):
 class _OneReply:
     """What exchanges share that send all at once and end with the first reply."""
 
-    in_flight: Collection[str] = ()
-
     def __init__(self, messages: list[Message], keys: Collection[str]) -> None:
         self.keys = keys
+        self.in_flight: Collection[str] = ()
         self.reply: Event | None = None
         self._messages = messages
 

@@ -6,7 +6,6 @@ signature and docstring. Defaults and ranges are those of `protocol.messages.Gen
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -60,13 +59,18 @@ def check_names(options: Iterable[str], call: str) -> None:
     """Refuse what is no option of `call`; raises TypeError that says which one may have been meant."""
     for name in options:
         if name not in GenerateOptions.__annotations__:
+            import difflib  # only for who made a mistake
+
             near = difflib.get_close_matches(name, GenerateOptions.__annotations__, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def shows_options(method: F) -> F:
-    """Let `help` and tools show each option, its type and its default where `method` takes `**options`."""
+    """Let `help` and completion show each option, its type and its default where `method` takes `**options`.
+
+    Editors and type checkers read names and types from `Unpack[GenerateOptions]` in the overloads.
+    """
     shown: Any = method
     signature = inspect.signature(method, eval_str=True)
     given = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -13,7 +13,7 @@ import psutil
 import sterna
 
 from ...scheduler.messages import Stats
-from ..examine.forecast import by_precision
+from ...scheduler.model.plan import by_precision
 from ..protocol.report import (
     MIB,
     ExpertFigures,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...scheduler.model.plan import ModelPlan
+from ...scheduler.model.plan import ModelPlan, by_precision
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.ownership import owners
 from ..config import Config, embedded_model
@@ -122,13 +122,6 @@ def _experts(choice: ModelChoice, workers: int) -> dict[str, Any]:
         "slot_bytes": [nbytes for _, nbytes in decision.classes],
         "of_workers": [round(count * decision.share) for count in owned],
         "by_precision": by_precision(plan),
-    }
-
-
-def by_precision(plan: ModelPlan) -> dict[str, dict[str, int]]:
-    """Return how many experts are held in each precision, and the bytes of slots for all of them."""
-    return {
-        name: {"experts": count, "bytes": nbytes} for name, (count, nbytes) in plan.by_precision().items()
     }
 
 
