@@ -82,6 +82,7 @@ class Serving:
             held=_held_blocks(made),
         )
         self._filler = SlotFiller(made.runner, made.order)
+        self._heard: set[int] = set()  # workers that have said hello at least once
         self._filling_since_ns = 0  # the last answer to what fills slots, or the first request
         self._next: tuple[st.Segment, ...] = ()
         self._steps = 0
@@ -143,6 +144,7 @@ class Serving:
         match change:
             case FillSlots(worker=worker, peer=peer):
                 self._filling_since_ns = self._clock_ns()
+                self._heard.add(worker)
                 self._filler.begin(worker, peer)
                 log.debug("worker.filling index=%d experts=%d", worker, self._filler.total)
             case Join(worker=worker):
@@ -174,7 +176,7 @@ class Serving:
             self._lane.tell(AnswersOverdue(requests=requests))
         if self._ready or now_ns - self._listening_ns <= self._limits.start_timeout_s * 1e9:
             return
-        waiting = sorted(set(range(self._limits.workers)) - self._filler.workers)
+        waiting = sorted(set(range(self._limits.workers)) - self._heard)
         if waiting:
             missing = ", ".join(map(str, waiting))
             raise StartFailed(f"worker {missing} not there after {self._limits.start_timeout_s:.0f} s")

@@ -16,7 +16,16 @@ from functools import partial
 
 from ...scheduler.messages import Step, StreamsFailed
 from ...scheduler.pooling import PooledPrompt
-from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
+from ...shm.errors import (
+    BadRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    SternaError,
+    TooLong,
+    request_error,
+)
 from ..config import Config
 from ..protocol.messages import (
     Accepted,
@@ -341,7 +350,7 @@ class Service:
         self._free.sort(reverse=True)
         self._start_waiting()
 
-    def _fail(self, answer: Answer, error: RequestError) -> None:
+    def _fail(self, answer: Answer, error: SternaError) -> None:
         self.totals.failed += 1
         self._send(
             answer.owner,
