@@ -158,6 +158,7 @@ def test_generate_ended_by_sigterm(peer: Peer) -> None:
         peer.wait_for(m.Generate)
         child.terminate()
         assert child.wait(10) == 143
+    peer.wait_for(m.Cancel)
     assert len(peer.messages(m.Cancel)) == 1
 
 
