@@ -153,7 +153,7 @@ class Daemon:
         self.engine = EngineLink(folder)
         self.engine.on_loading = self._on_loading
         self.processes = EngineProcesses(
-            self.num_workers,
+            0 if self._config.lane == "local" else self.num_workers,  # the scheduler is its own workers then
             NurseryPlacement(self.supervisor),
             EngineRecipes(self._config, self.model, folder, self.engine.url),
             self.engine,
