@@ -1,6 +1,9 @@
 # make demo    write a story with the model that comes along (the first run sets everything up)
 # make serve   run the daemon in the foreground
-# make test    all checks of .ci/run: ruff, mypy, pytest
+# make test    all checks of .ci/run: ruff, mypy, pytest in two processes
+# make test-fast    the tests that start no daemon, without the slowest: a minute and a half at most
+# make check FILE=path    ruff, mypy and the tests that belong to one source file
+# make docs    write docs/cli.md anew from the commands' help
 # make test-aarch64    kernels, formats and shared memory on an emulated Raspberry Pi 5 (x86-64 only)
 # make families    compare all model families with transformers and llama.cpp (installs the former)
 # make lint    ruff and mypy only
@@ -16,19 +19,41 @@ READY := .venv/.installed
 PYTHONS := python3.13 python3.12 python3.11 python3
 PYTHON_OK := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo serve test test-aarch64 families lint clean
+# Two processes suit two cores; more need cores for the daemons that tests start.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help demo serve test test-fast check docs test-aarch64 families lint kernels clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
 demo: $(READY)
 	@$(BIN)/sterna generate "Once upon a time" --echo --temperature 0.7 --max-tokens 200
+	@echo
+	@echo "That was the small story model; it writes no plot. Go on with:"
+	@echo "  $(CURDIR)/$(BIN)/sterna serve /path/to/model.gguf"
+	@echo "or put the command on PATH of this shell: . $(CURDIR)/$(BIN)/activate; then: sterna --help"
 
 serve: $(READY)
 	@$(BIN)/sterna serve
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow and not bench"
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint kernels
+	$(PYTEST) -m "not slow and not bench"
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not bench and not daemon and not long"
+
+check: $(READY)
+	@test -n "$(FILE)" || { echo "usage: make check FILE=runtime/config.py" >&2; exit 64; }
+	@$(BIN)/python .ci/check.py "$(FILE)"
+
+docs: $(READY)
+	$(BIN)/python docs/write_cli.py
+
+# Compiled once, beside lint: two test processes would each compile what both need.
+kernels: $(READY)
+	$(BIN)/sterna warm
 
 test-aarch64: $(READY)
 	@PYTHON=$(BIN)/python tests/aarch64/run.sh
@@ -69,6 +94,6 @@ $(READY): pyproject.toml
 	@if command -v uv >/dev/null; then \
 	  uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
 	else \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'; \
 	fi
 	@touch $@

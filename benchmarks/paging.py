@@ -241,7 +241,7 @@ def median(rows: Sequence[Row]) -> Row:
 
 
 def share(rows: Sequence[Row], threads: int) -> float:
-    """Return the speed of a busy pager with so many threads as a share of the best plain reads."""
+    """Return the speed of a busy pager with `threads` threads as a share of the best plain reads."""
     disk = max(row.mb_per_s for row in rows if row.what.startswith("read"))
     busy = next(r for r in rows if r.what[:4] == "page" and (r.threads, r.waiting) == (threads, max(WAITING)))
     return busy.mb_per_s / disk

@@ -1,7 +1,8 @@
 """What the daemon can be told, from where, and whether it makes sense.
 
-In here: `Config` with the range of each field and `load_config`, which merges flags, environment and TOML
-files in that order of precedence. Not in here: what a setting does. Nothing creates a file.
+In here: `Config` with its defaults, SETTINGS with the range and meaning of each field, and `load_config`,
+which merges flags, environment and TOML files in that order of precedence. Not in here: what a setting does.
+Nothing creates a file.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from ..shm.errors import ConfigError, ModelNotFound
 from . import sizes
@@ -31,16 +32,32 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 SYSTEM_CONFIG_DIR = Path("/etc/sterna")
 
 
+EMBEDDED = "embedded"
+"""The name of the model that comes with the package, wherever the path of a model is expected."""
+
+MIN_MEMORY_NBYTES = 2**20
+"""A smaller budget is a number whose unit was forgotten."""
+
+
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What one field may hold and how it is explained; `flag` is its name on the command line."""
+class SettingRule:
+    """What one field of `Config` may hold, and how it is explained."""
 
     help: str
+    """What the setting does, without its default."""
     kind: Literal["path", "url", "integer", "seconds", "choice", "size", "share", "percent"]
     low: float = 0
+    """Least value of a number; of a percentage in percent."""
     high: float = 0
+    """Largest value of a number."""
     choices: tuple[str, ...] = ()
+    """All values of a choice: those of the field's Literal type."""
     short: str | None = None
+    """A flag of one letter."""
+    also: tuple[str, ...] = ()
+    """Flags that are accepted and not shown."""
+    unset: str = ""
+    """What the default stands for, where it does not tell itself."""
 
     def expected(self) -> str:
         """Return what a value should have been, for an error text."""
@@ -67,8 +84,7 @@ class Setting:
 class Config:
     """All settings of a daemon; `load_config` returns a checked one. Ranges and meanings are in SETTINGS.
 
-    `model` None is the embedded model, `workers` 0 one per core, `ctx_size` 0 the model's but at most 4096,
-    `max_num_seqs` 0 is 16, `max_batch_tokens` 0 is 512; of these less where memory is short.
+    What a default of None or 0 stands for is told by `SettingRule.unset`.
     """
 
     model: Path | None = None
@@ -122,66 +138,83 @@ def resident_count(text: str, total: int) -> int | None:
 
 
 _DAY_S = 86_400
-SETTINGS: dict[str, Setting] = {
-    "model": Setting("GGUF file to serve [the embedded model]", "path"),
-    "socket": Setting("ipc:// URL to listen on", "url"),
-    "workers": Setting("Expert workers [0: one per core]", "integer", 0, 256),
-    "ctx_size": Setting("Context in tokens [0: the model's, at most 4096]", "integer", 0, 2**20, short="-c"),
-    "max_num_seqs": Setting("Answers computed at a time [0: 16]", "integer", 0, 1024),
-    "max_queue": Setting("Requests that may wait [256]", "integer", 1, 65_536),
-    "max_batch_tokens": Setting("Prompt tokens computed per step [0: 512]", "integer", 0, 16_384),
-    "threads": Setting("Threads of the scheduler for dense layers; 0: one per core [0]", "integer", 0, 64),
-    "ternary": Setting(
-        "Bits of a ternary weight in memory; auto: 2, or 1.6 where only that fits [auto]",
-        "choice",
-        choices=("auto", "2", "1.6"),
+_TYPES = get_type_hints(Config)
+
+
+def _choice(name: str, text: str) -> SettingRule:
+    return SettingRule(text, "choice", choices=get_args(_TYPES[name]))
+
+
+SETTINGS: dict[str, SettingRule] = {
+    "model": SettingRule("GGUF file to serve", "path", unset="the embedded model"),
+    "socket": SettingRule(
+        "ipc:// URL to listen on",
+        "url",
+        unset="sterna.sock in $XDG_RUNTIME_DIR/sterna, else in /run/sterna, else in a folder below /tmp",
     ),
-    "activations": Setting(
-        "Values that share a scale before row-scaled ternary weights; auto: measured [auto]",
-        "choice",
-        choices=("auto", "block", "token"),
+    "workers": SettingRule("Expert workers", "integer", 0, 256, unset="the machine's cores less one"),
+    "ctx_size": SettingRule(
+        "Tokens of prompt and answer together",
+        "integer",
+        0,
+        2**20,
+        short="-c",
+        also=("--ctx",),
+        unset="the model's, at most 4096, less where memory is short",
     ),
-    "memory": Setting(
-        "All memory that Sterna may use, such as 3GiB; experts beyond it are read from the file [auto]",
+    "max_num_seqs": SettingRule(
+        "Answers computed at a time", "integer", 0, 1024, unset="16, fewer where memory is short"
+    ),
+    "max_queue": SettingRule("Requests that may wait", "integer", 1, 65_536),
+    "max_batch_tokens": SettingRule(
+        "Prompt tokens computed per step", "integer", 0, 16_384, unset="512, fewer where memory is short"
+    ),
+    "threads": SettingRule(
+        "Threads of the scheduler for dense layers", "integer", 0, 64, unset="one for each CPU it may use"
+    ),
+    "ternary": _choice("ternary", "Bits of a ternary weight in memory; auto: 2, or 1.6 where only that fits"),
+    "activations": _choice(
+        "activations",
+        "Values that share a scale before row-scaled ternary weights; auto: as the model's weights bear it",
+    ),
+    "memory": SettingRule(
+        "All memory that Sterna may use, such as 3GiB; experts beyond it are read from the file; "
+        "auto: what is free, less a reserve",
         "size",
     ),
-    "resident_experts": Setting(
-        "Routed experts kept in memory, 50% or a number, for experiments [auto]", "share"
+    "resident_experts": SettingRule(
+        "Routed experts kept in memory, 50% or a number, for experiments; auto: as many as fit", "share"
     ),
-    "preset": Setting(
-        "Memory as for a kind of machine, at most what is free [auto]",
-        "choice",
-        choices=("auto", "raspberry-pi-5", "mobile", "desktop", "wasm-browser", "custom"),
+    "preset": _choice("preset", "Memory that a kind of machine is granted, at most what is free"),
+    "memory_pressure": _choice("memory_pressure", "Give memory back while the system is short of it"),
+    "routing": _choice(
+        "routing",
+        "exact: the experts that the model's router chooses; "
+        "budget: prefer experts in memory within the quality budget",
     ),
-    "memory_pressure": Setting(
-        "Give memory back while the system is short of it [auto]", "choice", choices=("auto", "off")
+    "quality_budget": SettingRule("Rise of perplexity that routing by budget may cost", "percent", 0, 10),
+    "prefetch": _choice("prefetch", "Read experts before they are needed; auto: while it pays"),
+    "precision": _choice("precision", "Hold rarely used experts in fewer bits than the file"),
+    "cache_type": _choice("cache_type", "Numbers that keys and values of past tokens are kept as"),
+    "lane": _choice("lane", "Transport to the workers of this machine"),
+    "trace": SettingRule(
+        "Write which experts each token goes to into this new CSV file", "path", unset="no trace"
     ),
-    "routing": Setting(
-        "exact, or budget: prefer experts in memory within the quality budget [exact]",
-        "choice",
-        choices=("exact", "budget"),
-    ),
-    "quality_budget": Setting("Perplexity that routing by budget may cost [0.5%]", "percent", 0, 10),
-    "prefetch": Setting(
-        "Read experts before they are needed [auto]", "choice", choices=("auto", "off", "on")
-    ),
-    "precision": Setting(
-        "Hold rarely used experts in fewer bits than the file [off]",
-        "choice",
-        choices=("off", "default", "memory-constrained", "quality-focused"),
-    ),
-    "cache_type": Setting(
-        "Numbers that keys and values of past tokens are kept as [f16]", "choice", choices=("f16", "f32")
-    ),
-    "lane": Setting("Transport to local workers [auto]", "choice", choices=("auto", "zmq")),
-    "trace": Setting("Write which experts each token goes to into this new CSV file [none]", "path"),
-    "log_level": Setting(
-        "Least severe event logged [info]", "choice", choices=("debug", "info", "warning", "error")
-    ),
-    "shutdown_timeout_s": Setting("Time to finish what runs after SIGTERM [30]", "seconds", 0, _DAY_S),
-    "step_timeout_s": Setting("Time after which a step counts as hung [60]", "seconds", 0.1, _DAY_S),
-    "start_timeout_s": Setting("Time for all processes to be ready [120]", "seconds", 0.1, _DAY_S),
+    "log_level": _choice("log_level", "Least severe event that is logged"),
+    "shutdown_timeout_s": SettingRule("Time that running answers get after SIGTERM", "seconds", 0, _DAY_S),
+    "step_timeout_s": SettingRule("Time after which a step counts as hung", "seconds", 0.1, _DAY_S),
+    "start_timeout_s": SettingRule("Time for all processes to be ready", "seconds", 0.1, _DAY_S),
 }
+
+
+def default_text(name: str) -> str:
+    """Return the default of a setting for a help text: "256", "0: the machine's cores less one"."""
+    default = next(each.default for each in fields(Config) if each.name == name)
+    unset = SETTINGS[name].unset
+    if default is None or default is MISSING:
+        return unset
+    text = f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{text}: {unset}" if unset else text
 
 
 def read_size(text: str, where: str) -> int:
@@ -190,6 +223,19 @@ def read_size(text: str, where: str) -> int:
         return sizes.parse_size(text)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def read_memory(text: str, where: str) -> int:
+    """Return the bytes of a memory budget; raises ConfigError as `read_size`, and for less than a MiB."""
+    nbytes = read_size(text, where)
+    if 0 < nbytes < MIN_MEMORY_NBYTES:
+        raise ConfigError(
+            f"{where}: {text} is {nbytes} bytes, too small for any model: give a unit, such as {text}MiB or "
+            f"{text}GiB"
+            if text.isdigit()
+            else f"{where}: {text} is {nbytes} bytes, too small for any model"
+        )
+    return nbytes
 
 
 def flag_of(name: str) -> str:
@@ -208,29 +254,34 @@ def load_config(
     flags: Mapping[str, object],
     *,
     system_dir: Path = SYSTEM_CONFIG_DIR,
+    defaults: Mapping[str, object] | None = None,
 ) -> Config:
     """Return the settings: a flag beats the environment, that beats the file, that the default.
+
+    `defaults`, where given, stand instead of the fields' own.
 
     Without `file` (or STERNA_CONFIG) the files of the system and then of the user are read, each over the one
     before, and none need exist. A flag of value None was not given. Raises ConfigError, which names file and
     line, variable or flag.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     if file is None and env.get("STERNA_CONFIG"):
         file = Path(env["STERNA_CONFIG"])
     for path in [file] if file is not None else _default_files(env, system_dir):
         values.update(_read_file(path))
-    for name, setting in SETTINGS.items():
+    for name, rule in SETTINGS.items():
         text = env.get(env_of(name), "")
         if text:
-            values[name] = _checked(setting, _from_text(setting, text), f"environment {env_of(name)}")
+            values[name] = _checked(rule, _from_text(rule, text), f"environment {env_of(name)}")
     for name, value in flags.items():
         if name not in SETTINGS:
             raise ConfigError(f"unknown setting {name!r}{_hint(name)}")
         if value is not None:
-            setting = SETTINGS[name]
-            parsed = _from_text(setting, value) if isinstance(value, str) else value
-            values[name] = _checked(setting, parsed, flag_of(name))
+            rule = SETTINGS[name]
+            parsed = _from_text(rule, value) if isinstance(value, str) else value
+            values[name] = _checked(rule, parsed, flag_of(name))
+    if values.get("model") == Path(EMBEDDED):
+        del values["model"]
     if "socket" not in values:
         values["socket"] = default_socket_url(env)
     return Config(**values)
@@ -294,12 +345,12 @@ def _hint(key: str) -> str:
     return f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(SETTINGS)}"
 
 
-def _from_text(setting: Setting, text: str) -> object:
+def _from_text(rule: SettingRule, text: str) -> object:
     """Return the value that a text from the environment or a flag stands for, or the text itself."""
     try:
-        if setting.kind == "integer":
+        if rule.kind == "integer":
             return int(text)
-        if setting.kind == "seconds":
+        if rule.kind == "seconds":
             return float(text)
     except ValueError:
         pass
@@ -315,24 +366,24 @@ def _is_share(value: str) -> bool:
     return value == "auto" or (value.isascii() and value.isdigit() and 0 < int(value) < 2**31)
 
 
-def _checked(setting: Setting, value: object, where: str) -> object:
+def _checked(rule: SettingRule, value: object, where: str) -> object:
     """Return the value in the field's type; raises ConfigError that begins with `where`."""
-    match setting.kind:
-        case "integer" if type(value) is int and setting.low <= value <= setting.high:
+    match rule.kind:
+        case "integer" if type(value) is int and rule.low <= value <= rule.high:
             return value
-        case "seconds" if type(value) in (int, float) and setting.low <= value <= setting.high:  # type: ignore[operator]
+        case "seconds" if type(value) in (int, float) and rule.low <= value <= rule.high:  # type: ignore[operator]
             return float(value)  # type: ignore[arg-type]
-        case "choice" if value in setting.choices:
+        case "choice" if value in rule.choices:
             return value
         case "path" if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value):
             return Path(value).expanduser()
         case "url" if isinstance(value, str):
             return check_url(value, where)
-        case "size" if value == "auto" or (isinstance(value, str) and read_size(value, where) > 0):
+        case "size" if value == "auto" or (isinstance(value, str) and read_memory(value, where) > 0):
             return value
         case "share" if isinstance(value, str) and _is_share(value):
             return value
         case "percent" if isinstance(value, str) and _PERCENT.fullmatch(value):
-            if setting.low <= float(value[:-1]) <= setting.high:
+            if rule.low <= float(value[:-1]) <= rule.high:
                 return value
-    raise ConfigError(f"{where}: expected {setting.expected()}, found {ascii(value)[:80]}")
+    raise ConfigError(f"{where}: expected {rule.expected()}, found {ascii(value)[:80]}")

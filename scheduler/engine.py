@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -12,7 +12,6 @@ import numpy.typing as npt
 from ..shm.errors import InternalError
 from ..workers.kernels.layers.norms import first_bad_row
 from .decoder.buffers import LOGIT_ROWS
-from .decoder.crew import Crew
 from .decoder.decoder import Decoder
 from .decoder.dense import DenseWeights
 from .decoder.token_batch import TokenBatch
@@ -26,7 +25,7 @@ from .model.plan import ModelPlan
 from .pooling import step_part
 from .residency.quality import QualityLedger
 from .sampling import choose, log_normaliser, score
-from .state import Segment
+from .state import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +33,53 @@ class _Wanted:
     """One row of logits: `row` of the batch; what follows is `token`, or is to be sampled."""
 
     row: int
-    segment: int
+    part: _Part
     token: int | None
 
 
+@dataclass(slots=True)
+class _Part:
+    """One sequence's part of a step, and what has come of it so far."""
+
+    work: Work
+    first_row: int
+    """Of the batch; its rows lie one after the other."""
+    pooled: bytes | None = None
+    scores: list[float] = field(default_factory=list)
+    """Log-probabilities of prompt tokens."""
+    sampled: StreamStep | None = None
+
+    @property
+    def end(self) -> int:
+        """The position after its last token."""
+        return self.work.segment.start + self.work.segment.count
+
+    def result(self, routing: RoutingReport | None) -> StreamStep:
+        """Return all that the step did for the sequence."""
+        segment = self.work.segment
+        step = self.sampled or StreamStep(
+            stream=segment.stream, serial=segment.serial, computed=self.end, pooled=self.pooled
+        )
+        if self.scores:
+            return msgspec.structs.replace(
+                step, prompt_from=segment.start + 1, prompt_logprobs=self.scores, routing=routing
+            )
+        return step if routing is None else msgspec.structs.replace(step, routing=routing)
+
+
 class Engine:
-    """One model over dense arena, stream memory and lane."""
+    """One model over dense weights, stream memory and lane; `assembly` puts one together."""
 
     def __init__(
         self,
         plan: ModelPlan,
-        dense: npt.NDArray[np.uint8],
+        weights: DenseWeights,
         streams: StreamMemory,
         runner: ExpertRunner,
         max_batch_tokens: int,
-        crew: Crew,
         prefetch: str = "auto",
         log: RoutingLog | None = None,
     ) -> None:
-        weights = DenseWeights(plan, dense, crew)
         self._plan = plan
         self._streams = streams
         self._model = Decoder(plan, weights, streams, max_batch_tokens)
@@ -74,102 +101,82 @@ class Engine:
         self._tokens[request.stream, : request.committed] = known
         self._ledger.admit(request)
 
-    def step(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[StreamStep]:
-        """Compute `segments` as one batch; request i belongs to segment i.
+    def step(self, work: Sequence[Work]) -> list[StreamStep]:
+        """Compute `work` as one batch; return what it did, in the same order.
 
-        Raises WorkerLost or InternalError; nothing that counts has changed then and the step can be
-        repeated.
+        Raises WorkerLost, InternalError, or what reading an expert met (see `ExpertRunner.run`); nothing that
+        counts has changed then and the step can be repeated.
         """
-        batch = self._batch(segments)
-        self._mixture.begin(self._ledger.begin(segments, requests))
+        batch = self._batch(work)
+        self._mixture.begin(self._ledger.begin(work))
         if self._log is not None:
-            turns = [request.serial for request in requests]
-            prefill = any(s.count > 1 for s in segments)
-            self._log.begin(np.repeat(turns, [s.count for s in segments]), prefill)
+            turns = np.repeat([w.request.serial for w in work], [w.segment.count for w in work])
+            self._log.begin(turns, any(w.segment.count > 1 for w in work))
         self._model.forward(batch, self._mixture)
         if (row := first_bad_row(self._model.x, len(batch.ids), self._plan.hyper.d_model)) >= 0:
             raise InternalError(f"position {batch.positions[row]}: the hidden state is not finite")
-        pooled = self._pooled(segments, requests)
-        wanted = self._wanted(segments, requests)
-        prompt: list[list[float]] = [[] for _ in segments]
-        results: list[StreamStep | None] = [None] * len(segments)
+        parts = self._parts(work)
+        wanted = [each for part in parts for each in self._wanted(part)]
         for start in range(0, len(wanted), LOGIT_ROWS):
-            part = wanted[start : start + LOGIT_ROWS]
-            self._model.logits(np.array([w.row for w in part], np.int32), self._logits)
-            if (row := first_bad_row(self._logits, len(part), self._model.padded_vocabulary)) >= 0:
-                raise InternalError(f"position {batch.positions[part[row].row]}: the logits are not finite")
-            for w, row_logits in zip(part, self._logits[:, : self._plan.vocab_size], strict=False):
-                if w.token is not None:
-                    prompt[w.segment].append(float(row_logits[w.token]) - log_normaliser(row_logits))
-                else:
-                    results[w.segment] = self._sample(segments[w.segment], requests[w.segment], row_logits)
+            self._score(wanted[start : start + LOGIT_ROWS], batch)
         self._ledger.commit()
-        return [
-            _whole(result or _computed(segment, part), segment, scores, self._ledger.report(segment.stream))
-            for result, segment, part, scores in zip(results, segments, pooled, prompt, strict=True)
-        ]
+        return [part.result(self._ledger.report(part.work.segment.stream)) for part in parts]
 
-    def _batch(self, segments: Sequence[Segment]) -> TokenBatch:
+    def _batch(self, work: Sequence[Work]) -> TokenBatch:
         """Gather the segments' tokens; a stream's rows lie one after the other."""
         ids, streams, positions = [], [], []
-        for s in segments:
+        for s in (w.segment for w in work):
             end = s.start + s.count
             ids.append(self._tokens[s.stream, s.start : end])
             streams.append(np.full(s.count, s.stream, np.int32))
             positions.append(np.arange(s.start, end, dtype=np.int32))
         return TokenBatch(np.concatenate(ids), np.concatenate(streams), np.concatenate(positions))
 
-    def _wanted(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[_Wanted]:
-        """List the rows whose logits are needed: the last of a sampling segment, or a whole prompt's."""
-        wanted: list[_Wanted] = []
+    def _parts(self, work: Sequence[Work]) -> list[_Part]:
+        """Return the sequences with their rows and what the step adds to the vector of a prompt."""
+        parts: list[_Part] = []
         row = 0
-        for number, (s, request) in enumerate(zip(segments, requests, strict=True)):
-            if request.prompt_logprobs:
-                known = min(s.start + s.count, request.prompt_length - 1)
-                tokens = self._tokens[s.stream, s.start + 1 : known + 1].tolist()
-                wanted.extend(_Wanted(row + i, number, token) for i, token in enumerate(tokens))
-            row += s.count
-            if s.sample:
-                wanted.append(_Wanted(row - 1, number, None))
-        return wanted
-
-    def _pooled(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> list[bytes | None]:
-        """Return what the step adds to the vector of each segment's prompt."""
-        parts: list[bytes | None] = []
-        row = 0
-        for s, r in zip(segments, requests, strict=True):
-            part = None
-            if r.pooling is not None:
-                part = step_part(r.pooling, s, row, r.prompt_length, self._model.normed)
+        for w in work:
+            part = _Part(w, row)
+            if w.request.pooling is not None:
+                length = w.request.prompt_length
+                part.pooled = step_part(w.request.pooling, w.segment, row, length, self._model.normed)
             parts.append(part)
-            row += s.count
+            row += w.segment.count
         return parts
 
-    def _sample(self, segment: Segment, request: Submit, logits: npt.NDArray[np.float32]) -> StreamStep:
-        position = segment.start + segment.count
-        token = choose(logits, request.sampling, position)
-        if position < self._streams.shape.context:
-            self._tokens[segment.stream, position] = token
+    def _wanted(self, part: _Part) -> list[_Wanted]:
+        """List the rows whose logits are needed: the last of a sampling segment, or a whole prompt's."""
+        s, request, row = part.work.segment, part.work.request, part.first_row
+        wanted: list[_Wanted] = []
+        if request.prompt_logprobs:
+            known = min(part.end, request.prompt_length - 1)
+            tokens = self._tokens[s.stream, s.start + 1 : known + 1].tolist()
+            wanted.extend(_Wanted(row + i, part, token) for i, token in enumerate(tokens))
+        if s.sample:
+            wanted.append(_Wanted(row + s.count - 1, part, None))
+        return wanted
+
+    def _score(self, wanted: Sequence[_Wanted], batch: TokenBatch) -> None:
+        """Compute at most LOGIT_ROWS rows of logits and what is wanted of each."""
+        self._model.logits(np.array([w.row for w in wanted], np.int32), self._logits)
+        if (row := first_bad_row(self._logits, len(wanted), self._model.padded_vocabulary)) >= 0:
+            raise InternalError(f"position {batch.positions[wanted[row].row]}: the logits are not finite")
+        for w, logits in zip(wanted, self._logits[:, : self._plan.vocab_size], strict=False):
+            if w.token is not None:
+                w.part.scores.append(float(logits[w.token]) - log_normaliser(logits))
+            else:
+                w.part.sampled = self._sample(w.part, logits)
+
+    def _sample(self, part: _Part, logits: npt.NDArray[np.float32]) -> StreamStep:
+        segment, request = part.work.segment, part.work.request
+        token = choose(logits, request.sampling, part.end)
+        if part.end < self._streams.shape.context:
+            self._tokens[segment.stream, part.end] = token
         return StreamStep(
             stream=segment.stream,
             serial=segment.serial,
-            computed=position,
+            computed=part.end,
             token=token,
             score=None if request.logprobs is None else score(logits, token, request.logprobs),
         )
-
-
-def _computed(segment: Segment, pooled: bytes | None) -> StreamStep:
-    computed = segment.start + segment.count
-    return StreamStep(stream=segment.stream, serial=segment.serial, computed=computed, pooled=pooled)
-
-
-def _whole(
-    step: StreamStep, segment: Segment, scores: list[float], routing: RoutingReport | None
-) -> StreamStep:
-    """Return `step` with the prompt's scores, if any were asked for, and the routing report."""
-    if not scores:
-        return step if routing is None else msgspec.structs.replace(step, routing=routing)
-    return msgspec.structs.replace(
-        step, prompt_from=segment.start + 1, prompt_logprobs=scores, routing=routing
-    )

@@ -1,7 +1,7 @@
 """What daemon and scheduler say to each other. Tokens and lengths lie in the stream memory.
 
-daemon -> scheduler   submit, cancel, worker_lost, drain, query, resize
-scheduler -> daemon   loading, ready, step, stats, resized, trouble
+daemon -> scheduler   submit, cancel, query, resize
+scheduler -> daemon   loading, ready, worker_ready, step, streams_failed, stats, resized, trouble
 """
 
 from __future__ import annotations
@@ -76,17 +76,6 @@ class Cancel(EngineMessage, frozen=True, kw_only=True):
     serial: int
 
 
-class WorkerGone(EngineMessage, frozen=True, kw_only=True):
-    """The worker `index` ended; `text` says how."""
-
-    index: int
-    text: str
-
-
-class Drain(EngineMessage, frozen=True, kw_only=True):
-    """Take nothing new; answer `drained` in the stats when nothing runs."""
-
-
 class Query(EngineMessage, frozen=True, kw_only=True):
     """Ask for `stats`."""
 
@@ -127,6 +116,12 @@ class Ready(EngineMessage, frozen=True, kw_only=True):
     seconds: float
     threads: int
     streaming_threads: int
+
+
+class WorkerReady(EngineMessage, frozen=True, kw_only=True):
+    """The worker `index` was taken in: steps use it from now on."""
+
+    index: int
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
@@ -224,8 +219,8 @@ class Trouble(EngineMessage, frozen=True, kw_only=True):
     text: str
 
 
-ToScheduler = Submit | Cancel | WorkerGone | Drain | Query | Resize
-ToDaemon = Loading | Ready | Step | StreamsFailed | Stats | Resized | Trouble
+ToScheduler = Submit | Cancel | Query | Resize
+ToDaemon = Loading | Ready | WorkerReady | Step | StreamsFailed | Stats | Resized | Trouble
 
 encode = msgspec.msgpack.Encoder().encode
 decode_for_scheduler = msgspec.msgpack.Decoder(ToScheduler).decode

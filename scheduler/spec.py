@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Literal
 
 import msgspec
 
@@ -12,34 +13,43 @@ from ..workers.checkpoint.held.formats import Storage
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the scheduler is told when it is forked; `model_id` is that of the function below.
-
-    limits: how many slots of each class to use; trace: a file to record routing in, "" for none.
-    value_nbytes: of a value in the cache; precisions, assignment: as of `ModelPlan`: a successor finds
-    the experts as it would hold them.
-    """
+    """What the scheduler is told when it is forked."""
 
     generation: int
+    """1 for the first scheduler of a daemon, 2 for its successor, and so on."""
     model_path: str
     model_id: tuple[int, int, int, int]
+    """What `model_id` below said of that file when the daemon opened it."""
     control_url: str
+    """Where the daemon listens for its scheduler."""
+    lane: Literal["zmq", "local"] = "zmq"
+    """How batches reach the workers; "local": they are computed in the scheduler process itself."""
     lane_url: str
+    """Where the scheduler listens for its workers."""
     workers: int
     slots: list[tuple[int, int]]
+    """The classes of the weights arena, see `shm.slots`."""
     limits: list[int]
+    """How many slots of each class may be used."""
     cache_dir: str
+    """Folder of the user's cache, "" for none."""
     context: int
     streams: int
     max_batch_tokens: int
     threads: int
+    """For dense layers; 0 is one per core."""
     storage: Storage
     value_nbytes: int
+    """Of a value in the cache of keys and values."""
     precisions: list[str]
+    """As of `ModelPlan`, like `assignment`: a successor finds the experts as it would hold them."""
     assignment: list[int]
     prefetch: str
     trace: str = ""
+    """A file to record routing in, "" for none."""
     step_timeout_s: float
     start_timeout_s: float
+    log_level: str = "info"
 
 
 def model_id(path: str) -> tuple[int, int, int, int]:

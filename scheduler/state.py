@@ -30,7 +30,7 @@ class Submitted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
+class CancelAsked:
     """The daemon no longer wants the stream."""
 
     stream: int
@@ -50,10 +50,12 @@ class StepFailed:
 
     code: str
     text: str
+    streams: frozenset[int] | None = None
+    """Those that the step failed for, None for all; the others can be computed again without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLost:
+class WorkerLeft:
     """A worker is gone."""
 
     worker: int
@@ -66,12 +68,7 @@ class WorkerJoined:
     worker: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrainAsked:
-    """Take nothing new."""
-
-
-Event = Submitted | Cancelled | StepDone | StepFailed | WorkerLost | WorkerJoined | DrainAsked
+Event = Submitted | CancelAsked | StepDone | StepFailed | WorkerLeft | WorkerJoined
 
 
 # ---- instructions ----
@@ -86,6 +83,14 @@ class Segment:
     start: int
     count: int
     sample: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one step does for one sequence: `segment`, of what `request` asked for."""
+
+    segment: Segment
+    request: Submit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +179,6 @@ class SchedulerState:
         self.blocks = BlockPool(num_blocks)
         for stream, blocks in (held or {}).items():
             self.blocks.adopt(stream, list(blocks))
-        self.draining = False
 
     @property
     def num_streams(self) -> int:
@@ -195,26 +199,28 @@ class SchedulerState:
         """Return what was submitted as `stream`."""
         return self._streams[stream].request
 
+    def work(self, segments: Sequence[Segment]) -> list[Work]:
+        """Return the step of `segments` without what was cancelled since it was planned."""
+        alive = [s for s in segments if self.live(s.stream, s.serial)]
+        return [Work(segment=s, request=self._streams[s.stream].request) for s in alive]
+
     def handle(self, event: Event) -> list[Instruction]:
         """Take one event and return what is to be done, in order."""
         match event:
             case Submitted():
                 return self._submit(event)
-            case Cancelled(stream=stream, serial=serial):
+            case CancelAsked(stream=stream, serial=serial):
                 return self._cancel(stream, serial)
             case StepDone(sampled=sampled):
                 return self._step_done(sampled)
             case StepFailed():
                 return self._step_failed(event)
-            case WorkerLost(worker=worker):
+            case WorkerLeft(worker=worker):
                 self._present.discard(worker)
                 return []
             case WorkerJoined(worker=worker):
                 self._present.add(worker)
                 return self._plan()
-            case DrainAsked():
-                self.draining = True
-                return []
 
     def validate(self) -> None:
         """Raise AssertionError when an invariant is broken; tests call it after every event."""
@@ -227,9 +233,6 @@ class SchedulerState:
 
     def _submit(self, event: Submitted) -> list[Instruction]:
         request = event.request
-        if self.draining:
-            key = (request.stream, request.serial)
-            return [Fail(streams=(key,), code="shutting_down", text="the daemon is stopping")]
         if request.stream in self._streams:
             self._remove(request.stream)
         self._streams[request.stream] = _Stream(request, known=request.committed, computed=request.computed)
@@ -278,7 +281,12 @@ class SchedulerState:
         if event.code == "worker_lost" and self._failed_steps < MAX_FAILED_STEPS:
             return self._plan()
         self._failed_steps = 0
-        keys = tuple((s.stream, s.serial) for s in segments if self.live(s.stream, s.serial))
+        hit = event.streams
+        keys = tuple(
+            (s.stream, s.serial)
+            for s in segments
+            if (hit is None or s.stream in hit) and self.live(s.stream, s.serial)
+        )
         for stream, _ in keys:
             self._remove(stream)
         if not keys:

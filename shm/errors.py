@@ -188,13 +188,14 @@ class ProtocolError(RequestError):
     exit_code = 70
 
 
-REQUEST_ERRORS: dict[str, type[RequestError]] = {
+REQUEST_ERRORS: dict[str, type[SternaError]] = {
     cls.code: cls
     for cls in (
         BadRequest, TooLong, Overloaded, Unauthorized, NotFound, Cancelled, WorkerLost,
-        EngineLost, ShuttingDown, InternalError, ProtocolError,
+        EngineLost, ShuttingDown, InternalError, ProtocolError, ModelReadError,
     )
 }  # fmt: skip
+"""What may end a request, by code: also ModelReadError, for one whose experts cannot be read any more."""
 
 
 def error_of(code: str, text: str) -> SternaError:
@@ -213,6 +214,6 @@ def error_of_exit(exit_code: int) -> type[SternaError]:
     return next((cls for cls in found if cls is not RequestError), StartFailed)
 
 
-def request_error(code: str, text: str) -> RequestError:
+def request_error(code: str, text: str) -> SternaError:
     """Return the error that `code` names on the wire; an unknown code is an InternalError."""
     return REQUEST_ERRORS.get(code, InternalError)(text)

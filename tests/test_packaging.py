@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sterna.runtime.config import SETTINGS, load_config
+from sterna.runtime.config import SETTINGS, Config, load_config
 from sterna.shm.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,13 @@ def make(folder: Path, path: str, *arguments: str) -> subprocess.CompletedProces
 def test_make_test_runs_every_check(tmp_path: Path) -> None:
     result = make(tmp_path, os.environ["PATH"], "-n", "test")
     assert result.returncode == 0, result.stderr
-    for step in ("ruff check", "ruff format --check", "mypy", 'pytest -m "not slow and not bench"'):
+    for step in (
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "sterna warm",
+        'pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not bench"',
+    ):
         assert f".venv/bin/{step}" in result.stdout or f".venv/bin/python -m {step}" in result.stdout
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "make test"
     assert os.access(ROOT / ".ci/run", os.X_OK)
@@ -146,6 +153,33 @@ def test_example_config_explains_every_setting(tmp_path: Path) -> None:
     whole.write_text(text.replace("max_queue", "max_queues"))
     with pytest.raises(ConfigError, match="max_queues"):
         load_config(whole, {}, {})
+
+
+def test_example_config_has_the_defaults_of_config() -> None:
+    """Only the socket and the time to start, in which a small board compiles, are the service's own."""
+    text = EXAMPLE.read_text()
+    config = load_config(EXAMPLE, {}, {})
+    blocks = re.findall(r"((?:^#.*\n)+)^(?:# )?([a-z_]+) = (.+)$", text, re.MULTILINE)
+    told = {key: (" ".join(comment.replace("#", " ").split()), value) for comment, key, value in blocks}
+    for each in dataclasses.fields(Config):
+        comment, value = told[each.name]
+        if each.default in (None, dataclasses.MISSING):
+            assert re.search(r"\[[^\]]+\]", comment), each.name
+            continue
+        shown = f'"{each.default}"' if isinstance(each.default, str) else str(each.default)
+        assert f"[{shown}]" in comment, each.name
+        if each.name != "start_timeout_s":
+            assert value == shown, each.name
+            assert getattr(config, each.name) == each.default
+
+
+def test_example_config_names_every_choice() -> None:
+    text = EXAMPLE.read_text()
+    for name, rule in SETTINGS.items():
+        block = re.search(rf"((?:^#.*\n)+)^(?:# )?{name} = ", text, re.MULTILINE)
+        assert block is not None
+        for choice in rule.choices:
+            assert f'"{choice}"' in block[1], (name, choice)
 
 
 def unit(section: str) -> dict[str, list[str]]:

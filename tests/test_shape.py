@@ -19,6 +19,7 @@ FOLDERS = ("runtime", "scheduler", "workers", "shm")
 KERNELS = "workers/kernels/"
 
 MAX_FILE_LINES = 400
+MAX_MEDIAN_FILE_LINES = 150
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 90
 
@@ -114,6 +115,7 @@ def test_source_keeps_its_shape(capsys: pytest.CaptureFixture[str]) -> None:
             f"p90 {lengths[len(lengths) * 9 // 10]} max {lengths[-1]}; "
             f"with docstring {documented:.0%}, with return type {typed:.0%}"
         )
+    assert statistics.median(file_lines) <= MAX_MEDIAN_FILE_LINES
     found = [line for path, text in files.items() for line in problems(text, path)]
     assert not found, "\n" + "\n".join(found)
 

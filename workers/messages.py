@@ -1,6 +1,6 @@
 """What scheduler and workers say to each other. Bulk arrays travel after the message, in one frame.
 
-    scheduler -> worker   configure, compute (+ activations, routing), page_in, cancel
+    scheduler -> worker   configure, compute (+ activations, routing), page_in
     worker -> scheduler   hello, outputs (+ rows), paged, trouble
 
 Both ends are processes of one daemon; the structures are still validated on arrival.
@@ -115,16 +115,6 @@ class Paged(LaneMessage, frozen=True, kw_only=True):
     busy_ns: int
 
 
-class Cancel(LaneMessage, frozen=True, kw_only=True):
-    """The `page_in` of number `seq`, not urgent, is no longer wanted.
-
-    Answered in its place by `trouble` with the code "cancelled", unless it is already being read: then
-    by `paged`, as if nothing had been said.
-    """
-
-    seq: int
-
-
 class Trouble(LaneMessage, frozen=True, kw_only=True):
     """The request `seq` could not be carried out; `code` and `text` are those of a SternaError."""
 
@@ -133,7 +123,7 @@ class Trouble(LaneMessage, frozen=True, kw_only=True):
     text: str
 
 
-ToWorker = Configure | Compute | PageIn | Cancel
+ToWorker = Configure | Compute | PageIn
 ToScheduler = Hello | Outputs | Paged | Trouble
 
 encode = msgspec.msgpack.Encoder().encode

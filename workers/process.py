@@ -7,6 +7,7 @@ It ends by SIGTERM's default action: nothing it holds is lost with it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -16,14 +17,17 @@ import zmq
 
 from ..shm.arena import Arena
 from ..shm.errors import SternaError
+from ..shm.logs import log_to_stderr
 from ..shm.slots import SlotTable
 from .framing import split
-from .messages import Cancel, Compute, Configure, Hello, PageIn, Trouble, decode_for_worker, encode
+from .messages import Compute, Configure, Hello, PageIn, Trouble, decode_for_worker, encode
 from .paging.checksums import Checksums
 from .paging.pager import Pager
 from .paging.threads import calibrated_threads
 from .serve import ExpertWorker
 from .spec import WorkerSpec
+
+log = logging.getLogger("sterna.worker")
 
 SLICE_MS = 1000
 
@@ -34,6 +38,7 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     Called by the nursery in the forked child; returns only if the socket fails.
     """
     worker = msgspec.convert(dict(spec), WorkerSpec)
+    log_to_stderr(worker.log_level)
     arena = Arena.attach("weights", fds["weights"])
     slots = SlotTable(arena.bytes, worker.slots)
     checksums = Checksums(worker.cache_dir, worker.model_id, worker.model_path)
@@ -46,6 +51,7 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
         lane.setsockopt(zmq.ROUTING_ID, f"w{worker.index}.{worker.generation}".encode())
         lane.connect(worker.lane_url)
         lane.send(encode(Hello(index=worker.index, generation=worker.generation, pid=os.getpid())))
+        log.info("worker.started index=%d pid=%d reading=%s", worker.index, os.getpid(), pager.mode)
         both = zmq.Poller()
         both.register(lane, zmq.POLLIN)
         both.register(pager.fd, zmq.POLLIN)
@@ -54,6 +60,8 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
             if pager.outstanding:
                 both.poll(SLICE_MS)
                 for answer in pager.finished():
+                    if isinstance(answer, Trouble):
+                        log.debug("read.refused request=%d error=%r", answer.seq, answer.text)
                     lane.send(encode(answer))
             if lane.poll(0 if pager.outstanding else SLICE_MS):
                 _answer(lane, serve, pager, lane.recv_multipart())
@@ -67,11 +75,10 @@ def _answer(lane: zmq.Socket[bytes], serve: ExpertWorker, pager: Pager, frames: 
             serve.configure(message)
         case PageIn():
             pager.submit(message)
-        case Cancel():
-            pager.cancel(message.seq)
         case Compute():
             try:
                 outputs, rows = serve.compute(message, split(bytearray(frames[1])))
                 lane.send_multipart([encode(outputs), rows.data])
             except SternaError as error:
+                log.warning("batch.failed layer=%d error=%r", message.layer, str(error))
                 lane.send(encode(Trouble(seq=message.seq, code=error.code, text=str(error))))

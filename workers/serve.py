@@ -34,20 +34,15 @@ _Places = tuple[list[tuple[int, int, int, int, int]], list[int]]
 
 
 class _Scratch:
-    """Buffers for one batch; grown when a larger one comes, then kept."""
+    """Buffers for a batch of at most `pairs` pairs; -1 is none."""
 
-    def __init__(self) -> None:
-        self._pairs = -1
-
-    def fit(self, pairs: int, d_model: int, d_ff: int) -> None:
-        if pairs <= self._pairs:
-            return
-        self._pairs = pairs
-        made = {f.name: np.zeros(f.shape, f.dtype) for f in batch(pairs, d_model, d_ff)}
+    def __init__(self, pairs: int = -1, d_model: int = 0, d_ff: int = 0) -> None:
+        self.pairs = pairs
+        made = {f.name: np.zeros(f.shape, f.dtype) for f in batch(max(0, pairs), d_model, d_ff)}
         self.gate, self.up, self.out = made["gate"], made["up"], made["out"]
         self.q, self.scales, self.sums = made["q"], made["scales"], made["sums"]
         self.scratch, self.identity = made["scratch"], made["identity"]
-        self.identity[:] = np.arange(pairs)
+        self.identity[:] = np.arange(max(0, pairs))
 
 
 class ExpertWorker:
@@ -85,8 +80,10 @@ class ExpertWorker:
             raise InternalError(f"layer {message.layer}: a routing row is not among {message.tokens} tokens")
         starts = np.asarray(message.starts, np.int64)
         x, q, scales, sums = _activations(message, frames[:-1], shape.d_model)
+        if pairs > self._scratch.pairs:  # grown when a larger batch comes, then kept
+            self._scratch = _Scratch()  # first the smaller ones go
+            self._scratch = _Scratch(pairs, shape.d_model, shape.d_ff)
         s = self._scratch
-        s.fit(pairs, shape.d_model, shape.d_ff)
         matrices, biases = self._parts(message, shape)
         expert_batch(
             self._slots.memory, matrices, biases, starts, rows, shape.d_model, shape.d_ff,

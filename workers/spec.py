@@ -6,17 +6,21 @@ import msgspec
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker is told when it is forked; `slots` are the classes of the arena, see `shm.slots`.
-
-    model_path: of its first file; model_id: as SchedulerSpec's; cache_dir: folder of the user's cache, "" for
-    none; io_threads: 0 is measured.
-    """
+    """What a worker is told when it is forked."""
 
     index: int
     generation: int
+    """Another one at each start of a worker of this index."""
     lane_url: str
+    """Where its scheduler listens."""
     slots: list[tuple[int, int]]
+    """The classes of the weights arena, see `shm.slots`."""
     model_path: str
+    """Of the model's first file."""
     model_id: tuple[int, int, int, int]
+    """As the scheduler's; names the checksums in the cache."""
     cache_dir: str
+    """Folder of the user's cache, "" for none."""
     io_threads: int = 0
+    """Threads that read experts; 0 is measured."""
+    log_level: str = "info"

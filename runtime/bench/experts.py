@@ -17,7 +17,7 @@ from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.measure.bandwidth import allocate
 from ...workers.kernels.scratch import product_nbytes
 from ...workers.pinned import PinnedThreads
-from .operands import Clock, Matrix, Product, Tokens, time_call
+from .operands import Clock, Matrix, Product, TokenRows, time_call
 
 MOST_EXPERTS = 8
 LARGEST_NBYTES = 64 << 20
@@ -65,8 +65,8 @@ def measure_experts(
     downs_at = 2 * count * up.shape.nbytes
     arena[:downs_at].reshape(2 * count, -1)[:] = up.packed
     arena[downs_at : count * nbytes].reshape(count, -1)[:] = down.packed
-    gate_up = Product(up.shape, arena, up.shape.nbytes, 2 * count, Tokens(up.form, 1, d_model))
-    last = Product(down.shape, arena, down.shape.nbytes, count, Tokens(down.form, 1, d_ff))
+    gate_up = Product(up.shape, arena, up.shape.nbytes, 2 * count, TokenRows(up.form, 1, d_model))
+    last = Product(down.shape, arena, down.shape.nbytes, count, TokenRows(down.form, 1, d_ff))
     expert = _Experts(up, down, arena, downs_at, count)
 
     # Two calls from Python each, over the same memory.
@@ -101,7 +101,7 @@ class _Experts:
         self, up: Matrix, down: Matrix, arena: npt.NDArray[np.uint8], downs_at: int, count: int
     ) -> None:
         d_model, d_ff = down.rows, down.columns
-        self.tokens = Tokens(up.form, 1, d_model)
+        self.tokens = TokenRows(up.form, 1, d_model)
         middle = QuantizedRows.allocate(1, d_ff, 32)
         x, q = self.tokens.x, self.tokens.q
         places = [

@@ -20,7 +20,7 @@ from ...workers.pinned import PinnedThreads
 from .experts import ExpertRow, measure_experts
 from .llama import LlamaCpp
 from .machine import describe_machine
-from .operands import Clock, Matrix, Product, Timing, Tokens, heads_for, time_call
+from .operands import Clock, Matrix, Product, Timing, TokenRows, heads_for, time_call
 
 SCHEMA = 1
 ROUNDS = 3  # ours, theirs, ours, theirs, ours, theirs
@@ -167,12 +167,12 @@ class _Bench:
     def _quantising(self, matrix: Matrix) -> float:
         if activation_kind(matrix.form) is ActivationKind.FLOAT:
             return 0.0
-        tokens = Tokens(matrix.form, _QUANTISED_TOKENS, matrix.columns)
+        tokens = TokenRows(matrix.form, _QUANTISED_TOKENS, matrix.columns)
         return self._alone(tokens.quantise, self.options.seconds / ROUNDS).per(_QUANTISED_TOKENS).best_s
 
     def _cached(self, matrix: Matrix, count: int, seconds: float) -> Timing:
         heads = heads_for(matrix, count)
-        tokens = Tokens(matrix.form, count, matrix.columns)
+        tokens = TokenRows(matrix.form, count, matrix.columns)
         product = Product(matrix.shape, matrix.packed, 0, heads, tokens)
         return self._alone(product, seconds).per(heads)
 
@@ -187,7 +187,7 @@ class _Bench:
         ring = matrix.ring(threads * calls * heads)
         tasks = []
         for i in range(threads):
-            tokens = Tokens(matrix.form, count, matrix.columns)
+            tokens = TokenRows(matrix.form, count, matrix.columns)
             product = Product(matrix.shape, ring, nbytes, heads, tokens)
             tasks.append(partial(_go_through, product, i * calls * heads * nbytes, calls, heads * nbytes))
         # In turns: what others do to the memory meanwhile hits both.

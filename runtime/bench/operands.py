@@ -128,7 +128,7 @@ class Matrix:
         return arena
 
 
-class Tokens:
+class TokenRows:
     """`count` random activation rows of `columns` values, quantised as `form` reads them."""
 
     def __init__(self, form: Format, count: int, columns: int) -> None:
@@ -151,7 +151,7 @@ class Product:
     step 0 is the same matrix again and again. Every thread needs one of its own.
     """
 
-    def __init__(self, shape: MatrixShape, arena: Bytes, step: int, heads: int, tokens: Tokens) -> None:
+    def __init__(self, shape: MatrixShape, arena: Bytes, step: int, heads: int, tokens: TokenRows) -> None:
         self._shape, self._arena, self._step, self._heads = shape, arena, step, heads
         self._tokens = tokens
         self._alone = Crew(1)

@@ -10,7 +10,7 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class FigureTable:
     """A table for people: a title, the head's cells, the rows' cells."""
 
     title: str
@@ -35,7 +35,7 @@ def summary(report: Report) -> list[str]:
     ]
 
 
-def tables(report: Report) -> Iterator[Table]:
+def tables(report: Report) -> Iterator[FigureTable]:
     """Yield the report's tables; those without rows are left out."""
     found = [_products(report), _experts(report), _packing(report)]
     if report["llama_cpp"] is not None:
@@ -43,7 +43,7 @@ def tables(report: Report) -> Iterator[Table]:
     yield from (table for table in found if table.rows)
 
 
-def _products(report: Report) -> Table:
+def _products(report: Report) -> FigureTable:
     head = ("format", "matrix", "weights", "tokens", "threads", "us", "GMAC/s", "GB/s", "of reading",
             "of peak")  # fmt: skip
     rows = [
@@ -54,10 +54,10 @@ def _products(report: Report) -> Table:
         )
         for row in report["products"]
     ]  # fmt: skip
-    return Table("Matrix products", head, rows)
+    return FigureTable("Matrix products", head, rows)
 
 
-def _experts(report: Report) -> Table:
+def _experts(report: Report) -> FigureTable:
     head = ("format", "expert", "whole us", "its products us", "ratio")
     rows = [
         (
@@ -66,10 +66,10 @@ def _experts(report: Report) -> Table:
         )
         for row in report["experts"]
     ]  # fmt: skip
-    return Table("A whole expert, one token", head, rows)
+    return FigureTable("A whole expert, one token", head, rows)
 
 
-def _packing(report: Report) -> Table:
+def _packing(report: Report) -> FigureTable:
     head = ("file type", "format", "matrix", "packing GB/s", "quantising us/token")
     rows = [
         (
@@ -78,10 +78,10 @@ def _packing(report: Report) -> Table:
         )
         for row in report["packing"]
     ]  # fmt: skip
-    return Table("Packing from file bytes", head, rows)
+    return FigureTable("Packing from file bytes", head, rows)
 
 
-def _peers(report: Report) -> Table:
+def _peers(report: Report) -> FigureTable:
     head = ("type", "matrix", "tokens", "GMAC/s", "llama.cpp", "ratio", "ratio of each round")
     rows = [
         (
@@ -91,7 +91,7 @@ def _peers(report: Report) -> Table:
         )
         for row in report["llama_cpp"]["products"]
     ]  # fmt: skip
-    return Table("Against llama.cpp's vec_dot, quantising included in ours", head, rows)
+    return FigureTable("Against llama.cpp's vec_dot, quantising included in ours", head, rows)
 
 
 def _percent(share: float | None) -> str:

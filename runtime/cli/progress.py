@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+COMPILING = "compiling kernels (kept for the next start)"
 PHASES = {
-    "kernels": "compiling kernels (kept for the next start)",
+    "kernels": "loading kernels",
     "weights": "loading dense weights",
     "experts": "loading experts",
     "calibrating": "running the calibration text",
@@ -26,6 +29,7 @@ class StartProgress:
         self._tasks: dict[str, TaskID] = {}
         self._said: set[str] = set()
         self._bars: Progress | None = None
+        self._compiled = _count_kernels()
 
     def __enter__(self) -> StartProgress:
         if sys.stderr.isatty():
@@ -40,17 +44,35 @@ class StartProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bars away; nothing is shown from then on."""
         if self._bars is not None:
             self._bars.stop()
 
     def update(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps of phase `what` are done."""
-        text = PHASES.get(what, what)
+        text = self._text(what)
         if self._bars is None:
-            if what not in self._said:
-                self._said.add(what)
+            if text not in self._said:
+                self._said.add(text)
                 print(f"sterna: {text}", file=sys.stderr, flush=True)
             return
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(text, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total, description=text)
+
+    def _text(self, what: str) -> str:
+        # A kernel that was compiled has been stored, whichever process did it.
+        if what == "kernels" and _count_kernels() > self._compiled:
+            return COMPILING
+        return PHASES.get(what, what)
+
+
+def _count_kernels() -> int:
+    """Return how many compiled kernels are kept. The name of the very folder would load the compiler."""
+    from ...workers.user_cache import user_cache  # here: it costs time that --version does not have
+
+    root = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache())
+    return sum(1 for pattern in ("kernels-*/*/*.nbc", "*/*.nbc") for _ in root.glob(pattern))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..client.results import Result, RoutingFacts
+    from ..daemon.announcement import Announcement
 
 # Everything that moves a cursor, sets a title or answers back; tab and newline stay.
 _CONTROLS = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
@@ -43,18 +44,49 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)]
 
 
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return aligned lines without rules: the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    return ["  ".join(_aligned(cells, widths)).rstrip() for cells in (head, *rows)]
+
+
 def statistics(result: Result) -> str:
-    """Return one line on an answer: tokens and speeds of both phases, the wait, the end and the seed."""
+    """Return one line of at most 100 columns on an answer: tokens and speeds, the wait, the end, the seed."""
     used, times = result.usage, result.timings
     parts = [
         f"prompt {used.prompt_tokens} tokens{_rate(used.prompt_tokens, times.prefill_s)}",
         # The first token of the answer comes out of the prefill.
         f"answer {used.completion_tokens} tokens{_rate(used.completion_tokens - 1, times.decode_s)}",
-        f"queued {times.queue_s:.2f} s",
-        f"ended by {result.finish_reason}",
+        *([f"waited {times.queue_s:.1f} s"] if times.queue_s >= 0.05 else []),
+        result.finish_reason,
         f"seed {result.seed}",
     ]
     return ", ".join(parts)
+
+
+def cut_line(result: Result, max_tokens: int | None, context: int) -> str:
+    """Return a line on an answer that was cut, "" on one that the model ended.
+
+    max_tokens: what the request asked for, None for the default; context: tokens of the daemon's context.
+    """
+    if result.finish_reason != "length":
+        return ""
+    used = result.usage
+    if used.prompt_tokens + used.completion_tokens >= context and used.completion_tokens != max_tokens:
+        return f"sterna: the answer is cut at the context of {context} tokens"
+    return f"sterna: the answer is cut at {used.completion_tokens} tokens; -n sets how many"
+
+
+def ready_line(announcement: Announcement) -> str:
+    """Return the line that tells somebody at a terminal that the daemon serves, and what to try next."""
+    short = ""
+    if announcement.context < announcement.wished_context:
+        short = f" instead of {announcement.wished_context}, for want of memory"
+    socket = "" if announcement.is_default_socket else f" --socket {announcement.socket}"
+    return (
+        f"sterna: ready: {announcement.name}, context {announcement.context} tokens{short}; "
+        f'try in another terminal: sterna generate{socket} "Once upon a time"; Ctrl-C stops'
+    )
 
 
 def routing_line(facts: RoutingFacts) -> str:
@@ -67,7 +99,10 @@ def routing_line(facts: RoutingFacts) -> str:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f" at {tokens / seconds:.1f} tok/s" if tokens > 0 and seconds > 0 else ""
+    if tokens <= 0 or seconds <= 0:
+        return ""
+    rate = tokens / seconds
+    return f" ({rate:.0f} tok/s)" if rate >= 100 else f" ({rate:.1f} tok/s)"
 
 
 def _rows(prefix: str, value: object) -> Iterator[tuple[str, str]]:

@@ -1,52 +1,33 @@
-"""The blocking client: `Client` and the `Stream` it returns.
+"""The blocking client: `Client`, what a user calls.
 
-In here: waiting, and a pool of connections so that threads can share a client. Not in here: the calls that
-turn text into something else (`client_text.py`), what the messages mean (`replies.py`), sockets
-(`wire.py`), asyncio (`async_client.py`).
+In here: one method for each call. Not in here: what is sent (`requests.py`), waiting (`pool.py`), answers in
+parts (`stream.py`), asyncio (`async_client.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-import zmq
-
-from ... import __version__
-from ...shm.errors import SternaError
-from ..client_text import TextCalls
-from ..protocol.messages import (
-    Cancel,
-    Drain,
-    Drained,
-    Failed,
-    Generate,
-    Hello,
-    Message,
-    Ping,
-    Pong,
-    Report,
-    Resize,
-    Status,
-    Welcome,
-)
+from ..protocol.messages import Welcome
 from ..protocol.sockets import check_url, default_socket_url
-from . import replies as core
-from .embedding import embed_texts
-from .results import Chunk, Result
-from .wire import Wire
+from . import requests
+from .embedding import Embedding
+from .heartbeat import CONNECT_TIMEOUT_S, DEFAULT_TIMEOUT_S
+from .options import GenerateOptions, shows_options
+from .pool import ConnectionPool
+from .requests import Messages, Text
+from .results import Result
+from .stream import Stream
 
-_MAX_IDLE_WIRES = 8
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
-class Client(TextCalls):
+class Client:
     """Talks to a daemon; threads may share it, each call in flight has a connection of its own.
 
     `timeout_s` bounds the wait for an answer and between two of its tokens, `connect_timeout_s` the wait for
@@ -59,20 +40,28 @@ class Client(TextCalls):
         self,
         url: str | None = None,
         *,
-        timeout_s: float = core.DEFAULT_TIMEOUT_S,
-        connect_timeout_s: float = core.CONNECT_TIMEOUT_S,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        self.url = default_socket_url() if url is None else check_url(url)
-        self.timeout_s = timeout_s
-        self.connect_timeout_s = connect_timeout_s
-        self._id = core.new_id()
-        self._pid = os.getpid()
-        self._nonces = itertools.count(1)
-        self._lock = threading.Lock()
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._idle: list[Wire] = []
-        self._in_use = 0
-        self._closed = False
+        checked = default_socket_url() if url is None else check_url(url)
+        self._pool = ConnectionPool(checked, timeout_s, connect_timeout_s)
+
+    @property
+    def url(self) -> str:
+        """Where the daemon listens."""
+        return self._pool.url
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for an answer, and between two of its tokens."""
+        return self._pool.timeout_s
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long to wait for a daemon."""
+        return self._pool.connect_timeout_s
+
+    # ---- answers ----
 
     @overload
     def generate(
@@ -81,7 +70,7 @@ class Client(TextCalls):
         *,
         token_ids: Sequence[int] | None = None,
         stream: Literal[False] = False,
-        **options: Unpack[core.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Result: ...
 
     @overload
@@ -91,76 +80,141 @@ class Client(TextCalls):
         *,
         token_ids: Sequence[int] | None = None,
         stream: Literal[True],
-        **options: Unpack[core.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Stream: ...
 
+    @shows_options
     def generate(
         self,
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
         stream: bool = False,
-        **options: Unpack[core.GenerateOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Result | Stream:
         """Return the answer to a prompt or to token ids, or with `stream` an iterator of its parts.
 
-        Options are those of `client_core.GenerateOptions`. Raises BadRequest for a wrong value before
-        anything is sent and TypeError for an unknown option.
+        `options.GenerateOptions` explains each option; `help` shows it with its default.
+        Raises BadRequest for a wrong value before anything is sent and TypeError for an unknown option.
         """
-        answer = Stream(self, core.generate_message(prompt, token_ids, dict(options)))
+        answer = Stream(self._pool, requests.generate_message(prompt, token_ids, options))
         return answer if stream else answer.read()
 
-    embed = embed_texts
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Result: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Stream: ...
+
+    @shows_options
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Result | Stream:
+        """Return the answer to a conversation, or with `stream` an iterator of its parts.
+
+        `apply_template` with `template_options`, then `generate`. What a model thinks before it answers is
+        part of the text. Raises BadRequest for a wrong value before anything is sent and TypeError for an
+        unknown option.
+        """
+        checked = requests.chat_options(options)
+        prompt = self.apply_template(messages, tools, **requests.template_options(template_options))
+        answer = Stream(self._pool, requests.generate_message(prompt, None, checked))
+        return answer if stream else answer.read()
+
+    def embed(
+        self, texts: Text | Sequence[Text], *, pooling: str | None = None, normalize: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """Return the vectors of texts, float32 (len(texts), d_model), or (d_model,) of a single text.
+
+        A text may be given as its token ids. `pooling`: "mean" of the hidden states after the final norm, the
+        first ("cls") or the "last"; None: as the model's file says, else the last. `normalize`: to length 1.
+        Raises BadRequest for a wrong value before anything is sent, TooLong for a text longer than the
+        context.
+        """
+        return self._pool.run(Embedding(texts, pooling, normalize))
+
+    # ---- text ----
+
+    def tokenize(self, text: str, *, add_bos: bool | None = None, special: bool = False) -> list[int]:
+        """Return the token ids of a text; `special` reads control tokens out of it."""
+        return self._pool.run(requests.tokenize(text, add_bos=add_bos, special=special)).token_ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return self._pool.run(requests.detokenize(token_ids)).text
+
+    def apply_template(
+        self,
+        messages: Messages,
+        tools: Messages | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        documents: Messages | None = None,
+        template: str | None = None,
+        **options: object,
+    ) -> str:
+        """Return a conversation as the prompt text that the model's own chat template makes of it.
+
+        Messages are as `protocol.chat.ChatMessage` describes them, `options` further variables of the
+        template, such as `enable_thinking`. To generate from the text, give `special=True`. Raises BadRequest
+        for a model without a template, a wrong message, and what the template refuses.
+        """
+        call = requests.apply_template(messages, tools, documents, add_generation_prompt, template, options)
+        return self._pool.run(call).text
+
+    # ---- the daemon ----
 
     def cancel(self, request_id: str) -> None:
         """End a request of this client, from any thread; raises NotFound if there is none of that id."""
-        ping = Ping(nonce=next(self._nonces))
-        with self._borrowed() as wire:
-            wire.send(Cancel(id=request_id))
-            # The pong tells that the daemon has read the cancel; a complaint comes before it.
-            wire.send(ping)
-            event = self._wait_for(wire, {core.pong_key(ping.nonce), request_id})
-        if isinstance(event, Failed):
-            core.settle(event, Pong)
+        self._pool.run(requests.cancel(request_id))
 
     def status(self) -> dict[str, Any]:
         """Return the daemon's report on itself."""
-        request = Status(id=core.new_id())
-        return self._call(request, request.id, Report).body
+        return self._pool.run(requests.status()).body
 
     def resize(self, memory: str) -> dict[str, Any]:
         """Have the daemon use `memory` ("2GiB", "auto") in all; return its slots and bytes then."""
-        request = Resize(id=core.new_id(), memory=memory)
-        return self._call(request, request.id, Report).body
+        return self._pool.run(requests.resize(memory)).body
 
     def drain(self) -> None:
         """Have the daemon finish what runs and stop; returns when nothing runs any more."""
-        request = Drain(id=core.new_id())
-        self._call(request, request.id, Drained)
+        self._pool.run(requests.drain())
 
     def ping(self) -> float:
         """Return the seconds that a round trip to the daemon takes."""
         start_s = time.monotonic()
-        request = Ping(nonce=next(self._nonces))
-        self._call(request, core.pong_key(request.nonce), Pong)
+        self._pool.run(requests.ping())
         return time.monotonic() - start_s
 
     def connect(self) -> Welcome:
         """Make a fresh connection and return the daemon's facts about its model and limits."""
-        wire, welcome = self._open()
-        self._give_back(wire)
-        return welcome
+        return self._pool.connect()
 
     def close(self) -> None:
         """Close all connections; streams that still run are closed by their owner. May be called twice."""
-        if os.getpid() != self._pid:
-            return
-        with self._lock:
-            self._closed = True
-            for wire in self._idle:
-                wire.close()
-            self._idle.clear()
-            self._term_if_unused()
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,216 +223,3 @@ class Client(TextCalls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _call(self, request: Message, key: str, expected: type[core.E]) -> core.E:
-        with self._borrowed() as wire:
-            wire.send(request)
-            event = self._wait_for(wire, {key})
-        return core.settle(event, expected)
-
-    def _wait_for(self, wire: Wire, keys: set[str]) -> core.Event:
-        until_s = time.monotonic() + self.timeout_s
-        while events := wait_events(wire, until_s):
-            for key, event in events:
-                if key in keys:
-                    return event
-        raise core.silent(self.url, self.timeout_s)
-
-    @contextlib.contextmanager
-    def _borrowed(self) -> Iterator[Wire]:
-        wire = self._take()
-        try:
-            yield wire
-        except BaseException:
-            self._discard(wire)
-            raise
-        self._give_back(wire)
-
-    def _take(self) -> Wire:
-        """Return a connection for the caller alone, to be given back or discarded."""
-        core.check_process(self._pid, os.getpid(), self._closed)
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                wire = self._idle.pop()
-                self._in_use += 1
-            if wire.is_reusable():
-                return wire
-            self._discard(wire)
-        return self._open()[0]
-
-    def _open(self) -> tuple[Wire, Welcome]:
-        core.check_process(self._pid, os.getpid(), self._closed)
-        with self._lock:
-            if self._context is None:
-                self._context = zmq.Context()
-            context = self._context
-            self._in_use += 1
-        wire: Wire | None = None
-        try:
-            wire = Wire(context, self.url)
-            wire.send(Hello(client=self._id, version=__version__))
-            until_s = time.monotonic() + self.connect_timeout_s
-            while events := wait_events(wire, until_s):
-                for key, event in events:
-                    if key == core.CONNECTION:
-                        return wire, core.settle(event, Welcome)
-            raise core.silent(self.url, self.connect_timeout_s)
-        except BaseException:
-            self._discard(wire)
-            raise
-
-    def _give_back(self, wire: Wire) -> None:
-        with self._lock:
-            if not self._closed and len(self._idle) < _MAX_IDLE_WIRES:
-                self._idle.append(wire)
-                self._in_use -= 1
-                return
-        self._discard(wire)
-
-    def _discard(self, wire: Wire | None) -> None:
-        if wire is not None:
-            wire.close()
-        with self._lock:
-            self._in_use -= 1
-            self._term_if_unused()
-
-    def _term_if_unused(self) -> None:
-        # A context waits for its sockets: only the last user may end it.
-        if self._closed and self._in_use == 0 and self._context is not None:
-            self._context.term()
-            self._context = None
-
-
-class Stream(Iterator[Chunk]):
-    """The parts of one answer as they come; `result` is the whole once they are exhausted.
-
-    For one thread, except `cancel`. Closing it early, also by leaving a `with` block or by dropping the last
-    reference, cancels the request on the daemon. Iterating raises the request's error.
-    """
-
-    def __init__(self, client: Client, request: Generate) -> None:
-        self.id = request.id
-        self.result: Result | None = None
-        self._client = client
-        self._answer = core.Answer(request)
-        self._chunks: deque[Chunk] = deque()
-        self._wire: Wire | None = client._take()
-        try:
-            self._wire.send(request)
-        except BaseException:
-            self._release(reusable=False)
-            raise
-
-    def __next__(self) -> Chunk:
-        until_s = time.monotonic() + self._client.timeout_s
-        while not self._chunks:
-            if self._wire is None:
-                raise StopIteration
-            if self._advance(self._wire, until_s):
-                until_s = time.monotonic() + self._client.timeout_s
-            elif time.monotonic() >= until_s:
-                self.close()
-                raise core.stalled(self.id, self._client.timeout_s)
-        return self._chunks.popleft()
-
-    def read(self) -> Result:
-        """Return the whole answer; what was iterated over before is part of it."""
-        try:
-            for _ in self:
-                pass
-        except BaseException:
-            self.close()
-            raise
-        if self.result is None:
-            raise core.ended_early(self.id)
-        return self.result
-
-    def cancel(self) -> None:
-        """End the answer, from any thread; the iteration goes on to its end, with reason `cancelled`."""
-        if not self._answer.done:
-            self._client.cancel(self.id)
-
-    def close(self) -> None:
-        """End the answer and the iteration; waits up to a second for the daemon to confirm."""
-        wire = self._wire
-        if wire is None:
-            return
-        until_s = time.monotonic() + core.CANCEL_TIMEOUT_S
-        try:
-            wire.send(Cancel(id=self.id))
-            while self._wire is not None and time.monotonic() < until_s:
-                self._advance(wire, until_s)
-        except SternaError:
-            pass  # the request has ended, one way or another
-        finally:
-            self._chunks.clear()
-            self._release(reusable=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_wire", None) is not None and os.getpid() == self._client._pid:
-            with contextlib.suppress(Exception):
-                self.close()
-
-    def _advance(self, wire: Wire, until_s: float) -> bool:
-        """Take in what comes until then and tell whether any of it was for this answer.
-
-        Raises whatever ends the answer, after the connection is released.
-        """
-        core.check_process(self._client._pid, os.getpid(), closed=False)
-        mine = [event for key, event in self._await(wire, until_s) if key == self.id]
-        try:
-            for event in mine:
-                self._chunks += self._answer.feed(event)
-        except SternaError:
-            self._release(reusable=self._answer.done)
-            raise
-        if self._answer.done:
-            self.result = self._answer.result
-            self._release(reusable=True)
-        return bool(mine)
-
-    def _await(self, wire: Wire, until_s: float) -> list[tuple[str, core.Event]]:
-        try:
-            return wait_events(wire, until_s)
-        except SternaError:
-            self._release(reusable=False)
-            raise
-
-    def _release(self, *, reusable: bool) -> None:
-        wire, self._wire = self._wire, None
-        if wire is None:
-            return
-        if reusable:
-            self._client._give_back(wire)
-        else:
-            self._client._discard(wire)
-
-
-def wait_events(wire: Wire, until_s: float) -> list[tuple[str, core.Event]]:
-    """Block until events are here or the monotonic time `until_s` is reached; then there are none.
-
-    Raises DaemonUnreachable when the daemon goes away, ProtocolError, and what the daemon has against the
-    connection as a whole.
-    """
-    while True:
-        events = wire.receive()
-        for key, event in events:
-            if key == core.CONNECTION and isinstance(event, Failed):
-                core.settle(event, Pong)
-        if events:
-            return events
-        left_s = until_s - time.monotonic()
-        if left_s <= 0:
-            return []
-        sockets = [(wire.socket, zmq.POLLIN), (wire.monitor, zmq.POLLIN)]
-        zmq.zmq_poll(sockets, int(min(left_s, wire.wait_s()) * 1000) + 1)

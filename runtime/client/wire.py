@@ -1,20 +1,22 @@
 """One connection of a client to the daemon; every call returns at once.
 
-In here: a DEALER with its monitor and its `Link`. Not in here: waiting for it, which is a poll in `client.py`
-and the event loop in `async_client.py`.
+In here: a DEALER with its monitor and its `Link`, and the frames that ZeroMQ does not take yet. Not in here:
+waiting for it, which is a poll in `pool.py` and the event loop in `channel.py`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import zmq
 
-from ...shm.errors import DaemonUnreachable, OutOfResources
+from ...shm.errors import OutOfResources
 from ..protocol.messages import Message
 from ..protocol.sockets import client_socket, probe
-from .replies import Event, Link, went_away
+from .heartbeat import Link
+from .replies import Event, went_away
 
 _LOSS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 # One frame after another, but a daemon in full flow must not keep the caller from its own work.
@@ -34,6 +36,7 @@ class Wire:
         self.url = url
         self.link = Link(url, time.monotonic())
         self._lost_s = 0.0
+        self._unsent: deque[bytes] = deque()
         try:
             self.socket: zmq.Socket[bytes] = client_socket(context)
             try:
@@ -47,11 +50,16 @@ class Wire:
             raise OutOfResources(f"no socket for {url}: {e.strerror}") from None
 
     def send(self, message: Message) -> None:
-        """Hand a message to ZeroMQ; raises TooLong, BadRequest, or DaemonUnreachable if it takes no more."""
-        self._send_frame(self.link.encode(message))
+        """Send a message as soon as ZeroMQ takes it, after those before it; raises TooLong and BadRequest."""
+        self.send_frame(self.link.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send an encoded message as `send` does; what is not taken now is tried again by `receive`."""
+        self._unsent.append(frame)
+        self._flush()
 
     def receive(self) -> list[tuple[str, Event]]:
-        """Return the events that are here, perhaps none, and keep the heartbeat.
+        """Return the events that are here, perhaps none; send what can be sent and keep the heartbeat.
 
         Raises DaemonUnreachable when the daemon is gone and what it sent is read; ProtocolError.
         """
@@ -66,9 +74,21 @@ class Wire:
             except zmq.Again:
                 break
             events += self.link.on_frame(frame, time.monotonic())
+        # After reading, in which ZeroMQ learns what the other end has taken.
+        self._flush()
         if not events:
             self._keep_alive(time.monotonic())
         return events
+
+    @property
+    def poll_flags(self) -> int:
+        """What `socket` is to be polled for."""
+        return zmq.POLLIN | zmq.POLLOUT if self._unsent else zmq.POLLIN
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `receive` has something to read or to send right now."""
+        return bool(int(self.socket.getsockopt(zmq.EVENTS)) & self.poll_flags)
 
     @property
     def lost(self) -> bool:
@@ -96,15 +116,17 @@ class Wire:
             self.monitor.close(0)
             self.socket.close(0)
 
-    def _send_frame(self, frame: bytes) -> None:
-        try:
-            self.socket.send(frame, zmq.NOBLOCK)
-        except zmq.Again:
-            raise DaemonUnreachable(f"the daemon at {self.url} takes no more messages") from None
+    def _flush(self) -> None:
+        while self._unsent:
+            try:
+                self.socket.send(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return  # it is full; a daemon that is gone shows in the monitor or the heartbeat
+            self._unsent.popleft()
 
     def _keep_alive(self, now_s: float) -> None:
         if self._lost_s:
             if now_s - self._lost_s >= _LAST_FRAMES_S:
                 raise went_away(self.url)
         elif (ping := self.link.beat(now_s)) is not None:
-            self._send_frame(ping)
+            self.send_frame(ping)

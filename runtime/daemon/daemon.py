@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import logging
 import os
@@ -31,12 +32,16 @@ from ...scheduler.messages import Loading
 from ...shm.errors import AlreadyRunning, EngineLost, NotPermitted, ShuttingDown, SternaError
 from ..config import Config
 from ..processes.nursery_wire import Warm
+from ..processes.placement import NurseryPlacement
 from ..processes.supervisor import Supervisor, WarmProgress
 from ..protocol import codec
 from ..protocol.messages import Limits, Welcome
 from ..protocol.sockets import ipc_path, server_socket
+from .announcement import Announcement, wished_context
 from .endpoint import Endpoint
 from .engine_link import EngineLink
+from .engine_processes import EngineProcesses
+from .engine_recipes import EngineRecipes
 from .loaded_model import LoadedModel
 from .memory_control import MemoryControl
 from .notify import notify
@@ -51,25 +56,37 @@ LINGER_S = 0.5
 RUN_FOLDER_PREFIX = "sterna-"
 
 
-def serve(config: Config, on_progress: Callable[[str, int, int], None] | None = None) -> int:
+def serve(
+    config: Config,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_ready: Callable[[Announcement], None] = Announcement.print_ready,
+) -> int:
     """Run a daemon until it is told to stop; return its exit code.
 
-    `on_progress(what, done, total)` is called while it starts. Raises SternaError when it cannot start.
+    `on_progress(what, done, total)` is called while it starts, `on_ready` when it serves. Raises SternaError
+    when it cannot start.
     """
     logging.basicConfig(
         stream=sys.stderr,
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
-    return uvloop.run(Daemon(config, on_progress or _log_progress).run())
+    faulthandler.register(signal.SIGUSR1)  # writes where every thread stands to stderr: docs/debugging.md
+    return uvloop.run(Daemon(config, on_progress or _log_progress, on_ready).run())
 
 
 class Daemon:
     """One daemon; `run` is its whole life."""
 
-    def __init__(self, config: Config, on_progress: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        on_progress: Callable[[str, int, int], None],
+        on_ready: Callable[[Announcement], None],
+    ) -> None:
         self._config = config
         self._on_progress = on_progress
+        self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._idle = asyncio.Event()
         self._signals: list[int] = []
@@ -114,7 +131,8 @@ class Daemon:
             if not self._stop.is_set():
                 await self._serve(group)
         finally:
-            if hasattr(self, "engine"):
+            if hasattr(self, "processes"):
+                self.processes.close()
                 self.engine.close()
             await self.supervisor.stop_all(0.0 if len(self._signals) > 1 else GRACE_S)
 
@@ -132,11 +150,19 @@ class Daemon:
             }
         )
         await self.supervisor.warm(warmed, self._config.start_timeout_s, request)
-        self.engine = EngineLink(self._config, self.model, self.supervisor, folder, self.num_workers, group)
-        self.engine.on_lost = self._on_lost
+        self.engine = EngineLink(folder)
         self.engine.on_loading = self._on_loading
+        self.processes = EngineProcesses(
+            self.num_workers,
+            NurseryPlacement(self.supervisor),
+            EngineRecipes(self._config, self.model, folder, self.engine.url),
+            self.engine,
+            group,
+            self._config.start_timeout_s,
+        )
+        self.processes.on_lost = self._on_lost
         notify("STATUS=loading the model")
-        await self.engine.start()
+        await self.processes.start()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`, or give it up when a signal comes."""
@@ -180,12 +206,20 @@ class Daemon:
         budget = self._config.quality_fraction if self._config.routing == "budget" else 0.0
         self.service = Service(self._config, self.model, self.engine, self.endpoint.send, budget)
         self.service.on_idle = self._idle.set
+        self.processes.has_work = lambda: self.service.num_running > 0
         self.endpoint.attach(self.service)
         probe = group.create_task(self.endpoint.probe(), name="endpoint.probe")
         watches = [group.create_task(self._watch_nursery(), name="nursery.watch")]
         if self._config.memory_pressure == "auto":
             watches.append(group.create_task(self.memory.watch(), name="memory.watch"))
-        print(f"ready socket={self._config.socket}", flush=True)
+        self._on_ready(
+            Announcement(
+                socket=self._config.socket,
+                name=self.model.facts.name,
+                context=self.model.context,
+                wished_context=wished_context(self._config, self.model.plan.hyper),
+            )
+        )
         notify(f"READY=1\nSTATUS=serving {self.model.facts.name}")
         log.info(
             "daemon.ready model=%s workers=%d context=%d slots=%d experts=%d start_s=%.2f",
@@ -248,7 +282,18 @@ class Daemon:
         )
 
     async def _report(self) -> dict[str, Any]:
-        return report(self, await self.engine.stats())
+        engine = await self.engine.stats()
+        status = report(
+            service=self.service,
+            model=self.model,
+            presence=self.processes.presence(),
+            door=self.endpoint.figures(),
+            engine=engine,
+            own_pids={"daemon": os.getpid(), "nursery": self.supervisor.nursery_pid},
+            started_s=self.started_s,
+            now_s=time.monotonic(),
+        )
+        return status.to_body()
 
 
 def _log_progress(what: str, done: int, total: int) -> None:

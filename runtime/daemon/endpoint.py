@@ -71,6 +71,16 @@ class Connection:
     quiet: bool = True  # nothing was sent since the last probe
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorFigures:
+    """What the endpoint counts."""
+
+    connections: int
+    """Connections that are open."""
+    frames_refused: int
+    """Frames that broke the protocol."""
+
+
 class Endpoint:
     """Decodes what clients send, hands it to the service, and delivers what the service says."""
 
@@ -104,10 +114,9 @@ class Endpoint:
         """Say who answers requests; before that none are taken."""
         self._service = service
 
-    @property
-    def num_connections(self) -> int:
-        """Connections that said hello and were not seen to go."""
-        return len(self._connections)
+    def figures(self) -> DoorFigures:
+        """Return how many connections said hello and were not seen to go, and what was refused."""
+        return DoorFigures(connections=len(self._connections), frames_refused=self.refused_frames)
 
     def close(self, linger_s: float) -> None:
         """Close the socket, leaving its last messages so long, and give up what is still being answered."""

@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 from ...scheduler.messages import Step, StreamsFailed
 from ...scheduler.pooling import PooledPrompt
-from ...shm.errors import BadRequest, NotFound, Overloaded, RequestError, ShuttingDown, TooLong, request_error
+from ...shm.errors import (
+    BadRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    SternaError,
+    TooLong,
+    request_error,
+)
 from ..config import Config
 from ..protocol.messages import (
     Accepted,
@@ -30,7 +38,9 @@ from ..protocol.messages import (
     TokenItem,
     Tokens,
 )
+from ..protocol.report import QualityReport
 from ..quality.calibration import Allowance, Calibration
+from .announcement import context_shortage
 from .answers import Answer
 from .engine_link import EngineLink
 from .loaded_model import LoadedModel
@@ -50,11 +60,13 @@ class Totals:
     failed: int = 0
     cancelled: int = 0
     steps: int = 0
+    last_step_s: float | None = None
     recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def add(self, now_s: float, prompt: int, generated: int) -> None:
         """Count one step's tokens."""
         self.steps += 1
+        self.last_step_s = now_s
         self.prompt_tokens += prompt
         self.generated_tokens += generated
         self.recent.append((now_s, prompt, generated))
@@ -82,6 +94,7 @@ class Service:
         """`default_budget`: fraction of perplexity for requests that name none; 0 is exact."""
         self._config = config
         self._default_budget = default_budget
+        self._context_shortage = context_shortage(config, model.plan.hyper, model.context)
         self._calibration = Calibration.load(model.path)
         self._model = model
         self._engine = engine
@@ -184,7 +197,10 @@ class Service:
             ids.append(self._model.tokenizer.eos_id or 0)
         if len(ids) >= self._model.context + to_embed:
             rest = "" if to_embed else ", the answer included"
-            raise TooLong(f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}")
+            raise TooLong(
+                f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}"
+                f"{self._context_shortage}"
+            )
         return ids
 
     def _allowance(self, request: Generate) -> Allowance:
@@ -334,7 +350,7 @@ class Service:
         self._free.sort(reverse=True)
         self._start_waiting()
 
-    def _fail(self, answer: Answer, error: RequestError) -> None:
+    def _fail(self, answer: Answer, error: SternaError) -> None:
         self.totals.failed += 1
         self._send(
             answer.owner,
@@ -353,15 +369,20 @@ class Service:
         """Requests that the engine has."""
         return len(self._running)
 
-    def quality(self) -> dict[str, Any]:
+    @property
+    def oldest_waiting_since_s(self) -> float | None:
+        """When the oldest request in the queue was accepted, None if the queue is empty."""
+        return self._answers[self._waiting[0]].accepted_s if self._waiting else None
+
+    def quality(self) -> QualityReport:
         """Return what requests without a budget of their own may lose, and what that rests on."""
         allowance = self._calibration.allowance(self._default_budget, self._resident_share)
-        return {
-            "budget": self._default_budget,
-            "lost_mass": allowance.epsilon,
-            "basis": allowance.basis,
-            "calibrated_shares": self._calibration.shares,
-        }
+        return QualityReport(
+            budget=self._default_budget,
+            lost_mass=allowance.epsilon,
+            basis=allowance.basis,
+            calibrated_shares=list(self._calibration.shares),
+        )
 
     def owners(self) -> Iterator[bytes]:
         """Return the connections that have requests."""

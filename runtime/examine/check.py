@@ -16,11 +16,14 @@ from ...scheduler.model.planner import read_plan
 from ...shm.errors import ModelFileError
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.names import TensorProblem
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.held.formats import is_decoded_at_load
-from ...workers.checkpoint.types.bitnet import CONFIG_NAME, TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import CONFIG_NAME, TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType
 from ..chat.template import ChatTemplate, token_texts
+from ..text.metadata import MetadataReader
 from ..text.tokenizer import Tokenizer
+from ..text.vocabulary import merges_without_token
 
 MAX_PROBLEMS: Final = 64
 
@@ -146,6 +149,12 @@ def _text_problems(file: GgufFile) -> list[str]:
     if template is not None:
         template.close()
     return []
+
+
+def text_warnings(file: GgufFile) -> list[str]:
+    """Return what is odd about a tokenizer that can be built."""
+    line = merges_without_token(MetadataReader(file.metadata, file.label))
+    return [f"{file.label}: {line}"] if line else []
 
 
 def _untiled(file: GgufFile, tensors: list[TensorInfo]) -> list[str]:

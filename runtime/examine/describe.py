@@ -17,8 +17,9 @@ from ..chat.template import describe_templates
 from ..config import Activations, Config, Precision, Ternary
 from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of, weights_nbytes
 from ..memory.room import choose_budget, own_nbytes, read_room
-from .check import Examined, examine
+from .check import Examined, examine, text_warnings
 from .groups import groups, unused_names
+from .slow_types import slow_types
 
 
 def describe(
@@ -46,6 +47,7 @@ def describe(
             "architecture": _text(file, "general.architecture"),
             "runs": not found.problems,
             "problems": list(found.problems),
+            "slow": [] if plan is None else slow_types(file, found.used, plan),
             "notes": _notes(found, _unused(file, found)),
             **_sizes(file, plan),
             "hyperparameters": _hyperparameters(file),
@@ -75,7 +77,7 @@ def validate(path: Path) -> dict[str, Any]:
             "architecture": _text(file, "general.architecture"),
             "file_bytes": file.size_bytes,
             "problems": list(found.problems),
-            "warnings": [] if found.plan is None else _warnings(file),
+            "warnings": [] if found.problems else [*text_warnings(file), *_warnings(file)],
             "notes": _notes(found, unused),
             "unused": unused,
         }

@@ -19,20 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from ...scheduler.model.plan import ModelPlan
+from ...scheduler.model.plan import ModelPlan, by_precision
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.ownership import owners
 from ..config import Config, embedded_model
 from ..memory.budget import BudgetTooSmall, SlotDecision, Wants
 from ..memory.choice import UNLIMITED, Choices, ModelChoice, known_counts, wants_of
 from ..memory.room import choose_budget, own_nbytes, read_room
+from .check import examine
+from .slow_types import slow_types
 
 # Hit rate of LRU, exact routing, one answer at a time, by the share of experts kept. Measured on traces of
 # DeepSeek-V2-Lite (6 of 64 experts, 15 long prompts): the same family, and the flattest routing known.
 LOW = ((0.0, 0.0), (0.125, 0.332), (0.25, 0.526), (0.375, 0.654), (0.5, 0.755), (0.75, 0.896), (1.0, 1.0))
 # The same of Qwen3-30B-A3B (6 of 128, 128 tokens), whose routing is the most repetitive.
 HIGH = ((0.0, 0.0), (0.0625, 0.44), (0.125, 0.614), (0.25, 0.807), (0.375, 0.889), (0.5, 0.912), (1.0, 1.0))
-PRIOR = "published LRU curves: DeepSeek-V2-Lite (low) and Qwen3-30B-A3B (high); no counts of this model"
+PRIOR = "published LRU curves: DeepSeek-V2-Lite (low) and Qwen3-30B-A3B (high)"
 
 PROBE_S = 0.3
 READ_NBYTES = 1 << 20
@@ -60,6 +62,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
     """
     path = config.model or embedded_model()
     budget = choose_budget(config.memory_nbytes, config.preset, read_room(), own_nbytes())
+    why = budget.why if config.memory == "auto" else f"{config.memory}, {budget.why}"
     wants = wants_of(config)
     refusal = None
     with GgufFile.open(path) as file:
@@ -72,6 +75,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
         except BudgetTooSmall as error:
             refusal = str(error)
             choice = choices.within(smallest, wants)
+        slow = slow_types(file, examine(file).used, choice.plan)
         rates = rates or probe(Path(max(file.paths, key=os.path.getsize)))
     decision = choice.decision
     return {
@@ -79,7 +83,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
         "fits": refusal is None and decision.num_slots == decision.num_experts,
         "works": refusal is None,
         "refusal": refusal,
-        "budget": {"bytes": budget.nbytes, "why": budget.why},
+        "budget": {"bytes": budget.nbytes, "why": why},
         "smallest_budget_bytes": smallest,
         "whole_budget_bytes": unlimited.decision.total,
         "experts": _experts(choice, wants.workers),
@@ -90,6 +94,7 @@ def describe_plan(config: Config, rates: Rates | None = None) -> dict[str, Any]:
             "workers": wants.workers,
         },
         "notes": decision.notes,
+        "slow": slow,
         "used_bytes": decision.rows,
         "used_total_bytes": decision.total,
         "ternary": choice.ternary,
@@ -117,13 +122,6 @@ def _experts(choice: ModelChoice, workers: int) -> dict[str, Any]:
         "slot_bytes": [nbytes for _, nbytes in decision.classes],
         "of_workers": [round(count * decision.share) for count in owned],
         "by_precision": by_precision(plan),
-    }
-
-
-def by_precision(plan: ModelPlan) -> dict[str, dict[str, int]]:
-    """Return how many experts are held in each precision, and the bytes of slots for all of them."""
-    return {
-        name: {"experts": count, "bytes": nbytes} for name, (count, nbytes) in plan.by_precision().items()
     }
 
 

@@ -12,6 +12,7 @@ another one held stays locked for ever. Imports no numba itself: the variables c
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import os
 import resource
@@ -62,6 +63,8 @@ def main() -> int:
     """Serve the daemon at the other end of descriptor argv[1] until it goes; return the exit code."""
     for number in IGNORED_HERE:
         signal.signal(number, signal.SIG_IGN)
+    # Children inherit it, so that each of them writes where its threads stand: docs/debugging.md.
+    faulthandler.register(signal.SIGUSR1)
     # The daemon started us with these blocked, so that none could come before this line.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     sock = socket.socket(fileno=int(sys.argv[1]))

@@ -23,17 +23,16 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forms:
-    """How a template wants what can be written in several ways.
-
-    content_parts: a message's content as a list of parts, not as text; argument_text: a call's arguments as
-    JSON text, not as a map; null_content: the content of a message that only calls tools as null, not as "";
-    null_tools: tools and documents as null where there are none, not left out.
-    """
+    """How a template wants what can be written in several ways."""
 
     content_parts: bool = False
+    """The content of a message is a list of parts, not text."""
     argument_text: bool = False
+    """The arguments of a call are JSON text, not a map."""
     null_content: bool = False
+    """The content of a message that only calls tools is null, not ""."""
     null_tools: bool = False
+    """Tools and documents that were not given are null, not left out."""
 
 
 class Function(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,7 +57,7 @@ class ToolCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One turn: `content` is text or a list of `{"type": "text", "text": ...}`, which are joined by newlines.
 
-    `role` is whatever the template knows, as a rule system, user, assistant or tool. `reasoning_content` is
+    `role` is one that the template knows: most know system, user, assistant and tool. `reasoning_content` is
     what the assistant thought before `content`; templates show it or leave it out as the model wants it.
     """
 
@@ -99,7 +98,7 @@ def without_unused(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without the unknown fields that are null or empty.
 
     Answers of other APIs, which people append to the conversation, carry `refusal`, `audio`, `function_call`
-    and `annotations` so. What has a value stays, and is refused by name.
+    and `annotations` as null or empty. A field with a value stays, and is refused by name.
     """
     known = ChatMessage.__struct_fields__
     return {name: value for name, value in message.items() if name in known or value not in (None, [])}
@@ -131,9 +130,9 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _part_text(part: dict[str, Any]) -> str:
-    kind, text = part.get("type"), part.get("text")
-    if kind != "text":
-        raise BadRequest(f"content: expected parts of type 'text', found {ascii(kind)[:60]}")
+    part_type, text = part.get("type"), part.get("text")
+    if part_type != "text":
+        raise BadRequest(f"content: expected parts of type 'text', found {ascii(part_type)[:60]}")
     if not isinstance(text, str) or len(part) != 2:
         raise BadRequest("content: expected parts with a string `text` and nothing else than `type`")
     return text

@@ -57,7 +57,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     lost_mass: float
 
 
-class Table(msgspec.Struct, frozen=True, kw_only=True):
+class BudgetTable(msgspec.Struct, frozen=True, kw_only=True):
     """Points measured with `resident_share` of the routed experts in memory, in rising order of epsilon.
 
     margin: whether a budget must hold for delta plus its standard error; date: ISO 8601, UTC.
@@ -90,13 +90,13 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     file_bytes: int
-    tables: list[Table]
+    tables: list[BudgetTable]
 
 
 class Calibration:
     """What is known about one model file."""
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[BudgetTable]) -> None:
         """`tables`: at most one of each share."""
         self._tables = sorted(tables, key=lambda table: table.resident_share)
         self._warned = False
@@ -104,7 +104,7 @@ class Calibration:
     @classmethod
     def load(cls, model: Path) -> Calibration:
         """Read what there is about the file `model`; a file that is damaged or of another model has none."""
-        tables: dict[float, Table] = {}
+        tables: dict[float, BudgetTable] = {}
         for path in (beside(model), cache_path(model)):
             tables |= {table.resident_share: table for table in _read(path, model)}
         return cls(list(tables.values()))
@@ -158,7 +158,7 @@ def cache_path(model: Path) -> Path:
     return user_cache() / "calibration" / f"{name}.json"
 
 
-def store(path: Path, model: Path, table: Table) -> None:
+def store(path: Path, model: Path, table: BudgetTable) -> None:
     """Add a table to the file at `path`, in the place of one with the same share; raises NotPermitted."""
     kept = [old for old in _read(path, model) if old.resident_share != table.resident_share]
     tables = sorted([*kept, table], key=lambda table: table.resident_share)
@@ -173,7 +173,7 @@ def store(path: Path, model: Path, table: Table) -> None:
         raise NotPermitted(f"cannot write {path}: {e.strerror}") from None
 
 
-def _read(path: Path, model: Path) -> list[Table]:
+def _read(path: Path, model: Path) -> list[BudgetTable]:
     try:
         stored = msgspec.json.decode(path.read_bytes(), type=Stored)
     except FileNotFoundError:

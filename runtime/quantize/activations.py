@@ -8,31 +8,25 @@ and workers show what they read. In here: running and summing. Not in here: quan
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ...scheduler.decoder.crew import Crew
-from ...scheduler.decoder.dense import OBSERVER, fill_dense
+from ...scheduler.assembly import EngineArenas, EngineSettings, assemble
 from ...scheduler.decoder.observing import DenseObserver
-from ...scheduler.engine import Engine
-from ...scheduler.experts.runner import ExpertRunner
-from ...scheduler.kv import StreamMemory, StreamShape
-from ...scheduler.lane.local import LocalLane
+from ...scheduler.lane.local import LocalLane, local_workers
 from ...scheduler.messages import Sampling, Submit
 from ...scheduler.model.plan import ModelPlan
 from ...scheduler.model.planner import read_plan
-from ...scheduler.residency.expert_memory import ExpertMemory
-from ...scheduler.residency.policies import new_policy
-from ...scheduler.state import Segment
+from ...scheduler.state import Segment, Work
 from ...shm.errors import OutOfResources, UsageError
-from ...shm.slots import SlotClasses, SlotTable, arena_nbytes
+from ...shm.slots import SlotClasses, SlotTable
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.messages import Configure
 from ...workers.observing import ObservingWorker
-from ...workers.ownership import owners
 from ..memory.room import read_room
 from ..sizes import format_size
 from .imatrix import ColumnSums
@@ -72,28 +66,21 @@ class _Model:
         self._plan = plan = read_plan(file)
         self._file = file
         self.window = min(WINDOW, plan.hyper.context_length)
-        shape = StreamShape(
-            layers=plan.hyper.layers, width=plan.hyper.cache_width, streams=1, context=self.window
+        settings = EngineSettings(classes=(), streams=1, context=self.window, max_batch_tokens=self.window)
+        fixed = plan.dense_arena_nbytes + settings.stream_shape(plan).layout().nbytes
+        settings = replace(settings, classes=_classes(file, plan, fixed))
+        arenas = EngineArenas.private(plan, settings)
+        workers = local_workers(
+            lambda slots: ObservingWorker(slots, file.fds, self._see_expert),
+            SlotTable(arenas.weights, settings.classes),
+            Configure(layers=plan.layer_shapes()),
+            settings.workers,
         )
-        classes = _classes(file, plan, plan.dense_arena_nbytes + shape.layout().nbytes)
-        slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
-        worker = ObservingWorker(slots, file.fds, self._see_expert)
-        worker.configure(Configure(layers=plan.layer_shapes()))
-        owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0])
-        moe = len(plan.hyper.moe_layers)
-        policy = new_policy(plan.num_experts, moe) if moe else None
-        memory = ExpertMemory(plan, slots, classes, owned, policy)
-        dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
-        fill_dense(plan, file, dense, lambda done, total: None)
-        self._streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
-        self._streams.tables[0] = np.arange(shape.num_blocks)
-        self._crew = Crew(1)
-        runner = ExpertRunner(plan, file, LocalLane([worker]), memory)
-        token = OBSERVER.set(DenseObserver(self._see_dense))
-        try:
-            self._engine = Engine(plan, dense, self._streams, runner, self.window, self._crew, "off")
-        finally:
-            OBSERVER.reset(token)
+        made = assemble(
+            plan, file, arenas, LocalLane(workers), settings, observer=DenseObserver(self._see_dense)
+        )
+        self._streams, self._crew, self._engine = made.streams, made.crew, made.engine
+        self._streams.tables[0] = np.arange(self._streams.shape.num_blocks)
         self._serial = 0
 
     def run(self, token_ids: list[int]) -> None:
@@ -115,9 +102,8 @@ class _Model:
             lossy_from=count,
         )
         self._engine.admit(request)
-        self._engine.step(
-            [Segment(stream=0, serial=self._serial, start=0, count=count, sample=False)], [request]
-        )
+        segment = Segment(stream=0, serial=self._serial, start=0, count=count, sample=False)
+        self._engine.step([Work(segment=segment, request=request)])
 
     def close(self) -> None:
         self._crew.close()

@@ -29,7 +29,7 @@ _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class ColumnWeights:
     """What finds weights of columns as `quantize` takes them, what they are of, and where they are kept."""
 
     weights: Callable[[], Weights] = dict
@@ -42,7 +42,7 @@ class Calibration:
             self.kept_at.unlink(missing_ok=True)
 
 
-def from_text(file: GgufFile, text: str, tokens: int, out: Path, progress: Progress) -> Calibration:
+def from_text(file: GgufFile, text: str, tokens: int, out: Path, progress: Progress) -> ColumnWeights:
     """Have the first `tokens` tokens of `text` measured, unless an earlier run for `out` did that.
 
     Nothing is measured before the weights are asked for. Raises UsageError for fewer than two tokens; the
@@ -53,7 +53,7 @@ def from_text(file: GgufFile, text: str, tokens: int, out: Path, progress: Progr
         raise UsageError("--calibrate: expected a text of at least two tokens, found fewer")
     source = f"{tokens} tokens of text {hashlib.sha256(text.encode()).hexdigest()}"
     path = side_path(out, ".part.imatrix")
-    return Calibration(
+    return ColumnWeights(
         weights=partial(_measured, file, ids, source, path, progress), source=source, kept_at=path
     )
 
@@ -77,7 +77,7 @@ def _kept(path: Path, source: str) -> ColumnSums | None:
         raise UsageError(f"{error}; --restart throws it away") from None
 
 
-def from_imatrix(file: GgufFile, path: Path) -> Calibration:
+def from_imatrix(file: GgufFile, path: Path) -> ColumnWeights:
     """Read an importance matrix. Raises UsageError if it knows no tensor of `file`."""
     sums = ColumnSums.load(path)
     weights = {} if sums is None else sums.weights(file)
@@ -87,4 +87,4 @@ def from_imatrix(file: GgufFile, path: Path) -> Calibration:
     with path.open("rb") as opened:
         while block := opened.read(_BLOCK):
             digest.update(block)
-    return Calibration(weights=lambda: weights, source=f"imatrix {digest.hexdigest()}")
+    return ColumnWeights(weights=lambda: weights, source=f"imatrix {digest.hexdigest()}")

@@ -24,10 +24,11 @@ import numpy as np
 from ... import __version__
 from ...shm.errors import ModelFileError, ModelReadError, OutOfResources
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.file.writer import Layout, lay_out, string_value, uint32_value
 from ...workers.checkpoint.held.precisions import is_ternary
 from ...workers.checkpoint.held.recode import Loss, Recoder, chunks_of
-from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
 from .journal import Done, PartFile, check_place, identify
 from .plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
@@ -45,7 +46,7 @@ Weights = Mapping[str, Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Conversion:
     """What a conversion did; bytes are of tensors. resumed: tensors that an earlier run had written."""
 
     path: Path
@@ -67,7 +68,7 @@ def quantize(
     force: bool = False,
     restart: bool = False,
     progress: Progress = lambda what, done, total: None,
-) -> Report:
+) -> Conversion:
     """Write `file` to `out` as `wanted`; what is under way lies in `out`.part and can be gone on with.
 
     weights: returns what `activation_means` finds, asked for when nothing else is in the way;
@@ -94,7 +95,7 @@ def quantize(
         _read_back(part, keys, layout, progress)
         part.finish()
     fresh = [choice for choice in choices if choice.info.name not in resumed]
-    return Report(
+    return Conversion(
         path=out,
         nbytes=layout.nbytes,
         seconds=time.monotonic() - began,

@@ -88,6 +88,8 @@ class ByteLevelBpe:
         # Only tokens of ordinary text: no other can come out of one, whatever merges and words there are.
         vocab = {piece: i for i, piece in enumerate(pieces) if types[i] in WRITTEN}
         self.size = len(pieces)
+        unnamed = _unnamed_results(merges, vocab, self.size)
+        merges = [pair for pair in merges if all(part in vocab or part in unnamed for part in pair)]
         self.adds_bos = splitting.adds_bos
         self._others = {i: piece for i, piece in enumerate(pieces) if types[i] not in WRITTEN}
         self._user_defined = frozenset(i for i, t in enumerate(types) if t is TokenType.USER_DEFINED)
@@ -95,7 +97,9 @@ class ByteLevelBpe:
         self._right_aligned = splitting.right_aligned
         if self._right_aligned:
             _number_runs()  # here: half a second, which no request should wait for
-        self._encoder = Encoder(BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges))
+        every = vocab | unnamed
+        self._pieces_of = _pieces_of_unnamed(every, merges, unnamed) if unnamed else {}
+        self._encoder = Encoder(BPE(vocab=every, merges=merges, ignore_merges=splitting.ignore_merges))
         self._encoder.pre_tokenizer = splitting.pre_tokenizer()
 
     @classmethod
@@ -113,7 +117,10 @@ class ByteLevelBpe:
         return self._encode(texts)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return encoded(self._encoder, texts)
+        found = encoded(self._encoder, texts)
+        if not self._pieces_of:
+            return found
+        return [[i for each in ids for i in self._pieces_of.get(each, (each,))] for ids in found]
 
     def piece(self, token_id: int) -> str:
         """Return the token as the file writes it, in the byte alphabet if it is a normal one."""
@@ -185,19 +192,70 @@ def digits_in_threes(text: str) -> list[str]:
     return [part for part in (*parts, text[done:]) if part]
 
 
+def _unnamed_results(merges: list[tuple[str, str]], vocab: dict[str, int], size: int) -> dict[str, int]:
+    """Return an id from `size` on for each result of a merge that is no token."""
+    results = dict.fromkeys(left + right for left, right in merges)
+    return {piece: size + i for i, piece in enumerate(each for each in results if each not in vocab)}
+
+
+def _pieces_of_unnamed(
+    vocab: dict[str, int], merges: list[tuple[str, str]], unnamed: dict[str, int]
+) -> dict[int, tuple[int, ...]]:
+    """Return the tokens that stand for each result of a merge that is no token itself.
+
+    Such a merge joins its parts like any other, and what it made may be part of a later merge. What is left
+    of it in the end falls apart into the tokens of its bytes. llama.cpp does the same, but for bytes outside
+    ASCII, which it loses there: here no byte of a text is ever lost.
+    """
+    # A word that is looked up whole (`ignore_merges`) must not end as a result that merges never reach.
+    encoder = Encoder(BPE(vocab=vocab, merges=merges))
+    piece_of = {i: piece for piece, i in unnamed.items()}
+
+    def tokens(token_id: int) -> list[int]:
+        piece = piece_of.get(token_id)
+        return [token_id] if piece is None else [vocab[char] for char in piece if char in vocab]
+
+    return {
+        i: tuple(each for found in encoder.encode(piece).ids for each in tokens(found))
+        for piece, i in unnamed.items()
+    }
+
+
 def _merges(reader: MetadataReader, pieces: list[str], types: list[TokenType]) -> list[tuple[str, str]]:
-    """Return the merges in order of rank; of two for the same pair the first counts."""
+    """Return the merges in order of rank; of two for the same pair the first counts.
+
+    Raises ModelFileError for a merge with a part that is neither a token nor made by a merge.
+    """
     known = set(pieces)
     silent = {piece for piece, token_type in zip(pieces, types, strict=True) if token_type not in WRITTEN}
     merges: dict[tuple[str, str], None] = {}
-    for rank, line in enumerate(reader.strings("merges")):
+    lines = reader.strings("merges")
+    made = known.union(line.replace(" ", "", 1) for line in lines)
+    for rank, line in enumerate(lines):
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise reader.error(f"merges[{rank}]", f"expected two tokens and one space, found {shown(line)}")
-        parts = (left, right, left + right)
-        if not known.issuperset(parts):
-            missing = next(piece for piece in parts if piece not in known)
+        if not made.issuperset((left, right)):
+            missing = left if left not in made else right
             raise reader.error(f"merges[{rank}]", f"{shown(missing)} is not in {PREFIX}tokens")
-        if silent.isdisjoint(parts):
+        if silent.isdisjoint((left, right, left + right)):
             merges[left, right] = None
     return list(merges)
+
+
+def merges_without_token(reader: MetadataReader) -> str:
+    """Return a line on merges whose result is no token, "" if there are none; the file has been checked."""
+    if not reader.names("model", ("gpt2",)):
+        return ""
+    known = set(reader.strings("tokens"))
+    lines = enumerate(reader.strings("merges"))
+    lost = [(rank, line) for rank, line in lines if line.replace(" ", "", 1) not in known]
+    if not lost:
+        return ""
+    rank, line = lost[0]
+    result = line.replace(" ", "", 1)
+    more = f" ({len(lost)} such merges)" if len(lost) > 1 else ""
+    return (
+        f"{PREFIX}merges[{rank}]: {shown(line)} makes {shown(result)}, which is not in {PREFIX}tokens{more}: "
+        "such text is written byte by byte"
+    )

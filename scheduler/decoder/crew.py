@@ -35,6 +35,7 @@ class Crew:
 
     def __init__(self, threads: int, streaming: int | None = None, least_work: int = LEAST_WORK) -> None:
         self.threads = threads
+        self.streaming_threads = streaming or threads
         self.board = _aligned(kernels.BOARD_WORDS)
         self.board[kernels.THREADS] = threads
         self.board[kernels.STREAMING] = streaming or threads

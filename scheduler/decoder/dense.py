@@ -7,7 +7,6 @@ that replaces a dead one finds the weights there and loads nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +15,10 @@ import numpy.typing as npt
 from ...shm.errors import ModelFileError
 from ...workers.activation import Activation
 from ...workers.checkpoint.file.gguf import GgufFile
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.held.formats import ActivationKind, MatrixShape, activation_kind
 from ...workers.checkpoint.held.packing import matrix_entry, pack_matrix
-from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.layers.shared_dense import multiply_heads, shared_feed_forward
@@ -222,18 +222,16 @@ class Observer(Protocol):
         """Return what stands for the network of these matrices: gate, up, down."""
 
 
-OBSERVER: ContextVar[Observer | None] = ContextVar("sterna.observer", default=None)
-"""What `DenseWeights` made in this context show their matrices to; only measuring sets it."""
-
-
 class DenseWeights:
-    """Looks tensors of the dense arena up by their key in the plan."""
+    """Looks tensors of the dense arena up by their key in the plan; `observer` is for measuring only."""
 
-    def __init__(self, plan: ModelPlan, memory: npt.NDArray[np.uint8], crew: Crew) -> None:
+    def __init__(
+        self, plan: ModelPlan, memory: npt.NDArray[np.uint8], crew: Crew, observer: Observer | None = None
+    ) -> None:
         self._plan = plan
         self.crew = crew
         self._weights = memory[DENSE_HEADER_NBYTES:]
-        self._observer = OBSERVER.get()
+        self._observer = observer
         self._buffers: dict[tuple[int, int, int, int], FeedForwardBuffers] = {}
 
     def entry(self, key: str) -> DenseTensor:

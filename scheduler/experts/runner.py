@@ -7,13 +7,14 @@ gives its slot to the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import InternalError
+from ...shm.errors import InternalError, ModelReadError, SternaError
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.held.formats import ActivationKind
 from ...workers.kernels.routing.top_k import scatter_pairs
@@ -25,12 +26,25 @@ from ..residency.expert_memory import ExpertMemory, Load
 from ..residency.latency import LatencyHistogram
 from .groups import ExpertGroups
 
+log = logging.getLogger("sterna.scheduler")
+
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4
 # Of a batch that needs more experts than its layer's share of the slots, at least so many are read at a time.
 LEAST_READING = 8
 
 Indices = npt.NDArray[np.int32]
+
+
+class UnreadableExpert(ModelReadError):
+    """An expert that a step needs cannot be read; who does not need it can go on.
+
+    rows: of the step's batch, those that were routed to the expert.
+    """
+
+    def __init__(self, text: str, rows: Indices) -> None:
+        super().__init__(text)
+        self.rows = rows
 
 
 @dataclass(slots=True)
@@ -98,6 +112,7 @@ class ExpertRunner:
         h = plan.hyper
         self.counts = Counts(np.zeros((len(h.moe_layers), 2), np.int64))
         self.latency = LatencyHistogram()
+        self._unreadable: set[int] = set()  # keys whose last read failed: said once in the log
         self._event: _Event | None = None
         keys = {layer: [plan.key_of(layer, expert) for expert in range(h.experts)] for layer in h.moe_layers}
         self.divisions = {
@@ -117,7 +132,7 @@ class ExpertRunner:
         """Write the outputs of all pairs of `groups` (in the order of `divisions`) to y[token, rank].
 
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
-        reading an expert met (ModelReadError, ModelFileError); `y` is then not to be used.
+        reading an expert met (UnreadableExpert, ModelFileError); `y` is then not to be used.
         """
         event = self._event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
         places: list[int] = groups.experts.tolist()
@@ -232,7 +247,7 @@ class ExpertRunner:
         load = self.take_loaded(answer)
         if (place := event.loading.pop(answer.seq, None)) is not None:
             if answer.error is not None:
-                raise answer.error
+                raise self._unreadable_for(event, place, answer.error)
             self._compute(event, [place])
         elif load is not None and (place := event.held.pop(answer.seq, None)) is not None:
             slot = self.memory.free_slot(load.key) if answer.error else self.memory.take(load.key)
@@ -240,12 +255,27 @@ class ExpertRunner:
                 raise InternalError(f"layer {event.layer}: the slot of a failed read is gone")
             self._read_for(event, place, slot)
 
+    def _unreadable_for(self, event: _Event, place: int, error: SternaError) -> SternaError:
+        if not isinstance(error, ModelReadError):
+            return error
+        first, last = event.ends[place], event.ends[place + 1]
+        return UnreadableExpert(str(error), event.groups.tokens[first:last].copy())
+
     def take_loaded(self, answer: Loaded) -> Load | None:
         """Note the end of a read, whoever asked for it; return what it was, None if nobody knows any more."""
         if answer.error is not None:
-            return self.memory.failed(answer.seq)
+            failed = self.memory.failed(answer.seq)
+            if failed is not None and failed.key not in self._unreadable:
+                self._unreadable.add(failed.key)
+                layer, expert = divmod(failed.key, self.plan.hyper.experts)
+                log.warning(
+                    "read.failed layer=%d expert=%d worker=%d error=%r",
+                    layer + self.plan.hyper.dense_layers, expert, failed.worker, str(answer.error),
+                )  # fmt: skip
+            return failed
         load = self.memory.loaded(answer.seq)
         if load is not None:
+            self._unreadable.discard(load.key)
             self.counts.fetched += 1
             self.counts.fetched_bytes += answer.nbytes
             self.latency.record(answer.busy_ns)

@@ -1,36 +1,43 @@
-"""The lane: how a batch of experts reaches the workers. An interface and the batch it carries."""
+"""The lane: how a batch of experts reaches the workers. The interfaces and what they carry.
+
+`Lane` is what a step needs, `ServedLane` what the scheduler process needs beside it. Who is there and who
+owes what is decided in `roster`, how a worker's end is noticed in `presence`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ...shm.errors import SternaError
 from ...workers.messages import Compute, ExpertPage
+from .roster import AnswersOverdue, Change, SlotsFilled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerBatch:
-    """The part of one layer's work that one worker does.
-
-    experts: ids, lying in `slots`; starts: pairs of expert i are starts[i]:starts[i + 1] of `rows`;
-    rows: int32, the activation row of each pair; activations: float32 rows, or int8 rows with their
-    float32 scales and int32 sums; precision, kind: see `workers.messages.Compute`.
-    """
+    """The part of one layer's work that one worker does."""
 
     worker: int
     layer: int
     precision: int
+    """Of all these experts; see `workers.messages.Compute`."""
     kind: int
+    """Of the activations; see `workers.messages.Compute`."""
     experts: list[int]
+    """Their ids in the layer."""
     slots: list[int]
+    """Where each of them lies."""
     starts: list[int]
+    """The pairs of expert i are starts[i]:starts[i + 1] of `rows`."""
     rows: npt.NDArray[np.int32]
+    """The activation row of each pair."""
     activations: tuple[npt.NDArray[np.generic], ...]
+    """float32 rows, or int8 rows with their float32 scales and int32 sums."""
 
     def request(self, seq: int) -> Compute:
         """Return the message that asks for this batch under the number `seq`."""
@@ -89,3 +96,25 @@ class Lane(Protocol):
 
     def give_up(self) -> None:
         """Forget the batches that have no answer yet: their step failed. Reading goes on."""
+
+
+class ServedLane(Lane, Protocol):
+    """A lane whose workers come and go while the scheduler process serves."""
+
+    def sources(self) -> list[Any]:
+        """Return the sockets and descriptors that become readable when there is something to `receive`."""
+
+    def receive(self) -> None:
+        """Take what has arrived and look who has gone, without waiting. Raises ProtocolError."""
+
+    def changes(self) -> list[Change]:
+        """Return once, in their order, what became of the workers, also what was met inside a step."""
+
+    def reads(self) -> list[Loaded]:
+        """Return once what was read without anybody waiting for it."""
+
+    def tell(self, event: SlotsFilled | AnswersOverdue) -> None:
+        """Hand the roster what only the scheduler knows; what follows from it is in `changes`."""
+
+    def close(self) -> None:
+        """Give sockets and descriptors back; again is harmless."""

@@ -175,3 +175,10 @@ class ModelPlan:
                 slab = names.expert_slab(file, matrix.role, layer, expert, total, rows, columns)
             slabs.append(FileSlab(slab.offset, slab.nbytes, slab.type.id, slab.tensor, slab.file))
         return ExpertPage(layer, expert, slot, precision, slabs)
+
+
+def by_precision(plan: ModelPlan) -> dict[str, dict[str, int]]:
+    """Return how many experts are held in each precision, and the bytes of slots for all of them."""
+    return {
+        name: {"experts": count, "bytes": nbytes} for name, (count, nbytes) in plan.by_precision().items()
+    }

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from ...workers.checkpoint.file import names
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
+from ...workers.checkpoint.file.tilings import find_tiling
 from ...workers.checkpoint.held.formats import ROW_SCALED
-from ...workers.checkpoint.types.bitnet import TILED, find_tiling
+from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import dequantize, ternary_matrix
 from .families.family import read_hyperparameters
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...workers.kernels.routing.top_k import CREDIT
 from ..arrays import zeros
 from ..messages import RoutingReport, Submit
-from ..state import Segment
+from ..state import Work
 from . import buffers
 
 EXACT = -1
@@ -37,20 +37,17 @@ class QualityLedger:
         self._kept[request.stream] = 0.0
         self._kept[request.stream, CREDIT] = request.credit
 
-    def begin(self, segments: Sequence[Segment], requests: Sequence[Submit]) -> npt.NDArray[np.int32] | None:
+    def begin(self, work: Sequence[Work]) -> npt.NDArray[np.int32] | None:
         """Return for each row of a step its account, or EXACT; None when all are.
 
         Only tokens computed one at a time may lose anything: a prompt is always exact.
         """
         self.accounts[:] = self._before[:] = self._kept
-        lossy = [
-            request.epsilon > 0 and segment.start >= request.lossy_from
-            for segment, request in zip(segments, requests, strict=True)
-        ]
+        lossy = [w.request.epsilon > 0 and w.segment.start >= w.request.lossy_from for w in work]
         if not any(lossy):
             return None
-        counts = [segment.count for segment in segments]
-        streams = [s.stream if ok else EXACT for s, ok in zip(segments, lossy, strict=True)]
+        counts = [w.segment.count for w in work]
+        streams = [w.segment.stream if ok else EXACT for w, ok in zip(work, lossy, strict=True)]
         return np.repeat(np.array(streams, np.int32), counts)
 
     def commit(self) -> None:

@@ -27,3 +27,8 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Name what can be imported, also what was not asked for yet."""
+    return sorted({*globals(), *_PUBLIC})

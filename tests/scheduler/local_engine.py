@@ -11,25 +11,19 @@ import numpy as np
 from sterna.runtime.config import embedded_model
 from sterna.runtime.memory.budget import spread
 from sterna.scheduler import state as st
+from sterna.scheduler.assembly import EngineArenas, EngineSettings, assemble
 from sterna.scheduler.decoder.crew import Crew
-from sterna.scheduler.decoder.dense import fill_dense
-from sterna.scheduler.engine import Engine
 from sterna.scheduler.experts.routing_log import RoutingLog
-from sterna.scheduler.experts.runner import ExpertRunner
-from sterna.scheduler.kv import StreamMemory, StreamShape
 from sterna.scheduler.lane.interface import Computed, Loaded, WorkerBatch
-from sterna.scheduler.lane.local import LocalLane
+from sterna.scheduler.lane.local import LocalLane, local_workers
 from sterna.scheduler.messages import Pooling, RoutingReport, Sampling, Submit
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
-from sterna.scheduler.residency.expert_memory import ExpertMemory
-from sterna.scheduler.residency.policies import new_policy
-from sterna.shm.slots import SlotTable, arena_nbytes
+from sterna.shm.slots import SlotTable
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.checkpoint.held.formats import DEFAULT_STORAGE, Storage
 from sterna.workers.checkpoint.held.precisions import FILE_PRECISION
 from sterna.workers.messages import Configure, ExpertPage
-from sterna.workers.ownership import owners
 from sterna.workers.serve import ExpertWorker
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -99,34 +93,35 @@ class LocalEngine:
         if resident:
             counts = spread(plan, classes, resident) if assignment else [resident]
             classes = [(count, nbytes) for count, (_, nbytes) in zip(counts, classes, strict=True)]
-        self.slots = SlotTable(np.zeros(arena_nbytes(classes), np.uint8), classes)
-        pool = [ExpertWorker(self.slots, self.file.fds) for _ in range(workers)]
-        for worker in pool:
-            worker.configure(Configure(layers=plan.layer_shapes()))
+        settings = EngineSettings(
+            classes=classes,
+            workers=workers,
+            streams=streams,
+            context=context,
+            max_batch_tokens=max_batch_tokens,
+            value_nbytes=value_nbytes,
+            prefetch=prefetch,
+        )
+        arenas = EngineArenas.private(plan, settings)
+        pool = local_workers(
+            lambda slots: ExpertWorker(slots, self.file.fds),
+            SlotTable(arenas.weights, classes),
+            Configure(layers=plan.layer_shapes()),
+            workers,
+        )
+        self.dense = arenas.dense
         self.lane = CountingLane(pool)
-        owned = owners(plan.hyper.moe_layers, plan.hyper.experts, [1.0] * workers)
-        policy = new_policy(plan.num_experts, 5) if resident else None
-        self.memory = ExpertMemory(plan, self.slots, classes, owned, policy)
-        self.runner = ExpertRunner(plan, self.file, self.lane, self.memory)
+        self.log = None if log is None else log(plan)
+        make_crew = (lambda dense: Crew(1)) if crew is None else (lambda dense: crew)
+        made = assemble(plan, self.file, arenas, self.lane, settings, make_crew=make_crew, log=self.log)
+        self.slots, self.memory, self.runner = made.slots, made.memory, made.runner
+        self.streams, self.engine = made.streams, made.engine
         for key in self.memory.missing(range(plan.num_experts)):
             slot = self.memory.free_slot(key)
             assert slot is not None
             self.runner.read(key, slot, urgent=True)
             self.runner.take_loaded(self.lane.collect((), (), ""))  # type: ignore[arg-type]
-        self.dense = dense = np.zeros(plan.dense_arena_nbytes, np.uint8)
-        fill_dense(plan, self.file, dense, lambda done, total: None)
-        shape = StreamShape(
-            layers=plan.hyper.layers,
-            width=plan.hyper.cache_width,
-            streams=streams,
-            context=context,
-            value_nbytes=value_nbytes,
-        )
-        self.streams = StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8))
-        self.log = None if log is None else log(plan)
-        self.engine = Engine(
-            plan, dense, self.streams, self.runner, max_batch_tokens, crew or Crew(1), prefetch, self.log
-        )
+        shape = self.streams.shape
         self.state = st.SchedulerState(
             num_blocks=shape.num_blocks,
             block_size=shape.block_size,
@@ -184,8 +179,7 @@ class LocalEngine:
             case st.RunStep(segments=segments):
                 self.steps += 1
                 sampled = {}
-                requests = [self.state.request(segment.stream) for segment in segments]
-                for part in self.engine.step(segments, requests):
+                for part in self.engine.step(self.state.work(segments)):
                     result = results[part.stream]
                     if part.routing is not None:
                         result.routing.append(part.routing)

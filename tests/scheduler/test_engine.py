@@ -119,8 +119,9 @@ def test_a_step_repeated_gives_the_same() -> None:
     )  # fmt: skip
     local.engine.admit(request)
     segment = st.Segment(stream=0, serial=1, start=0, count=6, sample=True)
-    first = local.engine.step([segment], [request])
-    assert local.engine.step([segment], [request]) == first
+    work = [st.Work(segment=segment, request=request)]
+    first = local.engine.step(work)
+    assert local.engine.step(work) == first
     assert first[0].token == CASES[0]["greedy_ids"][0]
     assert first[0].score is not None
     assert first[0].score.top[0][0] == first[0].token

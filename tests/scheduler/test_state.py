@@ -188,14 +188,14 @@ def test_cancelling_a_waiting_stream_forgets_it() -> None:
     state = make()
     handle(state, submitted(0, 4))
     handle(state, submitted(1, 4))
-    assert handle(state, st.Cancelled(stream=1, serial=1)) == []
+    assert handle(state, st.CancelAsked(stream=1, serial=1)) == []
     assert brief(step(done(state, s0=1))) == [(0, 4, 1, True)]
 
 
 def test_cancelling_a_running_stream_discards_its_part_of_the_step() -> None:
     state = make()
     handle(state, submitted(0, 4))
-    assert handle(state, st.Cancelled(stream=0, serial=1)) == []
+    assert handle(state, st.CancelAsked(stream=0, serial=1)) == []
     assert state.num_streams == 0
     assert state.blocks.num_free == 64
     assert state.busy  # the step itself goes on
@@ -205,15 +205,15 @@ def test_cancelling_a_running_stream_discards_its_part_of_the_step() -> None:
 def test_cancelling_names_a_submission_and_not_just_a_record() -> None:
     state = make()
     handle(state, submitted(0, 4, serial=5))
-    handle(state, st.Cancelled(stream=0, serial=4))
-    handle(state, st.Cancelled(stream=3, serial=5))
+    handle(state, st.CancelAsked(stream=0, serial=4))
+    handle(state, st.CancelAsked(stream=3, serial=5))
     assert brief(step(done(state, s0=1))) == [(0, 4, 1, True)]
 
 
 def test_a_record_used_again_while_its_old_step_runs_starts_from_nothing() -> None:
     state = make()
     handle(state, submitted(0, 40, serial=1))
-    handle(state, st.Cancelled(stream=0, serial=1))
+    handle(state, st.CancelAsked(stream=0, serial=1))
     assert handle(state, submitted(0, 6, serial=2)) == []
     following = done(state, s0=1)  # of serial 1
     assert step(following) == (st.Segment(stream=0, serial=2, start=0, count=6, sample=True),)
@@ -275,7 +275,7 @@ def test_a_stream_cancelled_during_a_failing_step_is_not_failed_too() -> None:
     handle(state, submitted(0, 3))
     handle(state, submitted(1, 3))
     done(state, s9=1)
-    handle(state, st.Cancelled(stream=0, serial=1))
+    handle(state, st.CancelAsked(stream=0, serial=1))
     following = handle(state, st.StepFailed(code="internal", text="x"))
     assert following == [st.Fail(streams=((9, 1), (1, 1)), code="internal", text="x")]
 
@@ -283,7 +283,7 @@ def test_a_stream_cancelled_during_a_failing_step_is_not_failed_too() -> None:
 def test_a_failure_that_concerns_nobody_says_nothing() -> None:
     state = make()
     handle(state, submitted(0, 3))
-    handle(state, st.Cancelled(stream=0, serial=1))
+    handle(state, st.CancelAsked(stream=0, serial=1))
     assert handle(state, st.StepFailed(code="internal", text="x")) == []
 
 
@@ -299,7 +299,7 @@ def test_no_step_without_all_workers() -> None:
 def test_a_lost_worker_holds_the_next_step_until_its_successor_joins() -> None:
     state = make(workers=(0, 1))
     handle(state, submitted(0, 4))
-    assert handle(state, st.WorkerLost(worker=1)) == []
+    assert handle(state, st.WorkerLeft(worker=1)) == []
     assert lost(state) == []
     assert not state.busy
     assert handle(state, submitted(1, 2)) == []
@@ -310,21 +310,43 @@ def test_a_step_that_survives_the_loss_counts() -> None:
     """The answer of the dead worker may have arrived before."""
     state = make(workers=(0, 1))
     handle(state, submitted(0, 4))
-    handle(state, st.WorkerLost(worker=1))
+    handle(state, st.WorkerLeft(worker=1))
     assert done(state, s0=1) == []
     assert brief(step(handle(state, st.WorkerJoined(worker=1)))) == [(0, 4, 1, True)]
 
 
-def test_draining_refuses_what_is_new_and_finishes_what_runs() -> None:
+def test_what_cannot_be_read_ends_only_who_needs_it() -> None:
     state = make()
-    handle(state, submitted(0, 4, stop=(9,)))
-    assert handle(state, st.DrainAsked()) == []
-    assert state.draining
-    (refusal,) = handle(state, submitted(1, 4, serial=3))
-    assert isinstance(refusal, st.Fail)
-    assert (refusal.streams, refusal.code) == (((1, 3),), "shutting_down")
-    assert brief(step(done(state, s0=1))) == [(0, 4, 1, True)]
-    assert done(state, s0=9) == [st.Finish(stream=0, serial=1, reason="stop")]
+    handle(state, submitted(0, 4))
+    done(state, s0=1)
+    handle(state, submitted(1, 4, serial=2))
+    done(state, s0=1)  # both run now
+    broken = st.StepFailed(code="model_read", text="for a test", streams=frozenset({1}))
+    failure, *following = handle(state, broken)
+    assert isinstance(failure, st.Fail)
+    assert (failure.streams, failure.code, failure.text) == (((1, 2),), "model_read", "for a test")
+    assert [segment.stream for segment in step(following)] == [0]
+
+
+def test_a_failure_of_a_stream_that_was_cancelled_meanwhile_ends_nobody() -> None:
+    state = make()
+    handle(state, submitted(0, 4))
+    done(state, s0=1)
+    handle(state, submitted(1, 4, serial=2))
+    done(state, s0=1)
+    handle(state, st.CancelAsked(stream=1, serial=2))
+    broken = st.StepFailed(code="model_read", text="for a test", streams=frozenset({1}))
+    assert [segment.stream for segment in step(handle(state, broken))] == [0]
+
+
+def test_work_leaves_out_what_was_cancelled() -> None:
+    state = make()
+    (*_, run) = handle(state, submitted(0, 4))
+    assert isinstance(run, st.RunStep)
+    (work,) = state.work(run.segments)
+    assert (work.segment, work.request.stream) == (run.segments[0], 0)
+    handle(state, st.CancelAsked(stream=0, serial=1))
+    assert state.work(run.segments) == []
 
 
 def test_a_stream_taken_over_goes_on_where_its_kv_ends() -> None:

@@ -47,7 +47,6 @@ class Fuzz(RuleBasedStateMachine):
         self.running: tuple[machine.Segment, ...] = ()
         self.serial = 0
         self.losses = 0
-        self.draining = False
         for worker in range(workers):
             self.join(worker)
 
@@ -105,13 +104,10 @@ class Fuzz(RuleBasedStateMachine):
             stream=stream, serial=self.serial, prompt_length=prompt, committed=prompt, computed=0,
             max_length=limit, sampling=GREEDY, stop_ids=[STOP], logprobs=None, prompt_logprobs=False,
         )  # fmt: skip
-        if not self.draining:
-            self.granted.pop(stream, None)
-            self.live[stream] = Twin(self.serial, prompt, 0, limit)
+        self.granted.pop(stream, None)
+        self.live[stream] = Twin(self.serial, prompt, 0, limit)
         instructions = self.feed(machine.Submitted(request=request))
-        if self.draining:
-            refused = [i for i in instructions if isinstance(i, machine.Fail)]
-            assert [(i.streams, i.code) for i in refused] == [(((stream, self.serial),), "shutting_down")]
+        assert not [i for i in instructions if isinstance(i, machine.Fail)]
 
     @rule(stream=st.integers(0, STREAMS - 1), stale=st.booleans())
     def cancel(self, stream: int, stale: bool) -> None:
@@ -119,7 +115,7 @@ class Fuzz(RuleBasedStateMachine):
         if not stale:
             self.live.pop(stream, None)
             self.granted.pop(stream, None)
-        assert self.feed(machine.Cancelled(stream=stream, serial=serial - stale)) == []
+        assert self.feed(machine.CancelAsked(stream=stream, serial=serial - stale)) == []
 
     @precondition(lambda self: self.running)
     @rule(token=st.integers(0, STOP))
@@ -140,13 +136,17 @@ class Fuzz(RuleBasedStateMachine):
         assert {i.stream: i.reason for i in instructions if isinstance(i, machine.Finish)} == expected
 
     @precondition(lambda self: self.running)
-    @rule(code=st.sampled_from(["worker_lost", "worker_lost", "internal"]))
-    def fail_step(self, code: str) -> None:
+    @rule(
+        code=st.sampled_from(["worker_lost", "worker_lost", "internal", "model_read"]),
+        streams=st.frozensets(st.integers(0, STREAMS - 1), min_size=1),
+    )
+    def fail_step(self, code: str, streams: frozenset[int]) -> None:
         segments, self.running = self.running, ()
         self.losses += 1
-        hit = {(s.stream, s.serial) for s in segments}
+        only = streams if code == "model_read" else None
+        hit = {(s.stream, s.serial) for s in segments if only is None or s.stream in only}
         hit &= {(stream, twin.serial) for stream, twin in self.live.items()}
-        instructions = self.feed(machine.StepFailed(code=code, text="x"))
+        instructions = self.feed(machine.StepFailed(code=code, text="x", streams=only))
         failed = {key for i in instructions if isinstance(i, machine.Fail) for key in i.streams}
         given_up = code != "worker_lost" or self.losses == MAX_FAILED_STEPS
         assert failed == (hit if given_up else set())
@@ -157,19 +157,13 @@ class Fuzz(RuleBasedStateMachine):
     def lose(self, worker: int) -> None:
         if worker in self.workers:
             self.present.discard(worker)
-            assert self.feed(machine.WorkerLost(worker=worker)) == []
+            assert self.feed(machine.WorkerLeft(worker=worker)) == []
 
     @rule(worker=st.integers(0, 2))
     def join(self, worker: int) -> None:
         if worker in self.workers:
             self.present.add(worker)
             self.feed(machine.WorkerJoined(worker=worker))
-
-    @precondition(lambda self: self.serial > 6)
-    @rule()
-    def drain(self) -> None:
-        self.draining = True
-        assert self.feed(machine.DrainAsked()) == []
 
     # ---- what always holds ----
 

@@ -81,7 +81,7 @@ def test_with_a_daemon_that_one_answers(home: Path, shared: Daemon) -> None:
 def test_status_and_tokenize(home: Path, shared: Daemon) -> None:
     report = json.loads(sterna(home, "status", "--json", "--socket", shared.url).stdout)
     assert report["model"]["name"] == "tales-small"
-    shown = sterna(home, "status", "--socket", shared.url).stdout
+    shown = sterna(home, "status", "--all", "--socket", shared.url).stdout
     for word in ("worker 1", "memory_mib.arena", "memory_mib.kv", "sequences.running", "tokens_per_second"):
         assert word in shown
     done = sterna(home, "tokenize", "-", "--socket", shared.url, stdin="Once upon a time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from sterna import AsyncClient
+
 from .conftest import Serve
 from .daemon_process import Daemon, wait_until
-from .requests import run_alone, run_together, run_while, sampled
+from .requests import TIMEOUT_S, run_alone, run_together, run_while, sampled
 
 # Streams all that it is told, one line per chunk.
 STREAMING = """
@@ -63,6 +66,24 @@ def test_forty_streams_complete_over_sixteen_records(shared: Daemon) -> None:
     results = run_together(shared.url, requests)
     assert [len(result.token_ids) for result in results] == [8] * 40
     assert max(result.timings.queue_s for result in results) > 0
+
+
+def test_three_hundred_answers_and_a_thousand_other_calls_over_one_client(shared: Daemon) -> None:
+    """More than the daemon's queue of 256 holds: the rest waits in the client."""
+
+    async def ask() -> None:
+        async with asyncio.timeout(TIMEOUT_S), AsyncClient(shared.url, timeout_s=TIMEOUT_S) as client:
+            requests = [
+                client.generate(token_ids=[5, 6, 7, 8, number % 200 + 9], max_tokens=4, ignore_eos=True)
+                for number in range(300)
+            ]
+            texts = [client.tokenize(f"tale {number}") for number in range(1000)]
+            results, ids = await asyncio.gather(asyncio.gather(*requests), asyncio.gather(*texts))
+            assert [result.finish_reason for result in results] == ["length"] * 300
+            assert [len(result.token_ids) for result in results] == [4] * 300
+            assert all(ids)
+
+    asyncio.run(ask())
 
 
 def test_killed_client_is_gone_within_a_second_and_disturbs_nobody(shared: Daemon) -> None:

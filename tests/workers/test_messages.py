@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from sterna.workers.framing import ALIGNMENT, join, split
 from sterna.workers.messages import (
-    Cancel,
     Compute,
     Configure,
     ExpertPage,
@@ -42,7 +41,6 @@ TO_WORKER = (
     COMPUTE,
     PageIn(seq=1, page=PAGE),
     PageIn(seq=1, page=PAGE, urgent=False),
-    Cancel(seq=1),
 )
 TO_SCHEDULER = (
     Hello(index=1, generation=2, pid=3),

@@ -19,7 +19,6 @@ from sterna.runtime.config import embedded_model
 from sterna.scheduler.spec import model_id
 from sterna.workers.framing import join
 from sterna.workers.messages import (
-    Cancel,
     Compute,
     Outputs,
     Paged,
@@ -150,7 +149,6 @@ def test_what_fails_is_answered_and_the_worker_goes_on(stage: Stage) -> None:
     trouble = stage.hear()
     assert isinstance(trouble, Trouble)
     assert (trouble.seq, trouble.code) == (page.slot, "model_read")
-    stage.say(Cancel(seq=99))
     stage.ask(1, 0)
     assert isinstance(stage.hear(), Paged)
 

@@ -5,6 +5,7 @@ Not in here: in which order and by which thread (`paging`). Holds a clock: reads
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from ..checkpoint.types.table import TENSOR_TYPES, Bytes, TensorType
 from ..messages import Configure, ExpertPage
 from .checksums import Checksums, combined, digest
 from .reading import ModelFile, Staging
+
+log = logging.getLogger("sterna.worker")
 
 MATRICES = 3
 """Gate, up and down, the first parts of an expert."""
@@ -82,6 +85,13 @@ class Part:
     error: ModelFileError | None
 
 
+class _OfThread(threading.local):
+    """What each thread that reads has of its own."""
+
+    def __init__(self) -> None:
+        self.converter = Converter()
+
+
 class ExpertLoader:
     """Fills slots from `file`: `begin`, a `part` for each slab, `finish`; or `load`, which is all of them.
 
@@ -94,7 +104,7 @@ class ExpertLoader:
         self._slots = slots
         self._checksums = checksums
         self._publishing = threading.Lock()
-        self._of_thread = threading.local()
+        self._of_thread = _OfThread()
 
     def load(self, page: ExpertPage, staging: Staging) -> tuple[int, int]:
         """Have `page.slot` hold the expert; return as `finish`, (0, 0) when it does already.
@@ -141,8 +151,6 @@ class ExpertLoader:
             return
         target = conversion(file_type, matrix.form)
         if target is not None:
-            if not hasattr(self._of_thread, "converter"):
-                self._of_thread.converter = Converter()
             convert = self._of_thread.converter.convert
             raw, file_type = convert(raw, file_type, matrix.rows, matrix.columns, target), target
         pack_matrix(raw, file_type, matrix, self._slots.memory, at)
@@ -157,6 +165,10 @@ class ExpertLoader:
         found = combined(part.digest for part in parts)
         done = list(parts)
         if known not in (0, found):
+            log.warning(
+                "expert.reread layer=%d expert=%d checksum=%016x first=%016x",
+                page.layer, page.expert, found, known,
+            )  # fmt: skip
             parts = self._parts(page, staging)
             found = combined(part.digest for part in parts)
             done += parts

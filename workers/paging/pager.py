@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
 import threading
@@ -20,11 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from ...shm.errors import Cancelled, InternalError, SternaError
+from ...shm.errors import InternalError, SternaError
 from ..messages import ExpertPage, Paged, PageIn, Trouble
 from .loader import ExpertLoader, Part
 from .reading import Staging
 from .threads import MAX_THREADS
+
+log = logging.getLogger("sterna.worker")
 
 SLICE_S = 1.0  # of waiting for work
 CLOSE_S = 5.0
@@ -118,19 +121,6 @@ class Pager:
                 if message.urgent and not job.urgent:
                     self._hurry(job)
         self._start()
-
-    def cancel(self, seq: int) -> None:
-        """Give up the request `seq` if nobody reads for it yet: it is answered with the error Cancelled.
-
-        Otherwise nothing happens and its answer comes.
-        """
-        with self._changed:
-            for job in self._quiet:
-                if not job.begun and [number for number, _ in job.asked] == [seq]:
-                    self._quiet.remove(job)
-                    del self._jobs[job.page.slot]
-                    self._answer(Trouble(seq=seq, code=Cancelled.code, text="no longer wanted"))
-                    return
 
     def finished(self) -> list[Paged | Trouble]:
         """Return the answers since the last call, in the order in which they came about.
@@ -227,6 +217,7 @@ class Pager:
                 if self._calibrate is not None:
                     calibrate, self._calibrate = self._calibrate, None
                     self._limit = min(max(1, calibrate(job.page)), MAX_THREADS)
+                    log.info("reading.threads count=%d mode=%s", self._limit, self.mode)
                     self._start()
                 part: Part | SternaError
                 try:

@@ -41,6 +41,8 @@ class Staging:
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.view = memoryview(b"")
+        self.bytes: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def fit(self, slab: FileSlab) -> None:
         """Have room for `slab`; arrays over what was there before stay valid."""
@@ -54,7 +56,7 @@ class Staging:
             first = -np.frombuffer(whole, np.uint8).ctypes.data % HUGE_PAGE
             self.view, self.nbytes = memoryview(whole)[first : first + nbytes], nbytes
             # Read-only like a file's bytes: numba compiles a packer anew for each array type.
-            self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self.view.toreadonly(), np.uint8)
+            self.bytes = np.frombuffer(self.view.toreadonly(), np.uint8)
 
 
 class ModelFile:

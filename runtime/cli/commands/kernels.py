@@ -1,7 +1,7 @@
 """The commands `sterna warm` and `sterna bench kernels`: compiling the kernels, and measuring them.
 
 In here: arguments and output. numba is imported only after `kernel_environment.prepare`. Imported by
-`cli`, so nothing heavy may be imported at the top.
+`cli.main`, so that nothing heavy may be imported at the top.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import click
 
 from ....shm.errors import StartFailed, UsageError
+from ..options import JSON_OPTION, FractionRange, NumberRange
 from ..progress import StartProgress
 from ..signals import exit_on_sigterm
 
@@ -36,16 +37,16 @@ MAX_THREADS, MAX_TOKENS, MAX_EXTENT = 1024, 4096, 1 << 20
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON_OPTION
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 86_400.0),
+    type=FractionRange(0.1, 86_400.0),
     default=WARM_TIMEOUT_S,
     metavar="SECONDS",
-    help=f"Give up after that long [{WARM_TIMEOUT_S:.0f}].",
+    help=f"Give up after this time [{WARM_TIMEOUT_S:.0f}].",
 )
 def warm(as_json: bool, timeout: float) -> int:
-    """Compile and test every kernel, so that the first start of the daemon does not have to.
+    """Compile and test all kernels ahead of the first start.
 
     Kernels are kept where the daemon looks for them; a second call finds all of them there.
     """
@@ -81,8 +82,8 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--llama-cpp", metavar="DIR", help="Compare with this build of llama.cpp.")
+@JSON_OPTION
+@click.option("--llama-cpp", metavar="DIR", help="Compare with the build of llama.cpp in DIR.")
 @click.option(
     "--shapes", default="2048x1536", metavar="ROWSxCOLUMNS,...", help="Sizes of matrices [2048x1536]."
 )
@@ -90,12 +91,12 @@ def bench() -> None:
 @click.option("--formats", metavar="NAME,...", help="Formats or file types, such as TL1 or Q4_K [all].")
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.001, 60.0),
+    type=FractionRange(0.001, 60.0),
     default=0.2,
     metavar="S",
     help="Time for each figure [0.2].",
 )
-@click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="Most threads [all CPUs].")
+@click.option("--threads", type=NumberRange(1, MAX_THREADS), metavar="N", help="Most threads [all CPUs].")
 def kernels(
     as_json: bool,
     llama_cpp: str | None,
@@ -105,10 +106,11 @@ def kernels(
     seconds: float,
     threads: int | None,
 ) -> int:
-    """Measure every kernel: weights per second, and shares of what the machine can at most.
+    """Measure every kernel.
 
-    With --llama-cpp also the ratio to its dot products, measured in turns on the same CPU. DIR holds
-    its program test-quantize-perf, or bin/ or build/bin/ with it.
+    Printed are weights per second, and shares of what the machine can at most. With --llama-cpp also the
+    ratio to its dot products, measured in turns on the same CPU. DIR holds its program test-quantize-perf,
+    or bin/ or build/bin/ with it.
     """
     exit_on_sigterm()
     extents = _shapes(shapes)

@@ -7,9 +7,10 @@ budget means afterwards (`quality/calibration.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ....shm.errors import StartFailed, UsageError
-from ...config import SETTINGS, embedded_model, env_of, flag_of, load_config
+from ...config import SETTINGS, flag_of, load_config
+from ..options import (
+    JSON_OPTION,
+    Command,
+    FractionRange,
+    NumberRange,
+    SpelledOption,
+    fraction,
+    model_path,
+    quality_option,
+    setting_options,
+    window_option,
+)
 from ..reading import read_file
 from ..render import grid, table
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ...client.client import Client
-    from ...quality.calibration import Point, Table
+    from ...quality.calibration import BudgetTable, Point
     from ...quality.perplexity import How, Progress, Scores
 
 MAX_TEXT_BYTES = 16 * 2**20
-MAX_BUDGET = 0.1
 DEFAULT_BUDGET = 0.005
 PRESETS = "0.5%,1%,3%"
 WINDOW = 512
@@ -49,58 +61,42 @@ _SETTINGS = (
     "start_timeout_s",
 )
 
-Command = Callable[..., int]
-
-
-def fraction(text: str, flag: str) -> float:
-    """Return what a text such as "0.5%" says of perplexity; raises UsageError outside 0 to MAX_BUDGET."""
-    with contextlib.suppress(ValueError):
-        number = float(text.removesuffix("%")) / 100
-        if text.endswith("%") and 0 <= number <= MAX_BUDGET:
-            return number
-    raise UsageError(f"{flag}: expected a share from 0% to {MAX_BUDGET:.0%}, such as 0.5%, found {text!r}")
-
-
-def _budget(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    return None if text is None else fraction(text, option.opts[0])
-
-
-def quality_option(default: str) -> Callable[[Command], Command]:
-    """Return the option --quality-budget; its value is a fraction, or None."""
-    text = f"Perplexity that speed may cost [{default}]."
-    return click.option("--quality-budget", callback=_budget, metavar="PERCENT", help=text)
-
 
 def _model_options(command: Command) -> Command:
-    """Give a command the arguments MODEL and TEXT, and the flags of the settings in _SETTINGS."""
-    for name in reversed([name for name in _SETTINGS if name in SETTINGS]):
-        setting = SETTINGS[name]
-        text = f"{setting.help} ({env_of(name)})"
-        command = click.option(name, flag_of(name), metavar="|".join(setting.choices) or None, help=text)(
-            command
-        )
-    command = click.option(
-        "--ctx", type=click.IntRange(2), metavar="N", help=f"Tokens per window [{WINDOW}]."
-    )(command)
-    command = click.argument("text", metavar="TEXT")(command)
-    return click.argument("model", metavar="MODEL")(command)
+    """Give a command the arguments [MODEL] TEXT, --ctx-size for windows, and the flags of _SETTINGS."""
+
+    @functools.wraps(command)
+    def with_model(words: tuple[str, ...], **options: Any) -> int:  # noqa: ANN401 - of any option
+        if len(words) > 2:
+            raise UsageError(f"expected MODEL and TEXT, or TEXT alone, found {len(words)} arguments")
+        return command(model=None if len(words) == 1 else words[0], text=words[-1], **options)
+
+    with_options = window_option(WINDOW)(setting_options(_SETTINGS)(with_model))
+    return click.argument("words", metavar="[MODEL] TEXT", nargs=-1, required=True)(with_options)
 
 
 @click.command()
 @_model_options
 @click.option(
-    "--routing", type=click.Choice(("exact", "budget")), help="[budget if one is given, else exact]"
+    "--routing",
+    type=click.Choice(SETTINGS["routing"].choices),
+    help="How experts are chosen [budget if one is given, else exact].",
 )
 @quality_option("0.5% with --routing budget")
 @click.option(
-    "--lost-mass", type=click.FloatRange(0, 1), metavar="X", help="Gate mass to lose at most, instead."
+    "--lost-mass",
+    type=FractionRange(0, 1),
+    metavar="X",
+    help="Gate mass to lose at most, instead of a budget.",
 )
-@click.option("--stepped/--no-stepped", default=None, help="One token per step [with budget].")
-@click.option("--tokens", type=click.IntRange(2), metavar="N", help="Tokens of the text [all].")
-@click.option("--kl", is_flag=True, help="Also score exactly, and compare.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--stepped/--no-stepped", default=None, help="Compute one token per step [--stepped with a budget]."
+)
+@click.option("--tokens", type=NumberRange(2), metavar="N", help="Tokens of the text that are scored [all].")
+@click.option("--kl", is_flag=True, help="Score exactly as well, and compare.")
+@JSON_OPTION
 def perplexity(
-    model: str,
+    model: str | None,
     text: str,
     ctx: int | None,
     routing: str | None,
@@ -112,9 +108,11 @@ def perplexity(
     as_json: bool,
     **flags: str | None,
 ) -> int:
-    """Print the perplexity of TEXT, a file, under MODEL, a GGUF file, in windows of the context.
+    """Print the perplexity of TEXT, a file, under MODEL.
 
-    MODEL may be `embedded`.
+    MODEL is a GGUF file, by default the embedded one. TEXT is cut into windows, and every token of a window
+    but its first is scored. llama-perplexity scores only the second half of each window, where every token
+    has much context: its figures are lower, and not comparable with these.
     """
     from ...quality.perplexity import How, score, windows
 
@@ -175,17 +173,28 @@ def _facts(scores: Scores, how: How, exact: Scores | None) -> dict[str, Any]:
 
 @click.command()
 @_model_options
-@click.option("--budgets", "--presets", default=PRESETS, metavar="LIST", help=f"Of perplexity [{PRESETS}].")
 @click.option(
-    "--tokens", type=click.IntRange(64), default=2048, metavar="N", help="Tokens of the text [2048]."
+    "--budgets",
+    cls=SpelledOption,
+    also=("--presets",),
+    default=PRESETS,
+    metavar="LIST",
+    help=f"Quality budgets to measure [{PRESETS}].",
+)
+@click.option(
+    "--tokens",
+    type=NumberRange(64),
+    default=2048,
+    metavar="N",
+    help="Tokens of the text that are scored [2048].",
 )
 @click.option("--no-margin", is_flag=True, help="Do not keep one standard error away from a budget.")
 @click.option(
     "-o", "--output", metavar="FILE", help="Store there; MODEL's name with .calibration.json comes along."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON_OPTION
 def calibrate(
-    model: str,
+    model: str | None,
     text: str,
     ctx: int | None,
     budgets: str,
@@ -195,18 +204,19 @@ def calibrate(
     as_json: bool,
     **flags: str | None,
 ) -> int:
-    """Find what each quality budget allows MODEL to lose, by scoring TEXT, and store it.
+    """Measure what each quality budget allows MODEL to lose.
 
-    TEXT is scored one token per step, exactly and with several budgets; the memory settings decide how many
-    experts are there. Ctrl-C keeps what was measured.
+    The result is stored, and the daemon uses it. MODEL is by default the embedded one. TEXT is scored one
+    token per step, exactly and with several budgets; the memory settings decide how many experts are in
+    memory. Ctrl-C keeps what was measured.
     """
     from ...quality.calibration import cache_path, store
 
     wanted = [fraction(part.strip(), "--budgets") for part in budgets.split(",")]
-    path = _model_path(model)
+    path = model_path(model)
     _require_experts(path, "calibrate")
     target = Path(output) if output else cache_path(path)
-    measured: list[Table] = []
+    measured: list[BudgetTable] = []
     try:
         with _scoring(model, text, flags) as (client, content, progress):
             for found in _measure(client, content, ctx, tokens, wanted, not no_margin, progress):
@@ -226,9 +236,9 @@ def _measure(
     budgets: list[float],
     margin: bool,
     progress: Progress,
-) -> Iterator[Table]:
+) -> Iterator[BudgetTable]:
     """Yield the table after each epsilon that was measured; the last one is the whole."""
-    from ...quality.calibration import SHARE_DIGITS, Table
+    from ...quality.calibration import SHARE_DIGITS, BudgetTable
     from ...quality.perplexity import How, point, resident_share, score, search, windows
 
     share = round(resident_share(client), SHARE_DIGITS)
@@ -244,7 +254,7 @@ def _measure(
         return point(epsilon, exact, score(client, parts, how, f"scoring, lost mass {epsilon:g}", progress))
 
     for points in search([budget for budget in budgets if budget > 0], measure, margin=margin):
-        yield Table(
+        yield BudgetTable(
             resident_share=share,
             tokens=len(exact.logprobs),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -254,7 +264,7 @@ def _measure(
         )
 
 
-def _print_table(found: Table, budgets: list[float], target: Path, as_json: bool) -> None:
+def _print_table(found: BudgetTable, budgets: list[float], target: Path, as_json: bool) -> None:
     import msgspec
 
     chosen = {f"{budget:.2%}": found.epsilon(budget) for budget in sorted(budgets)}
@@ -282,23 +292,26 @@ def _print_table(found: Table, budgets: list[float], target: Path, as_json: bool
 @click.command()
 @_model_options
 @click.option("-o", "--output", required=True, metavar="FILE", help="CSV file to make; it must not exist.")
-@click.option("--tokens", type=click.IntRange(1), default=512, metavar="N", help="Tokens of the text [512].")
 @click.option(
-    "--generate", "answer", type=click.IntRange(0), default=0, metavar="N", help="Answer so long [0]."
+    "--tokens", type=NumberRange(1), default=512, metavar="N", help="Tokens of the text that are read [512]."
+)
+@click.option(
+    "--generate", "answer", type=NumberRange(0), default=0, metavar="N", help="Tokens to generate [0: none]."
 )
 def trace(
-    model: str, text: str, ctx: int | None, output: str, tokens: int, answer: int, **flags: str | None
+    model: str | None, text: str, ctx: int | None, output: str, tokens: int, answer: int, **flags: str | None
 ) -> int:
-    """Record which experts MODEL's tokens go to while TEXT is read, for `sterna simulate`.
+    """Record which experts the tokens of TEXT go to.
 
-    TEXT is computed one token per step, as an answer is; with --generate it is a prompt instead.
+    The trace is for `sterna simulate`. MODEL is by default the embedded one. TEXT is computed one token per
+    step, as an answer is; with --generate it is a prompt instead.
     """
     from ...quality.perplexity import How, score, windows
 
     path = Path(output).absolute()
     if path.exists():
         raise UsageError(f"{path}: there is such a file already")
-    _require_experts(_model_path(model), "trace")
+    _require_experts(model_path(model), "trace")
     with _scoring(model, text, {**flags, "trace": str(path)}) as (client, content, progress):
         size = _window(client, ctx)
         if answer:
@@ -315,10 +328,6 @@ def trace(
 # ---- what the commands share ----
 
 
-def _model_path(model: str) -> Path:
-    return embedded_model() if model == "embedded" else Path(model).expanduser().absolute()
-
-
 def _require_experts(path: Path, purpose: str) -> None:
     """Raise UsageError for a dense model: it has no experts to `purpose`. Raises the file's errors, too."""
     from ....scheduler.model.families.family import read_hyperparameters
@@ -330,7 +339,9 @@ def _require_experts(path: Path, purpose: str) -> None:
 
 
 @contextlib.contextmanager
-def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tuple[Client, str, Progress]]:
+def _scoring(
+    model: str | None, text: str, flags: dict[str, str | None]
+) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
     from ...client.client import Client
     from ..private_daemon import private_daemon
@@ -338,7 +349,7 @@ def _scoring(model: str, text: str, flags: dict[str, str | None]) -> Iterator[tu
 
     exit_on_sigterm()
     content = read_file(text, MAX_TEXT_BYTES)
-    path = _model_path(model)
+    path = model_path(model)
     # Checked here too, so that a wrong value is this command's error and no daemon's.
     config = load_config(None, os.environ, {**flags, "model": str(path)})
     given = [word for name, value in flags.items() if value is not None for word in (flag_of(name), value)]
@@ -352,5 +363,5 @@ def _window(client: Client, ctx: int | None) -> int:
     """Return the tokens of a window; one place of the context is the answer's, which a request must have."""
     most = client.connect().model.context_length - 1
     if ctx is not None and ctx > most:
-        raise UsageError(f"--ctx is {ctx}; the daemon's context leaves {most} tokens for a window")
+        raise UsageError(f"--ctx-size is {ctx}; the daemon's context leaves {most} tokens for a window")
     return min(ctx or WINDOW, most)

@@ -1,4 +1,4 @@
-"""The command `sterna quantize`: arguments, progress and the report. The work is in `quantize.py`."""
+"""The command `sterna quantize`: arguments, progress and the report. The work is in `quantize/`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ....shm.errors import UsageError
-from ...config import embedded_model
 from ...quantize.plan import SCALES, TERNARY, TYPES, WEIGHTED, Wanted, choose, parse_override
+from ..options import JSON_OPTION, NumberRange, model_path
 from ..reading import read_file
 from ..render import grid, one_line
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
     from ....workers.checkpoint.file.gguf import GgufFile
-    from ...quantize.column_weights import Calibration
-    from ...quantize.convert import Report
+    from ...quantize.column_weights import ColumnWeights
+    from ...quantize.convert import Conversion
     from ...quantize.report import Group
 
 Progress = Callable[[str, int, int], None]
@@ -33,11 +33,19 @@ TOKENS = 8192
 LARGE_ERROR = 0.3  # of a ternary tensor: what was trained as ternary has next to none
 
 
-class _Range(click.IntRange):
-    """One whose limits the help tells in words."""
+class _TensorType(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
+    """One of TYPES, in any case of its letters."""
 
-    def _describe_range(self) -> str:
-        return ""
+    name = "type"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the type's name; fails with a hint for a mix of types such as Q4_K_M."""
+        wanted = value.upper()
+        if wanted in TYPES:
+            return wanted
+        base = wanted.rpartition("_")[0]
+        hint = f"; {wanted} is a mix of types, try {base}" if base in TYPES else ""
+        return self.fail(f"{value!r} is not one of {', '.join(TYPES)}{hint}", param, ctx)
 
 
 @click.command()
@@ -47,9 +55,9 @@ class _Range(click.IntRange):
     "--type",
     "type_name",
     required=True,
-    type=click.Choice(TYPES, case_sensitive=False),
+    type=_TensorType(),
     metavar="TYPE",
-    help=f"Of the matrices: {', '.join(TYPES)}.",
+    help=f"Type of the matrices: {', '.join(TYPES)}.",
 )
 @click.option(
     "--scales",
@@ -62,31 +70,36 @@ class _Range(click.IntRange):
     "--calibrate",
     "text",
     metavar="FILE",
-    help="Text to run through IN first: what columns are multiplied with decides what an error there costs.",
+    help="Run this text through IN first, to know which columns of a matrix matter most.",
 )
 @click.option(
     "--tokens",
-    type=_Range(2),
+    type=NumberRange(2),
     default=TOKENS,
     metavar="N",
-    help=f"Of that text, at most; from 2 [{TOKENS}].",
+    help=f"Tokens of that text, at most [{TOKENS}].",
 )
-@click.option("--imatrix", metavar="FILE", help="The same from a file of llama.cpp's `llama-imatrix`.")
+@click.option("--imatrix", metavar="FILE", help="Take the same from a file of llama.cpp's `llama-imatrix`.")
 @click.option("--experts-only", is_flag=True, help="Change routed experts and nothing else.")
 @click.option(
     "--tensor-type",
     "overrides",
     multiple=True,
     metavar="PATTERN=TYPE",
-    help="For tensors of such names (`*`, `?`); TYPE may be `keep`. The first that fits counts.",
+    help="Another type for tensors whose names match (`*`, `?`); `keep` leaves them. The first match counts.",
 )
 @click.option(
-    "--threads", type=_Range(1, MAX_THREADS), metavar="N", help=f"1 to {MAX_THREADS} [one for each CPU]."
+    "--threads",
+    type=NumberRange(1, MAX_THREADS),
+    metavar="N",
+    help="Threads [one for each CPU].",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--restart", is_flag=True, help="Do not go on with what an earlier run has written.")
+@click.option(
+    "--restart", is_flag=True, help="Begin anew; do not go on with what an earlier run has written."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would become of each tensor, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON_OPTION
 def quantize(
     source: str,
     out: Path,
@@ -103,23 +116,23 @@ def quantize(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Write the model file IN to OUT with its matrices as another type.
+    """Write the model IN to OUT with other tensor types.
 
-    Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. Stopped by a
-    signal or a full disk, the same command goes on where it was; OUT appears when it is complete and checked.
+    Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. After a signal
+    or with a full disk the same command goes on where it was. OUT appears when it is complete and checked.
     """
     from ....workers.checkpoint.file.gguf import GgufFile
 
     exit_on_sigterm()
     wanted = Wanted(
-        type=type_name.upper(),
+        type=type_name,
         scales=scales,
         experts_only=experts_only,
         overrides=tuple(parse_override(text) for text in overrides),
     )
     _check_options(wanted, text, imatrix)
     content = None if text is None else read_file(text, MAX_TEXT_BYTES)
-    with GgufFile.open(embedded_model() if source == "embedded" else source) as file:
+    with GgufFile.open(model_path(source)) as file:
         if dry_run:
             return _show_choices(file, wanted, as_json)
         from ...quantize.journal import check_place
@@ -193,15 +206,15 @@ def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
 
 def _calibration(
     file: GgufFile, content: str | None, tokens: int, imatrix: str | None, out: Path, progress: Progress
-) -> Calibration:
-    from ...quantize.column_weights import Calibration, from_imatrix, from_text
+) -> ColumnWeights:
+    from ...quantize.column_weights import ColumnWeights, from_imatrix, from_text
 
     if content is not None:
         return from_text(file, content, tokens, out, progress)
-    return Calibration() if imatrix is None else from_imatrix(file, Path(imatrix))
+    return ColumnWeights() if imatrix is None else from_imatrix(file, Path(imatrix))
 
 
-def _print(report: Report, as_json: bool) -> None:
+def _print(report: Conversion, as_json: bool) -> None:
     facts: dict[str, Any] = {
         "path": str(report.path),
         "bytes": report.nbytes,
@@ -221,7 +234,7 @@ def _print(report: Report, as_json: bool) -> None:
     )
 
 
-def _warn(report: Report) -> None:
+def _warn(report: Conversion) -> None:
     """Tell who made weights ternary that were not trained for it."""
     lost = [
         group

@@ -16,6 +16,7 @@ import click
 
 from ....shm.errors import UsageError
 from ...sizes import format_size, parse_share, parse_size
+from ..options import JSON_OPTION, FractionRange, NumberRange
 from ..render import grid
 
 if TYPE_CHECKING:
@@ -39,18 +40,16 @@ _HEAD = (
 )  # fmt: skip
 @click.option(
     "--memory", multiple=True, metavar="SIZE|SHARE",
-    help="For experts: 4000MiB, or 25% of them; may be repeated [12.5%, 25%, 50%].",
+    help="Memory for experts: 4000MiB, or 25% of them; may be repeated [12.5%, 25%, 50%].",
 )  # fmt: skip
 @click.option("--per-layer", is_flag=True, help="Give each layer its share instead of one pool.")
-@click.option(
-    "--floor", type=click.IntRange(0), default=0, metavar="N", help="Experts every layer keeps [0]."
-)
+@click.option("--floor", type=NumberRange(0), default=0, metavar="N", help="Experts every layer keeps [0].")
 @click.option("--bypass", is_flag=True, help="Do not keep what is worth less than what it displaces.")
 @click.option(
-    "--bonus", type=click.FloatRange(0.0, 1.0), default=0.15, metavar="X",
+    "--bonus", type=FractionRange(0.0, 1.0), default=0.15, metavar="X",
     help="cache-prior: largest loss of score for a swap, of a token's spread [0.15].",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@JSON_OPTION
 @click.option("--plot", metavar="FILE", help="Also draw the hit rate against memory, as PNG.")
 def simulate(
     trace: str,
@@ -63,7 +62,12 @@ def simulate(
     as_json: bool,
     plot: str | None,
 ) -> int:
-    """Replay TRACE, a file of `sterna trace`, with eviction policies and sizes of memory."""
+    """Replay a trace with eviction policies and memory sizes.
+
+    TRACE is a file of `sterna trace`. Columns of the table: miss/use is reads for each expert that a token
+    selected; r is experts that a step of a layer needs, for each slot of the layer; cycles is slots for each
+    expert that one token needs; to Belady is the share of the reads that the best possible choice would save.
+    """
     figure_class = _figure_class() if plot else None
     # A process that has numba already keeps its own settings.
     if "numba" not in sys.modules:
@@ -76,7 +80,7 @@ def simulate(
     read = read_trace(Path(trace))
     names: Sequence[str] = policies
     if not policies or "all" in policies:
-        names = [name for name in _POLICIES if name != CACHE_PRIOR or read.runner_ups is not None]
+        names = [each for each in _POLICIES if each != CACHE_PRIOR or read.runner_ups is not None]
 
     def settings(sizes: Iterable[str]) -> list[Setting]:
         return [
@@ -100,12 +104,7 @@ def simulate(
         body = {"trace": _facts(read), "reports": [report.as_dict() for report in reports]}
         click.echo(json.dumps(body, ensure_ascii=False, allow_nan=False))
         return 0
-    facts = _facts(read)
-    click.echo(
-        f"{facts['tokens']} tokens, {facts['layers']} layers of {facts['experts']} experts, "
-        f"{facts['top_k']} used: {format_size(read.total_bytes)}, "
-        f"{format_size(read.cycle_bytes)} used by a token\n"
-    )
+    click.echo(_summary(read))
     click.echo(grid(_HEAD, [_row(report) for report in reports]))
     return 0
 
@@ -129,6 +128,14 @@ def _facts(trace: Trace) -> dict[str, Any]:
         "total_bytes": trace.total_bytes,
         "cycle_bytes": trace.cycle_bytes,
     }
+
+
+def _summary(trace: Trace) -> str:
+    return (
+        f"{trace.num_tokens} tokens, {trace.num_layers} layers of {trace.experts_per_layer} experts, "
+        f"{trace.top_k} used: {format_size(trace.total_bytes)}, "
+        f"{format_size(trace.cycle_bytes)} used by a token\n"
+    )
 
 
 def _row(report: Report) -> list[str]:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from sterna import __version__
 from sterna.runtime.cli import main, private_daemon, render
+from sterna.runtime.cli.commands import status as commands
 from sterna.runtime.config import SETTINGS, flag_of
 from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
@@ -72,9 +73,7 @@ def test_help_shows_every_setting() -> None:
 def test_generate(peer: Peer) -> None:
     code, out, err = sterna("generate", "abc", "--socket", peer.url)
     assert (code, out) == (0, "abc!\n")
-    assert err == (
-        "prompt 2 tokens at 4.0 tok/s, answer 3 tokens at 8.0 tok/s, queued 0.00 s, ended by stop, seed 7\n"
-    )
+    assert err == ("prompt 2 tokens (4.0 tok/s), answer 3 tokens (8.0 tok/s), stop, seed 7\n")
 
 
 def test_generate_finds_the_daemon_by_environment(peer: Peer) -> None:
@@ -165,7 +164,8 @@ def test_generate_into_a_closed_pipe(peer: Peer) -> None:
 
 
 def test_status(peer: Peer) -> None:
-    assert sterna("status", "--socket", peer.url) == (0, "model.name  tiny\nworkers     1\n", "")
+    shown = sterna("status", "--all", "--socket", peer.url)
+    assert shown == (0, "model.name  tiny\nworkers     1\n", "")
     code, out, _ = sterna("status", "--socket", peer.url, "--json")
     assert (code, json.loads(out)) == (0, {"model": {"name": "tiny"}, "workers": [1]})
 
@@ -244,7 +244,7 @@ def test_unexpected_exception_is_one_line(
     def broken(*_: object) -> None:
         raise ValueError("one\ntwo")
 
-    monkeypatch.setattr(main, "_client", broken)
+    monkeypatch.setattr(commands, "open_client", broken)
     monkeypatch.delenv("STERNA_DEBUG", raising=False)
     assert main.run(["status"]) == 70
     text = error_line(capsys.readouterr().err)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sterna.runtime.cli import main, render
-from sterna.runtime.cli.commands.quality import fraction
+from sterna.runtime.cli.options import fraction
 from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import UsageError
 

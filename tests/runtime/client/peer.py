@@ -5,16 +5,19 @@ What it does with a `generate` stands in the prompt:
     anything else      one token per character, then `finished`
     "slow"             a token every 5 ms until cancelled
     "mute"             accepted, then nothing
+    "soon ..."         as anything else, but one such prompt after the other, `soon_s` each
     "gap"              a token is left out
     "fail CODE"        fails with that code
 
-An `embed` gets [number of characters or ids, whether normalized], "mute" and "fail CODE" as above.
+An `embed` gets [number of characters or ids, whether normalized], "mute" and "fail CODE" as above. Requests
+beyond `limits` fail with "overloaded".
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Self
 
@@ -33,13 +36,27 @@ FACTS = m.ModelFacts(
 class Peer:
     """Listens at `url` inside `with`; `seen` holds what came, with the identity of the connection."""
 
-    def __init__(self, folder: Path, *, max_frame_bytes: int = codec.MAX_FRAME_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_frame_bytes: int = codec.MAX_FRAME_BYTES,
+        max_queue: int = 4,
+        max_sequences: int = 4,
+        soon_s: float = 0.0,
+    ) -> None:
         self.url = f"ipc://{folder}/peer.sock"
         self.answers_hello = True
         self.answers_pings = True
         self.refuses = False
         self.seen: list[tuple[bytes, m.Message]] = []
-        self._limits = m.Limits(max_frame_bytes=max_frame_bytes, max_queue=4, max_sequences=4)
+        self._pause = threading.Event()
+        self._paused = threading.Event()
+        self.limits = m.Limits(
+            max_frame_bytes=max_frame_bytes, max_queue=max_queue, max_sequences=max_sequences
+        )
+        self._soon_s = soon_s
+        self._soon: deque[tuple[bytes, m.Generate]] = deque()
         self._slow: dict[str, tuple[bytes, int]] = {}
         self._owners: dict[str, bytes] = {}
         self._stop = threading.Event()
@@ -65,15 +82,23 @@ class Peer:
         """Tell every client that has spoken."""
         self._say_goodbye.set()
 
-    def messages(self, kind: type[m.Message]) -> list[m.Message]:
-        """Return what came of one kind."""
-        return [message for _, message in self.seen if isinstance(message, kind)]
+    def pause(self) -> None:
+        """Live on and read nothing, until `resume`."""
+        self._pause.set()
+        assert self._paused.wait(5)
 
-    def wait_for(self, kind: type[m.Message], count: int = 1) -> list[m.Message]:
-        """Return what came of one kind as soon as it is so many."""
+    def resume(self) -> None:
+        self._pause.clear()
+
+    def messages(self, of: type[m.Message]) -> list[m.Message]:
+        """Return the messages of a class that came."""
+        return [message for _, message in self.seen if isinstance(message, of)]
+
+    def wait_for(self, of: type[m.Message], count: int = 1) -> list[m.Message]:
+        """Return the messages of a class as soon as `count` of them have come."""
         until_s = time.monotonic() + 5
-        while len(found := self.messages(kind)) < count:
-            assert time.monotonic() < until_s, f"no {kind.__name__} in {self.seen}"
+        while len(found := self.messages(of)) < count:
+            assert time.monotonic() < until_s, f"no {of.__name__} in {self.seen}"
             time.sleep(0.002)
         return found
 
@@ -90,7 +115,15 @@ class Peer:
             self._router.bind(self.url)
             self._ready.set()
             while not self._stop.is_set():
-                if self._router.poll(5):
+                if self._pause.is_set():
+                    self._paused.set()
+                    time.sleep(0.005)
+                    continue
+                self._paused.clear()
+                self._router.poll(0 if self._soon else 5)
+                for _ in range(64):
+                    if not self._router.poll(0):
+                        break
                     identity, frame = self._router.recv_multipart()
                     message = codec.decode_request(frame)
                     self.seen.append((identity, message))
@@ -99,6 +132,8 @@ class Peer:
                     self._say_goodbye.clear()
                     for identity in self.connections():
                         self._send(identity, m.GoingAway(text="stopping"))
+                if self._soon:
+                    self._finish_one()
                 for request_id, (identity, index) in list(self._slow.items()):
                     self._slow[request_id] = identity, index + 1
                     self._token(identity, request_id, index, "x")
@@ -140,7 +175,7 @@ class Peer:
             case m.Hello() if self.refuses:
                 self._send(identity, m.Refused(code="unauthorized", text="not you"))
             case m.Hello() if self.answers_hello:
-                self._send(identity, m.Welcome(version="0", model=FACTS, limits=self._limits))
+                self._send(identity, m.Welcome(version="0", model=FACTS, limits=self.limits))
             case m.Ping(nonce=nonce) if self.answers_pings:
                 self._send(identity, m.Pong(nonce=nonce))
             case m.Generate():
@@ -192,12 +227,26 @@ class Peer:
         if prompt.startswith("fail "):
             self._fail(identity, request.id, prompt.removeprefix("fail "))
             return
+        if len(self._owners) >= self.limits.max_queue + self.limits.max_sequences:
+            self._fail(identity, request.id, "overloaded")
+            return
         self._owners[request.id] = identity
         self._send(identity, m.Accepted(id=request.id, prompt_token_ids=[1, 2], queue_position=0))
         if prompt == "slow":
             self._slow[request.id] = identity, 0
+        elif prompt.startswith("soon "):
+            self._soon.append((identity, request))
         elif prompt != "mute":
-            for index, character in enumerate(prompt):
-                self._token(identity, request.id, index + (prompt == "gap" and index > 0), character)
-            del self._owners[request.id]
-            self._finish(identity, request.id, "stop", len(prompt), "!")
+            self._say(identity, request.id, prompt)
+
+    def _say(self, identity: bytes, request_id: str, text: str) -> None:
+        for index, character in enumerate(text):
+            self._token(identity, request_id, index + (text == "gap" and index > 0), character)
+        del self._owners[request_id]
+        self._finish(identity, request_id, "stop", len(text), "!")
+
+    def _finish_one(self) -> None:
+        identity, request = self._soon.popleft()
+        if request.id in self._owners:  # it was not cancelled
+            time.sleep(self._soon_s)
+            self._say(identity, request.id, (request.prompt or "").removeprefix("soon "))

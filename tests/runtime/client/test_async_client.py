@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import uvloop
 
-from sterna.runtime.client import replies
 from sterna.runtime.client.async_client import AsyncClient
 from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
@@ -25,32 +21,8 @@ from sterna.shm.errors import (
     UsageError,
 )
 
+from .loops import run_async
 from .peer import FACTS, Peer
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with Peer(tmp_path) as peer:
-        yield peer
-
-
-@pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the heartbeat, so that its failure is a matter of half a second."""
-    monkeypatch.setattr(replies, "PING_AFTER_S", 0.1)
-    monkeypatch.setattr(replies, "LOST_AFTER_PING_S", 0.3)
-
-
-def run_async(peer: Peer, talk: Callable[[AsyncClient], Coroutine[Any, Any, None]], **options: float) -> None:
-    """Run a conversation under asyncio and under uvloop, whose readiness callbacks differ."""
-
-    async def connected() -> None:
-        async with AsyncClient(peer.url, **options) as client:
-            await talk(client)
-
-    for factory in (None, uvloop.new_event_loop):
-        with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(connected())
 
 
 def test_answers(peer: Peer) -> None:

@@ -6,8 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +16,6 @@ from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import BadRequest, EngineLost, Overloaded, ProtocolError, TooLong
 
 from .peer import Peer
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with Peer(tmp_path) as peer:
-        yield peer
-
 
 MANY = ["a" * (number % 40 + 1) for number in range(3 * WINDOW)]
 
@@ -53,11 +44,11 @@ def test_asyncio_client_gives_the_same_and_has_calls_side_by_side(peer: Peer) ->
             assert answer.text == "ab!"
             with pytest.raises(TooLong, match="as you wish"):
                 await client.embed(["a", "fail too_long", "b"])
-            assert not client._mailboxes
+            assert not client._channel._mailboxes
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await client.embed(["mute", "aa"])
-            assert not client._mailboxes
+            assert not client._channel._mailboxes
             cancels = await asyncio.to_thread(peer.wait_for, m.Cancel, 2)
             requests = [r for r in peer.messages(m.Embed) if isinstance(r, m.Embed)]
             given_up = [request.id for request in requests if request.prompt in ("b", "mute")]
@@ -81,6 +72,15 @@ def test_failures(peer: Peer) -> None:
             client.embed([-1])
         assert client.embed("a").tolist() == [1.0, 1.0]
         assert len(peer.messages(m.Embed)) == sent + 1
+
+
+def test_heartbeat_is_no_vector(peer: Peer, hurried: None) -> None:
+    with (
+        Client(peer.url, timeout_s=0.5) as client,
+        pytest.raises(EngineLost, match=r"nothing came for 0\.5 s"),
+    ):
+        client.embed("mute")
+    assert len(peer.messages(m.Ping)) >= 2
 
 
 def embedded(request: m.Embed, value: float) -> m.Embedded:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
@@ -104,7 +105,7 @@ def test_default_budget_is_for_those_who_name_none(model: LoadedModel) -> None:
     bench = Bench(model, default_budget=0.01)
     assert bench.generate().epsilon == pytest.approx(UNCALIBRATED_EPSILON * 0.01)
     assert bench.generate(quality_budget=0.0).epsilon == 0.0
-    assert bench.service.quality() == {
+    assert msgspec.to_builtins(bench.service.quality()) == {
         "budget": 0.01,
         "lost_mass": pytest.approx(UNCALIBRATED_EPSILON * 0.01),
         "basis": "uncalibrated",

@@ -103,5 +103,5 @@ def test_a_worker_holds_what_its_largest_batch_needs(tmp_path: Path) -> None:
     engine.run([list(range(1, 1 + TOKENS))], 1)
     worker: ExpertWorker = engine.lane.workers[0]
     scratch, h = worker._scratch, engine.plan.hyper
-    assert scratch._pairs == TOKENS * h.experts_used
-    assert sum(a.nbytes for a in arrays(scratch)) == batch_nbytes(scratch._pairs, h.d_model, h.d_ff_expert)
+    assert scratch.pairs == TOKENS * h.experts_used
+    assert sum(a.nbytes for a in arrays(scratch)) == batch_nbytes(scratch.pairs, h.d_model, h.d_ff_expert)

@@ -9,7 +9,7 @@ SCRIPT = """
 import re
 from pathlib import Path
 import llvmlite.binding as llvm
-from sterna.runtime.trim import trim
+from sterna.runtime.processes.trim import trim
 
 def use():
     llvm.initialize_native_target()

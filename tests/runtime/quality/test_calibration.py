@@ -11,9 +11,9 @@ from sterna.runtime.config import embedded_model
 from sterna.runtime.quality.calibration import (
     UNCALIBRATED_EPSILON,
     Allowance,
+    BudgetTable,
     Calibration,
     Point,
-    Table,
     beside,
     cache_path,
     envelope,
@@ -31,12 +31,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def table(share: float, *points: tuple[float, float], error: float = 0.0, margin: bool = True) -> Table:
+def table(share: float, *points: tuple[float, float], error: float = 0.0, margin: bool = True) -> BudgetTable:
     measured = [
         Point(epsilon=epsilon, delta=delta, error=error, misses=None, swap_share=0.0, lost_mass=0.0)
         for epsilon, delta in points
     ]
-    return Table(
+    return BudgetTable(
         resident_share=share, tokens=100, date="2026-01-01", perplexity=9.0, margin=margin, points=measured
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sterna.runtime.protocol.messages import RoutingFacts
-from sterna.runtime.quality.calibration import Point, Table, envelope
+from sterna.runtime.quality.calibration import BudgetTable, Point, envelope
 from sterna.runtime.quality.perplexity import (
     MAX_EPSILON,
     RUNS_PER_BUDGET,
@@ -77,7 +77,7 @@ def test_search_comes_close_to_each_budget(slope: float, noise: float) -> None:
     points = found[-1]
     assert [len(points) for points in found] == list(range(1, len(found) + 1))
     assert len(measured) == len(set(measured)) <= RUNS_PER_BUDGET * len(budgets)
-    table = Table(resident_share=0.5, tokens=1, date="", perplexity=1.0, margin=True, points=points)
+    table = BudgetTable(resident_share=0.5, tokens=1, date="", perplexity=1.0, margin=True, points=points)
     chosen = [table.epsilon(budget) for budget in sorted(budgets)]
     assert chosen == sorted(chosen)
     for budget, epsilon in zip(sorted(budgets), chosen, strict=True):

@@ -240,7 +240,7 @@ CONTRADICTIONS: list[tuple[dict[str, object], str]] = [
     ({"merges": [" he"]}, r"merges\[0\]: expected two tokens and one space"),
     ({"merges": ["he "]}, r"merges\[0\]: expected two tokens and one space"),
     ({"merges": ["h e", "he zz"]}, r"merges\[1\]: 'zz' is not in tokenizer.ggml.tokens"),
-    ({"merges": ["e h"]}, r"merges\[0\]: 'eh' is not in tokenizer.ggml.tokens"),
+    ({"merges": ["e h", "eh zz"]}, r"merges\[1\]: 'zz' is not in tokenizer.ggml.tokens"),
     ({"bos_token_id": 263}, r"bos_token_id: expected a token id of 0 to 262, found 263"),
     ({"eos_token_id": -1}, r"eos_token_id: expected a token id of 0 to 262, found -1"),
     ({"eot_token_id": 2**32 - 1}, r"eot_token_id: .* found 4294967295"),

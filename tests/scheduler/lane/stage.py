@@ -17,6 +17,8 @@ import zmq
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.lane.interface import Computed, Loaded, WorkerBatch
+from sterna.scheduler.lane.presence import Presence
+from sterna.scheduler.lane.roster import Change, FillSlots, Join, Leave, SlotsFilled
 from sterna.scheduler.lane.zeromq import ZmqLane
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.arena import Arena
@@ -40,7 +42,7 @@ Floats = npt.NDArray[np.float32]
 class Stage:
     """A model, an arena, a lane, and the workers that were started on it."""
 
-    def __init__(self, folder: Path, timeout_s: float) -> None:
+    def __init__(self, folder: Path, timeout_s: float, presence: Presence | None = None) -> None:
         path = folder / "model.gguf"
         shutil.copyfile(embedded_model(), path)
         self.file = GgufFile.open(path)
@@ -50,7 +52,7 @@ class Stage:
         self.slots = SlotTable(self.arena.bytes, plan.all_slots())
         self.url = f"ipc://{folder}/lane.sock"
         self.configure = Configure(layers=plan.layer_shapes())
-        self.lane = ZmqLane(self.url, self.configure, D_MODEL, timeout_s)
+        self.lane = ZmqLane(self.url, self.configure, D_MODEL, timeout_s, presence)
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, index: int, generation: int = 0) -> subprocess.Popen[bytes]:
@@ -72,8 +74,25 @@ class Stage:
         waiting, until_s = set(indices), time.monotonic() + START_S
         while waiting:
             assert time.monotonic() < until_s, f"worker {waiting} did not come"
-            self.lane.socket.poll(100)
-            waiting -= set(self.lane.poll_hello())
+            self.wait(100)
+            waiting -= {change.worker for change in self.settle() if isinstance(change, Join)}
+
+    def wait(self, timeout_ms: int) -> bool:
+        """Return whether something has come to the lane in time."""
+        poller = zmq.Poller()
+        for source in self.lane.sources():
+            poller.register(source, zmq.POLLIN)
+        return bool(poller.poll(timeout_ms))
+
+    def settle(self) -> list[Join | Leave]:
+        """Return who has joined and left; there is nothing to be read before one may join."""
+        self.lane.receive()
+        found: list[Change] = []
+        while changes := self.lane.changes():
+            found += changes
+            peers = tuple(change.peer for change in changes if isinstance(change, FillSlots))
+            self.lane.tell(SlotsFilled(peers=peers))
+        return [change for change in found if not isinstance(change, FillSlots)]
 
     def batch(self, worker: int, pairs: dict[int, list[int]], seed: int = 1) -> WorkerBatch:
         """Return a batch of random rows for {expert: rows}."""

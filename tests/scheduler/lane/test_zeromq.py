@@ -14,9 +14,10 @@ import pytest
 import zmq
 
 from sterna.scheduler.lane.interface import Loaded
+from sterna.scheduler.lane.roster import AnswersOverdue, Join, Leave
 from sterna.shm.errors import InternalError, ModelReadError, ProtocolError, WorkerLost
 from sterna.workers.framing import split
-from sterna.workers.messages import Compute, Configure, Outputs, Paged, PageIn, Trouble, encode
+from sterna.workers.messages import Compute, Configure, Hello, Outputs, Paged, PageIn, Trouble, encode
 
 from .stage import D_MODEL, LAYER, PATIENT_S, START_S, Peer, Stage
 
@@ -62,8 +63,8 @@ def test_a_killed_worker_is_noticed_and_its_successor_goes_on(stage: Stage) -> N
     with pytest.raises(WorkerLost, match=r"worker 0 .*layer 2"):
         stage.exchange([batch], first.kill)
     assert time.monotonic() - begin_s < 2.0
-    assert stage.lane.poll_lost() == [0]
-    assert stage.lane.poll_lost() == []
+    assert stage.settle() == [Leave(worker=0)]
+    assert stage.settle() == []
     with pytest.raises(WorkerLost, match="worker 0"):
         stage.exchange([batch])
     stage.start(0, generation=1)
@@ -203,9 +204,9 @@ def test_what_was_read_while_nobody_waited_is_not_lost(stage: Stage, peers: Join
     for seq in seqs:
         peer.say(Paged(seq=seq, nbytes=1, read_ns=1, busy_ns=1))
     time.sleep(0.2)
-    assert stage.lane.poll_hello() == []
-    assert [loaded.seq for loaded in stage.lane.poll_loaded()] == seqs
-    assert stage.lane.poll_loaded() == []
+    assert stage.settle() == []
+    assert [loaded.seq for loaded in stage.lane.reads()] == seqs
+    assert stage.lane.reads() == []
 
 
 def test_an_expert_that_cannot_be_read_is_an_answer_and_not_the_end(stage: Stage, peers: Joined) -> None:
@@ -247,7 +248,7 @@ def test_a_worker_that_joins_during_a_step_does_not_disturb_it(stage: Stage, pee
         peer.say(Outputs(seq=stage.lane._seq, busy_ns=1), answer(1.0))
 
     stage.exchange([stage.batch(0, {3: [0]})], joins)
-    assert stage.lane.poll_hello() == [1]
+    assert stage.settle() == [Join(worker=1)]
     assert isinstance(newcomer.hear()[0], Configure)
     newcomer.close()
 
@@ -257,7 +258,7 @@ def test_a_successor_that_joins_during_the_step_breaks_it_off(stage: Stage, peer
     successor = Peer(stage, 0, identity=b"successor")
     with pytest.raises(WorkerLost, match="worker 0"):
         stage.exchange([stage.batch(0, {3: [0]})], lambda: successor.say(successor.hello))
-    assert stage.lane.poll_hello() == [0]
+    assert stage.settle() == [Leave(worker=0), Join(worker=0)]
     successor.close()
 
 
@@ -266,18 +267,19 @@ def test_a_worker_that_is_gone_right_after_its_hello_harms_nobody(stage: Stage, 
     """It may have crashed at once: the scheduler must not fall with it."""
     peer = Peer(stage, 0)
     peer.say(peer.hello)
-    assert stage.lane.socket.poll(5000)
+    assert stage.wait(5000)
     if how == "dead":
         peer.process.kill()
         peer.process.wait(START_S)
     peer.close()
     time.sleep(0.3)  # until the lane's side of the connection is closed too
-    assert stage.lane.poll_hello() in ([], [0])
+    first = stage.settle()
+    assert first in ([], [Join(worker=0)], [Leave(worker=0)])
     # Whether it counted as joined or not, it must be found gone before anybody waits for it.
     peer.process.kill()
     peer.process.wait(START_S)
-    assert stage.lane.poll_lost() in ([], [0])
-    assert stage.lane.pidfds() == []
+    assert [*first, *stage.settle()] in ([], [Leave(worker=0)], [Join(worker=0), Leave(worker=0)])
+    assert len(stage.lane.sources()) == 1  # the socket: nobody is watched any more
     with pytest.raises(WorkerLost, match="worker 0"):
         stage.exchange([stage.batch(0, {3: [0]})])
 
@@ -321,9 +323,64 @@ def test_closing_gives_all_descriptors_back(tmp_path: Path) -> None:
         peer = Peer(stage, 0)
         peer.say(peer.hello)
         stage.join(0)
-        assert len(stage.lane.pidfds()) == 1
+        assert len(stage.lane.sources()) == 2  # the socket and a pidfd
         peer.close()
         stage.close()
-        assert stage.lane.pidfds() == []
+        assert len(stage.lane.sources()) == 1
     time.sleep(0.2)  # the socket's own end in ZeroMQ's thread
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+class Heartbeats:
+    """A `Presence` without pidfds, as a worker on another machine needs: told who has fallen silent."""
+
+    def __init__(self) -> None:
+        self.watched: set[int] = set()
+        self.silent: set[int] = set()
+        self.killed: list[int] = []
+
+    def watch(self, peer: int, hello: Hello) -> bool:
+        self.watched.add(peer)
+        return True
+
+    def ended(self, peer: int) -> bool:
+        return peer not in self.watched or peer in self.silent
+
+    def kill(self, peer: int) -> None:
+        self.killed.append(peer)
+
+    def forget(self, peer: int) -> None:
+        self.watched.discard(peer)
+
+    def sources(self) -> list[int]:
+        return []
+
+
+def test_a_loss_may_be_noticed_without_pidfds(tmp_path: Path) -> None:
+    presence = Heartbeats()
+    stage = Stage(tmp_path, PATIENT_S, presence)
+    peer = Peer(stage, 0)
+    peer.say(peer.hello)
+    stage.join(0)
+    (number,) = presence.watched
+    assert isinstance(peer.hear()[0], Configure)
+
+    def falls_silent() -> None:
+        peer.computation()
+        presence.silent.add(number)
+
+    with pytest.raises(WorkerLost, match="worker 0 died"):
+        stage.exchange([stage.batch(0, {3: [0]})], falls_silent)
+    assert stage.settle() == [Leave(worker=0)]
+    assert (presence.watched, presence.killed) == (set(), [])
+    successor = Peer(stage, 0, identity=b"successor")
+    successor.say(successor.hello)
+    stage.join(0)
+    seq = stage.lane.page_in(0, stage.plan.expert_page(stage.file, LAYER, 1, 4), urgent=True)
+    stage.lane.tell(AnswersOverdue(requests=(seq,)))
+    assert stage.settle() == [Leave(worker=0)]
+    assert len(presence.killed) == 1
+    assert presence.watched == set()
+    for each in (peer, successor):
+        each.close()
+    stage.close()

@@ -188,25 +188,6 @@ def test_a_quiet_request_that_somebody_awaits_hurries(bench: Bench) -> None:
     pager.close()
 
 
-def test_what_is_no_longer_wanted_is_dropped_unless_it_is_being_read(bench: Bench) -> None:
-    loader = GatedLoader(bench)
-    pager = Pager(loader, 1)
-    for expert in (0, 1, 2):
-        pager.submit(asked(bench, expert, urgent=False))
-    loader.wait_begun()
-    for seq in (0, 1, 99):
-        pager.cancel(seq)
-    loader.let(6)
-    found = {each.seq: each for each in answers(pager, 3)}
-    assert {seq: isinstance(each, Paged) for seq, each in found.items()} == {0: True, 1: False, 2: True}
-    cancelled = found[1]
-    assert isinstance(cancelled, Trouble)
-    assert cancelled.code == "cancelled"
-    assert loader.begun == [0, 0, 0, 2, 2, 2]
-    assert pager.outstanding == 0
-    pager.close()
-
-
 def test_a_slot_is_never_filled_by_two(bench: Bench) -> None:
     loader = GatedLoader(bench)
     pager = Pager(loader, 2)

@@ -1,7 +1,7 @@
 """A model file, in one piece or several: metadata, tensors and their bytes (`GgufFile`).
 
 Not here: how one file is read (`shard.py`) and which files make a model (`split.py`), tensor types
-(`checkpoint/types.py`), tensor names (`names.py`), what keys and shapes a model needs.
+(`checkpoint/types/`), tensor names (`names.py`), what keys and shapes a model needs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Reads GGUF versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
 that names the place or gives tensors that lie inside the file and do not overlap; every count is
 limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
-(`checkpoint/types.py`), models of several files (`gguf.py`, `split.py`).
+(`checkpoint/types/`), models of several files (`gguf.py`, `split.py`).
 """
 
 from __future__ import annotations

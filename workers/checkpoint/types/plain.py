@@ -39,7 +39,8 @@ def _inverse(scales: Floats) -> Floats:
 
 def _q8_0(values: Floats) -> Bytes:
     blocks = values.reshape(-1, 32)
-    scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    scales: Floats = np.abs(blocks).max(axis=1, keepdims=True)
+    scales /= np.float32(127)
     codes = blocks * _inverse(scales)
     codes += np.copysign(np.float32(0.5), codes)  # halves away from zero
     out = np.empty((len(blocks), 34), np.uint8)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.types.bitnet import Tiling, find_tiling
+from sterna.workers.checkpoint.file.tilings import find_tiling
+from sterna.workers.checkpoint.types.bitnet import Tiling
 from sterna.workers.checkpoint.types.table import (
     TENSOR_TYPES,
     TYPES_BY_NAME,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sterna import Client
-from sterna.runtime.client_text import template_message
+from sterna.runtime.client.requests import template_message
 from sterna.runtime.protocol import codec
 from sterna.runtime.protocol.chat import ChatMessage
 from sterna.runtime.protocol.messages import ApplyTemplate

@@ -1,0 +1,174 @@
+"""Connections of the blocking client, and waiting for what they bring.
+
+In here: a pool so that threads can share a client, each call with a connection of its own, and the driver of
+an `exchange.Exchange`. Not in here: answers that come in parts (`stream.py`), sockets (`wire.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import zmq
+
+from ... import __version__
+from ..protocol.messages import Failed, Hello, Pong, Welcome
+from . import replies
+from .exchange import Exchange, T
+from .requests import check_process, new_id
+from .wire import Wire
+
+MAX_IDLE_WIRES = 8
+
+
+class ConnectionPool:
+    """The connections of one client to the daemon at `url`. For any thread.
+
+    `timeout_s` bounds the wait for a reply, `connect_timeout_s` the wait for a daemon. Methods that send
+    raise DaemonUnreachable when there is no daemon or it goes away, and UsageError after `close` or a fork.
+    """
+
+    def __init__(self, url: str, timeout_s: float, connect_timeout_s: float) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.connect_timeout_s = connect_timeout_s
+        self._client_id = new_id()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._idle: list[Wire] = []
+        self._num_in_use = 0
+        self._closed = False
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a child of the process that made the pool."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Refuse to wait in a fork for what the parent asked; raises UsageError."""
+        check_process(self._pid, os.getpid(), closed=False)
+
+    def run(self, exchange: Exchange[T]) -> T:
+        """Carry out a call over a connection of its own and return its result."""
+        with self._borrowed() as wire:
+            until_s = time.monotonic() + self.timeout_s
+            while not exchange.done:
+                for message in exchange.due():
+                    wire.send(message)
+                events = wait_events(wire, until_s)
+                if not events:
+                    raise exchange.overdue(self.url, self.timeout_s)
+                for key, event in events:
+                    if key in exchange.keys:
+                        exchange.feed(event)
+                        until_s = time.monotonic() + self.timeout_s
+        return exchange.result()
+
+    def connect(self) -> Welcome:
+        """Make a fresh connection and return what the daemon says of itself."""
+        wire, welcome = self._open()
+        self.give_back(wire)
+        return welcome
+
+    def take(self) -> Wire:
+        """Return a connection for the caller alone, to be given back or discarded."""
+        check_process(self._pid, os.getpid(), self._closed)
+        while True:
+            with self._lock:
+                if not self._idle:
+                    break
+                wire = self._idle.pop()
+                self._num_in_use += 1
+            if wire.is_reusable():
+                return wire
+            self.discard(wire)
+        return self._open()[0]
+
+    def give_back(self, wire: Wire) -> None:
+        """Return a connection on which nothing is under way; another call may take it."""
+        with self._lock:
+            if not self._closed and len(self._idle) < MAX_IDLE_WIRES:
+                self._idle.append(wire)
+                self._num_in_use -= 1
+                return
+        self.discard(wire)
+
+    def discard(self, wire: Wire | None) -> None:
+        """Close a connection that was taken; the daemon cancels what is under way on it."""
+        if wire is not None:
+            wire.close()
+        with self._lock:
+            self._num_in_use -= 1
+            self._term_if_unused()
+
+    def close(self) -> None:
+        """Close what is idle; who has a connection still gives it back. May be called twice."""
+        if self.forked:
+            return
+        with self._lock:
+            self._closed = True
+            for wire in self._idle:
+                wire.close()
+            self._idle.clear()
+            self._term_if_unused()
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[Wire]:
+        wire = self.take()
+        try:
+            yield wire
+        except BaseException:
+            self.discard(wire)
+            raise
+        self.give_back(wire)
+
+    def _open(self) -> tuple[Wire, Welcome]:
+        check_process(self._pid, os.getpid(), self._closed)
+        with self._lock:
+            if self._context is None:
+                self._context = zmq.Context()
+            context = self._context
+            self._num_in_use += 1
+        wire: Wire | None = None
+        try:
+            wire = Wire(context, self.url)
+            wire.send(Hello(client=self._client_id, version=__version__))
+            until_s = time.monotonic() + self.connect_timeout_s
+            while events := wait_events(wire, until_s):
+                for key, event in events:
+                    if key == replies.CONNECTION:
+                        return wire, replies.settle(event, Welcome)
+            raise replies.silent(self.url, self.connect_timeout_s)
+        except BaseException:
+            self.discard(wire)
+            raise
+
+    def _term_if_unused(self) -> None:
+        # A context waits for its sockets: only the last user may end it.
+        if self._closed and self._num_in_use == 0 and self._context is not None:
+            self._context.term()
+            self._context = None
+
+
+def wait_events(wire: Wire, until_s: float) -> list[tuple[str, replies.Event]]:
+    """Block until events are here or the monotonic time `until_s` is reached; then there are none.
+
+    Raises DaemonUnreachable when the daemon goes away, ProtocolError, and what the daemon has against the
+    connection as a whole.
+    """
+    while True:
+        events = wire.receive()
+        for key, event in events:
+            if key == replies.CONNECTION and isinstance(event, Failed):
+                replies.settle(event, Pong)
+        if events:
+            return events
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return []
+        sockets = [(wire.socket, wire.poll_flags), (wire.monitor, zmq.POLLIN)]
+        zmq.zmq_poll(sockets, int(min(left_s, wire.wait_s()) * 1000) + 1)
