@@ -34,7 +34,7 @@ class _Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _GroupedLayer:
     q: _Projection
     k: _Projection
     v: _Projection
@@ -73,7 +73,7 @@ class GroupedBlock:
         self._one_head[0] = np.arange(capacity)
         self._job = job_address(grouped_chunk if streams.shape.value_nbytes == 2 else grouped_chunk_f32)
 
-    def _load(self, dense: DenseWeights, layer: int) -> _Layer:
+    def _load(self, dense: DenseWeights, layer: int) -> _GroupedLayer:
         def vector(role: str) -> F32 | None:
             key = f"{layer}.{role}"
             return dense.vector(key) if dense.has(key) else None
@@ -83,7 +83,7 @@ class GroupedBlock:
             return _Projection(matrix, vector(f"attn_{name}_bias"), vector(f"attn_{name}_norm"))
 
         sinks = vector("attn_sinks")
-        return _Layer(
+        return _GroupedLayer(
             q=projection("q"),
             k=projection("k"),
             v=projection("v"),

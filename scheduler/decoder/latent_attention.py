@@ -25,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _LatentLayer:
     q_a: Linear | None
     q_a_norm: F32 | None
     q_b: Linear
@@ -67,13 +67,13 @@ class LatentBlock:
         self._head_index[:] = np.arange(capacity) * a.heads + np.arange(a.heads)[:, None]
         self._job = job_address(latent_chunk if streams.shape.value_nbytes == 2 else latent_chunk_f32)
 
-    def _load(self, dense: DenseWeights, layer: int) -> _Layer:
+    def _load(self, dense: DenseWeights, layer: int) -> _LatentLayer:
         a = self._a
 
         def linear(role: str, heads: int = 1) -> Linear:
             return dense.linear(f"{layer}.{role}", heads)
 
-        return _Layer(
+        return _LatentLayer(
             q_a=linear("attn_q_a") if a.q_rank else None,
             q_a_norm=dense.vector(f"{layer}.attn_q_a_norm") if a.q_rank else None,
             q_b=linear("attn_q_b" if a.q_rank else "attn_q"),
@@ -111,7 +111,7 @@ class LatentBlock:
         self._values.changed()
         w.output.apply(self._values, self._one_head, count, out)
 
-    def _queries(self, w: _Layer, rows: Rows, count: int) -> None:
+    def _queries(self, w: _LatentLayer, rows: Rows, count: int) -> None:
         """Compute the heads' queries: q_b(rms(q_a h)) or q h."""
         if w.q_a is None or w.q_a_norm is None:
             w.q_b.apply(rows, self._one_head, count, self._q)
@@ -123,7 +123,7 @@ class LatentBlock:
         w.q_b.apply(self._q_low, self._one_head, count, self._q)
 
     def _rotate_and_store(
-        self, w: _Layer, batch: TokenBatch, places: npt.NDArray[np.int64], layer_at: int
+        self, w: _LatentLayer, batch: TokenBatch, places: npt.NDArray[np.int64], layer_at: int
     ) -> None:
         a, count, positions = self._a, len(batch.ids), batch.positions
         head, half, width = a.nope + a.rope, a.rope // 2, a.cache_width

@@ -16,7 +16,7 @@ from . import buffers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How scores become experts and weights (spec section 4.1, F2 and F3), and what a budget may trade.
+    """How scores become experts and weights, and what a budget may trade.
 
     gating: see `workers.gating`; groups, groups_used: experts come in groups of one size, of which only the
     best count (DeepSeek-V2 and -V3; 1 and 1: none); window: how many experts are ranked where it matters, at

@@ -50,7 +50,7 @@ class ExpertPredictor:
 
     @classmethod
     def from_history(cls, history: Sequence[Iterable[int]], num_experts: int = 64) -> Self:
-        """Return a predictor of one layer that has seen consecutive selections, as the reference's has."""
+        """Return a predictor of one layer that has seen consecutive selections, as ruvllm's (ADR-092) has."""
         predictor = cls(num_experts=num_experts)
         for previous, selected in pairwise(history):
             predictor.observe(0, np.array([*previous], np.int32), np.array([*selected], np.int32))
@@ -91,7 +91,7 @@ class ExpertPredictor:
         return scores
 
     def predict_next(self, current: Sequence[int], k: int, layer: int = 0) -> list[int]:
-        """Return `k` ids by the reference's rule: the sum of `probability` over `current`, none of those."""
+        """Return `k` ids by ruvllm's rule: the sum of `probability` over `current`, none of those."""
         scores = np.zeros(self.num_experts, np.float64)
         score_next(self._table, self._rows, layer, np.array([current], np.int32), scores)
         scores[[i for i in current if 0 <= i < self.num_experts]] = 0

@@ -109,6 +109,7 @@ class LocalEngine:
             Configure(layers=plan.layer_shapes()),
             workers,
         )
+        self.dense = arenas.dense
         self.lane = CountingLane(pool)
         self.log = None if log is None else log(plan)
         make_crew = (lambda dense: Crew(1)) if crew is None else (lambda dense: crew)

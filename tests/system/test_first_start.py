@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -63,7 +62,8 @@ def check(daemon: Daemon) -> None:
     print(f"tokens/s {[round(each, 1) for each in rates]}")
     for each in used:
         assert each["measured_mib"]["total"] <= each["budget_mib"]
-    assert rates[0] * 1.5 >= median(rates[1:])
+    # Against the slowest: on a busy machine rates differ twofold; compiling made it thirty times.
+    assert rates[0] * 1.5 >= min(rates[1:])
     assert daemon.late_kernels() == []
 
 

@@ -6,6 +6,8 @@ ties between experts then fall the same way. A cache of float32 rounds nothing.
 Each token reads the positions 0..p of its own stream (or the last of them, in a window) in order, so that
 its bits do not depend on who else is in the batch, how its prompt was cut into chunks or how many threads
 there are. Four heads at a time share each row that is read.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
 """
 
 from __future__ import annotations

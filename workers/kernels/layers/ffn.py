@@ -3,6 +3,8 @@
 Matrices lie in a uint8 arena and are named by (product, format, codes_at, scales_at, block): `product` is
 the address of the format's kernel in this process, see `products`; `block` is how many activations share
 a scale, 0 where the kernel reads floats.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ BLOCK_NBYTES = PACKETS * 64  # of 16 rows
 _TWO_BIT_NBYTES = 16 * 64
 _SCALES_NBYTES = 32
 _LEFT = BLOCK - (PACKETS - 1) * 4 * DIGITS  # columns in the last packet
-# From so many tokens on a tile, filled up with copies, is faster than one token at a time.
+# From this number of tokens on a tile, filled up with copies, is faster than one token at a time.
 _WORTH_A_TILE = TOKENS // 2 + 1
 
 _add = add_packet(DIGITS)
