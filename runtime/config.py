@@ -280,8 +280,6 @@ def load_config(
             rule = SETTINGS[name]
             parsed = _from_text(rule, value) if isinstance(value, str) else value
             values[name] = _checked(rule, parsed, flag_of(name))
-    if values.get("model") == Path(EMBEDDED):
-        del values["model"]
     if "socket" not in values:
         values["socket"] = default_socket_url(env)
     return Config(**values)
@@ -375,6 +373,8 @@ def _checked(rule: SettingRule, value: object, where: str) -> object:
             return float(value)  # type: ignore[arg-type]
         case "choice" if value in rule.choices:
             return value
+        case "path" if value == EMBEDDED and rule is SETTINGS["model"]:
+            return None
         case "path" if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value):
             return Path(value).expanduser()
         case "url" if isinstance(value, str):

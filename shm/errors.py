@@ -12,7 +12,7 @@
     |-- NotPermitted         the system refused access                        exit 77
     |-- StartFailed          a process did not start in time                  exit 70
     `-- RequestError         one request failed; travels over the wire by code
-        |-- BadRequest, TooLong, Overloaded, Unauthorized, NotFound, Cancelled
+        |-- BadRequest (NoChatTemplate), TooLong, Overloaded, NotFound, Cancelled
         `-- WorkerLost, EngineLost, ShuttingDown, InternalError, ProtocolError
 
 The lowest folder holds them because every folder raises some. Exit codes follow sysexits.
@@ -115,6 +115,12 @@ class BadRequest(RequestError):
     exit_code = 64
 
 
+class NoChatTemplate(BadRequest):
+    """The model's file has no chat template, so that a conversation cannot become a prompt."""
+
+    code = "no_chat_template"
+
+
 class TooLong(RequestError):
     """Prompt and answer do not fit the context."""
 
@@ -123,18 +129,18 @@ class TooLong(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full."""
+    """The queue is full, or memory is short for the moment.
+
+    `retry_after_s`: mean time in which a place in the queue became free lately; None if that is not known.
+    """
 
     code = "overloaded"
     retryable = True
     exit_code = 75
 
-
-class Unauthorized(RequestError):
-    """The client may not do this."""
-
-    code = "unauthorized"
-    exit_code = 77
+    def __init__(self, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class NotFound(RequestError):
@@ -191,7 +197,7 @@ class ProtocolError(RequestError):
 REQUEST_ERRORS: dict[str, type[SternaError]] = {
     cls.code: cls
     for cls in (
-        BadRequest, TooLong, Overloaded, Unauthorized, NotFound, Cancelled, WorkerLost,
+        BadRequest, NoChatTemplate, TooLong, Overloaded, NotFound, Cancelled, WorkerLost,
         EngineLost, ShuttingDown, InternalError, ProtocolError, ModelReadError,
     )
 }  # fmt: skip
@@ -214,6 +220,9 @@ def error_of_exit(exit_code: int) -> type[SternaError]:
     return next((cls for cls in found if cls is not RequestError), StartFailed)
 
 
-def request_error(code: str, text: str) -> SternaError:
+def request_error(code: str, text: str, retry_after_s: float | None = None) -> SternaError:
     """Return the error that `code` names on the wire; an unknown code is an InternalError."""
-    return REQUEST_ERRORS.get(code, InternalError)(text)
+    error = error_of(code, text)
+    if isinstance(error, Overloaded):
+        error.retry_after_s = retry_after_s
+    return error

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..shm.slots import SlotTable
+from .buffers import batch
 from .checkpoint.held.formats import ActivationKind, activation_kind
 from .checkpoint.held.packing import matrix_entry
 from .kernels.layers.ffn import expert_batch
-from .kernels.products.table import scratch_nbytes
 from .kernels.routing.top_k import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn
 from .paging.checksums import Checksums
@@ -38,15 +38,12 @@ class _Scratch:
 
     def __init__(self, pairs: int = -1, d_model: int = 0, d_ff: int = 0) -> None:
         self.pairs = pairs
-        pairs = max(0, pairs)
-        self.gate = np.zeros((pairs, d_ff), np.float32)
-        self.up = np.zeros((pairs, d_ff), np.float32)
-        self.q = np.zeros((pairs, d_ff), np.int8)
-        self.scales = np.zeros((pairs, max(1, d_ff // 32)), np.float32)
-        self.sums = np.zeros((pairs, max(1, d_ff // 32)), np.int32)
-        self.identity = np.arange(pairs, dtype=np.int32)
-        self.scratch = np.zeros(scratch_nbytes(max(d_model, d_ff), pairs), np.uint8)
-        self.out = np.zeros((pairs, d_model), np.float32)
+        count = max(0, pairs)
+        made = {f.name: np.zeros(f.shape, f.dtype) for f in batch(count, d_model, d_ff)}
+        self.gate, self.up, self.out = made["gate"], made["up"], made["out"]
+        self.q, self.scales, self.sums = made["q"], made["scales"], made["sums"]
+        self.scratch, self.identity = made["scratch"], made["identity"]
+        self.identity[:] = np.arange(count)
 
 
 class ExpertWorker:

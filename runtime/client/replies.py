@@ -28,7 +28,6 @@ from ..protocol.messages import (
     GoingAway,
     Message,
     Pong,
-    Refused,
     Reply,
     Report,
     Templated,
@@ -48,7 +47,7 @@ CONNECTION = ""
 
 Event = (
     Accepted | TokenItem | Finished | Embedded | Failed | Report | Tokenized | Detokenized | Templated
-    | Drained | Pong | Welcome | Refused | GoingAway
+    | Drained | Pong | Welcome | GoingAway
 )  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def route(reply: Reply) -> list[tuple[str, Event]]:
             return [(item.id, item) for item in items]
         case Pong(nonce=nonce):
             return [(pong_key(nonce), reply)]
-        case Welcome() | Refused() | GoingAway():
+        case Welcome() | GoingAway():
             return [(CONNECTION, reply)]
         case Failed(id=None):
             return [(CONNECTION, reply)]
@@ -77,8 +76,8 @@ def route(reply: Reply) -> list[tuple[str, Event]]:
 
 def settle(event: Event, expected: type[E]) -> E:
     """Return the event if it is what the request asked for; raises the request's error, or ProtocolError."""
-    if isinstance(event, (Failed, Refused)):
-        raise request_error(event.code, event.text)
+    if isinstance(event, Failed):
+        raise request_error(event.code, event.text, event.retry_after_s)
     if isinstance(event, GoingAway):
         raise ShuttingDown(event.text)
     if not isinstance(event, expected):
@@ -145,7 +144,7 @@ class ResultBuilder:
                 return self._finish(event)
             case Failed():
                 self.done = True
-                raise request_error(event.code, event.text)
+                raise request_error(event.code, event.text, event.retry_after_s)
             case _:
                 raise ProtocolError(f"request {self.id}: a {type(event).__name__} is no part of an answer")
 

@@ -198,7 +198,7 @@ class Answer:
     def _embedded(self, pooled: PooledPrompt, reason: FinishReason, now_s: float) -> Embedded | Failed:
         if reason == "cancelled":
             error = Cancelled("cancelled before its prompt was computed")
-            return Failed(id=self.request.id, code=error.code, text=str(error), retryable=error.retryable)
+            return Failed.of(self.request.id, error)
         vector = pooled.vector(len(self.prompt))
         return Embedded(
             id=self.request.id,

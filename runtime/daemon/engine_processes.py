@@ -26,6 +26,7 @@ from .restarts import (
     Restarts,
     StartMember,
 )
+from .tasks import TaskSet
 
 log = logging.getLogger("sterna.engine")
 
@@ -56,9 +57,8 @@ class EngineProcesses:
         self._placement = placement
         self._recipes = recipes
         self._link = link
-        self._group = group
         self._start_timeout_s = start_timeout_s
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet(group)
         self._placed: dict[int, tuple[Member, Placed]] = {}  # by incarnation
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._overdue: asyncio.TimerHandle | None = None
@@ -85,8 +85,7 @@ class EngineProcesses:
         self._stopping = True
         if self._overdue is not None:
             self._overdue.cancel()
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
 
     def presence(self) -> EnginePresence:
         """Return which processes of the engine are there."""
@@ -110,9 +109,7 @@ class EngineProcesses:
                 case BeginGeneration(generation=generation):
                     self._begin(generation)
                 case StartMember():
-                    task = self._group.create_task(self._start(order), name=f"start {order.member}")
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._tasks.start(self._start(order), f"start {order.member}")
                 case EndAll(why=why):
                     self._link.lost(why)
                     for incarnation in list(self._placed):

@@ -11,16 +11,20 @@ from ...workers.spec import WorkerSpec
 from ...workers.user_cache import user_cache
 from ..config import Config
 from ..processes.placement import Launch
-from .loaded_model import LoadedModel
+from .model_memory import ModelMemory
 from .restarts import StartMember
+from .served_model import ServedModel
 
 
 class EngineRecipes:
     """Makes the `Launch` of each start; `folder` holds the sockets within the engine."""
 
-    def __init__(self, config: Config, model: LoadedModel, folder: Path, control_url: str) -> None:
+    def __init__(
+        self, config: Config, model: ServedModel, memory: ModelMemory, folder: Path, control_url: str
+    ) -> None:
         self._config = config
         self._model = model
+        self._memory = memory
         self._folder = folder
         self._control_url = control_url
 
@@ -32,13 +36,13 @@ class EngineRecipes:
                 name=str(start.member),
                 entry="sterna.scheduler.process:run",
                 spec=msgspec.to_builtins(self._scheduler(start.generation)),
-                fds=self._model.scheduler_fds,
+                fds=self._memory.scheduler_fds,
             )
         return Launch(
             name=str(start.member),
             entry="sterna.workers.process:run",
             spec=msgspec.to_builtins(self._worker(worker, start)),
-            fds=self._model.worker_fds,
+            fds=self._memory.worker_fds,
         )
 
     def _lane_url(self, generation: int) -> str:
@@ -56,7 +60,7 @@ class EngineRecipes:
             slots=model.slots,
             cache_dir=str(user_cache()),
             context=model.context,
-            limits=model.limits,
+            limits=self._memory.limits,
             streams=model.streams_shape.streams,
             value_nbytes=model.streams_shape.value_nbytes,
             max_batch_tokens=model.wants.max_batch_tokens,

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from ...shm.errors import BadRequest, ConfigError, OutOfResources, Overloaded, SternaError
 from ..config import read_size
-from ..memory.budget import SlotDecision, least_slots, spread
+from ..memory.budget import BudgetTooSmall, SlotDecision, least_slots, spread
 from ..memory.pressure import Governor, Pressure, read_pressure
 from ..memory.room import Room, read_room
 from ..sizes import format_size
 from .engine_link import EngineLink
-from .loaded_model import LoadedModel
+from .model_memory import ModelMemory
+from .served_model import ServedModel
 
 log = logging.getLogger("sterna.memory")
 
@@ -28,27 +29,36 @@ WATCH_S = 1.0
 class MemoryControl:
     """Changes how many slots of a model are used; one change at a time."""
 
-    def __init__(self, model: LoadedModel, engine: EngineLink, root: Path = Path("/")) -> None:
+    def __init__(
+        self, model: ServedModel, memory: ModelMemory, engine: EngineLink, root: Path = Path("/")
+    ) -> None:
         """root: where /proc and /sys are read."""
         self._model = model
+        self._memory = memory
         self._engine = engine
         self._root = root
         self._changing = asyncio.Lock()
-        self._wished = model.decision  # as the user set it; pressure goes below
+        self._wished = memory.decision  # as the user set it; pressure goes below
         least = sum(least_slots(model.plan, model.slots))
-        self._governor = Governor(least, model.decision.num_slots, time.monotonic())
+        self._governor = Governor(least, memory.decision.num_slots, time.monotonic())
 
     async def resize(self, text: str) -> dict[str, object]:
         """Use as much memory as `text` says ("auto": as at the start); return what is held then.
 
-        Raises BadRequest for a size that cannot be, Overloaded when there is no memory to grow into.
+        Raises BadRequest for what is no size, OutOfResources for one that the model does not fit into or that
+        is beyond the start's, Overloaded when there is no memory to grow into.
         """
-        model = self._model
         try:
-            nbytes = model.budget.nbytes if text == "auto" else read_size(text, "memory")
-            decision = model.plan_resize(nbytes)
-        except (ConfigError, OutOfResources) as error:
+            nbytes = self._model.budget.nbytes if text == "auto" else read_size(text, "memory")
+            decision = self._model.plan_resize(nbytes)
+        except ConfigError as error:
             raise BadRequest(str(error)) from None
+        except BudgetTooSmall as error:
+            # Its advice is for a start: context and sequences cannot change any more.
+            raise OutOfResources(
+                f"memory is {format_size(nbytes)}; this daemon needs at least {format_size(error.smallest)} "
+                "for the context and the sequences that it was started with"
+            ) from None
         async with self._changing:
             try:
                 freed = await self._change(decision)
@@ -86,7 +96,7 @@ class MemoryControl:
         if wanted == before:
             return
         decision = self._with_slots(wanted)
-        growth = decision.rows["slots"] - self._model.decision.rows["slots"]
+        growth = decision.rows["slots"] - self._memory.decision.rows["slots"]
         if growth > room.usable:
             governor.settle(before, now_s)
             return
@@ -117,16 +127,11 @@ class MemoryControl:
         Raises OutOfResources before anything is done where the memory to grow into is not there (a cgroup
         kills whoever takes more than its limit), and EngineLost.
         """
-        growth = decision.rows["slots"] - self._model.decision.rows["slots"]
+        growth = decision.rows["slots"] - self._memory.decision.rows["slots"]
         if growth > 0 and growth > (room := read_room(self._root)).available:
             raise OutOfResources(
                 f"{format_size(growth)} more are needed, but {format_size(room.available)} are {room.source}"
             )
-        limits = [count for count, _ in decision.classes]
-        # First of all: a scheduler that is started meanwhile must not use what is being given back.
-        self._model.limits = [min(pair) for pair in zip(self._model.limits, limits, strict=True)]
-        if growth <= 0:
-            self._model.decision = decision
-        resized = await self._engine.resize(limits)
-        self._model.resized(decision)
+        resized = await self._engine.resize(self._memory.begin_resize(decision))
+        self._memory.resized(decision)
         return resized.freed_bytes

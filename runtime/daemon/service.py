@@ -10,7 +10,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
@@ -18,12 +17,11 @@ from ...scheduler.messages import Step, StreamsFailed
 from ...scheduler.pooling import PooledPrompt
 from ...shm.errors import (
     BadRequest,
+    NoChatTemplate,
     NotFound,
     Overloaded,
-    RequestError,
     ShuttingDown,
     SternaError,
-    TooLong,
     request_error,
 )
 from ..config import Config
@@ -40,44 +38,14 @@ from ..protocol.messages import (
 )
 from ..protocol.report import QualityReport
 from ..quality.calibration import Allowance, Calibration
-from .announcement import context_shortage
 from .answers import Answer
 from .engine_link import EngineLink
-from .loaded_model import LoadedModel
-
-RATE_WINDOW_S = 10.0
+from .model_memory import ModelMemory
+from .prompts import Prompts
+from .served_model import ServedModel
+from .totals import Totals
 
 Key = tuple[str, str]  # client, request id
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counters since the start, and the last seconds' tokens as (time, prompt, generated)."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    steps: int = 0
-    last_step_s: float | None = None
-    recent: deque[tuple[float, int, int]] = field(default_factory=deque)
-
-    def add(self, now_s: float, prompt: int, generated: int) -> None:
-        """Count one step's tokens."""
-        self.steps += 1
-        self.last_step_s = now_s
-        self.prompt_tokens += prompt
-        self.generated_tokens += generated
-        self.recent.append((now_s, prompt, generated))
-
-    def rates(self, now_s: float) -> tuple[float, float]:
-        """Return (prompt, generated) tokens per second over the last ten seconds."""
-        while self.recent and self.recent[0][0] < now_s - RATE_WINDOW_S:
-            self.recent.popleft()
-        prompt = sum(item[1] for item in self.recent)
-        generated = sum(item[2] for item in self.recent)
-        return prompt / RATE_WINDOW_S, generated / RATE_WINDOW_S
 
 
 class Service:
@@ -86,7 +54,8 @@ class Service:
     def __init__(
         self,
         config: Config,
-        model: LoadedModel,
+        model: ServedModel,
+        memory: ModelMemory,
         engine: EngineLink,
         send: Callable[[bytes, Message], None],
         default_budget: float = 0.0,
@@ -94,9 +63,10 @@ class Service:
         """`default_budget`: fraction of perplexity for requests that name none; 0 is exact."""
         self._config = config
         self._default_budget = default_budget
-        self._context_shortage = context_shortage(config, model.plan.hyper, model.context)
+        self._prompts = Prompts(config, model)
         self._calibration = Calibration.load(model.path)
         self._model = model
+        self._memory = memory
         self._engine = engine
         self._send = send
         self._answers: dict[Key, Answer] = {}
@@ -139,8 +109,11 @@ class Service:
         if key in self._answers:
             raise BadRequest(f"id: a request {request.id!r} is running already")
         if len(self._waiting) >= self._config.max_queue:
-            raise Overloaded(f"the queue is full: {len(self._waiting)} requests wait (max_queue)")
-        prompt = self._prompt(request, to_embed=pooled is not None) if ids is None else ids
+            raise Overloaded(
+                f"the queue is full: {len(self._waiting)} requests wait (max_queue)",
+                self.totals.seconds_per_end(time.monotonic()),
+            )
+        prompt = self._prompts.ids(request, to_embed=pooled is not None) if ids is None else ids
         self._serial += 1
         answer = Answer.create(
             request,
@@ -166,61 +139,21 @@ class Service:
 
         Raises BadRequest and TooLong.
         """
-        if isinstance(request, Generate):
-            return self._prompt(request, to_embed=False)
-        text = Generate(id=request.id, prompt=request.prompt, token_ids=request.token_ids)
-        return self._prompt(text, to_embed=True)
-
-    def _prompt(self, request: Generate, *, to_embed: bool) -> list[int]:
-        if request.token_ids is not None:
-            ids = list(request.token_ids)
-            limit = self._model.plan.vocab_size
-            for place, token in enumerate(ids[: self._model.context]):
-                if token >= limit:
-                    raise BadRequest(f"token_ids[{place}]: expected 0 to {limit - 1}, found {token}")
-        else:
-            text = request.prompt or ""
-            if len(text) > self._model.max_prompt_chars:
-                # Not worth the time of tokenizing it, in which nobody else would be served.
-                raise TooLong(
-                    f"the prompt has {len(text)} characters, at most {self._model.max_prompt_chars} "
-                    f"fit into the context of {self._model.context} tokens"
-                )
-            tokenizer = self._model.tokenizer
-            ids = tokenizer.encode(text, add_bos=request.add_bos, special=request.special)
-            if request.special and ids[:2] == [tokenizer.bos_id] * 2:
-                del ids[0]  # chat templates write BOS themselves
-        if not ids:
-            raise BadRequest("prompt: expected at least one token, found none")
-        if to_embed and request.token_ids is None and self._model.tokenizer.adds_eos:
-            # Embedding models are trained to gather the text in it; a prompt that goes on must not end.
-            ids.append(self._model.tokenizer.eos_id or 0)
-        if len(ids) >= self._model.context + to_embed:
-            rest = "" if to_embed else ", the answer included"
-            raise TooLong(
-                f"the prompt has {len(ids)} tokens; the context has {self._model.context}{rest}"
-                f"{self._context_shortage}"
-            )
-        return ids
+        return self._prompts.ids(request, to_embed=isinstance(request, Embed))
 
     def _allowance(self, request: Generate) -> Allowance:
         if request.lost_mass is not None:
             return Allowance(request.lost_mass, "given")
         budget = self._default_budget if request.quality_budget is None else request.quality_budget
-        return self._calibration.allowance(budget, self._resident_share)
-
-    @property
-    def _resident_share(self) -> float:
-        """Share of the routed experts that memory has slots for."""
-        return sum(self._model.limits) / max(1, self._model.plan.num_experts)
+        return self._calibration.allowance(budget, self._memory.resident_share)
 
     def apply_template(self, request: ApplyTemplate, now: datetime) -> str:
         """Return a conversation as prompt text; for any thread, and blocks as `ChatTemplate.render` does.
 
-        Raises BadRequest and TooLong.
+        Raises NoChatTemplate, BadRequest and TooLong.
         """
         if self._model.chat_template is None:
-            raise BadRequest(
+            raise NoChatTemplate(
                 f"no chat template in {self._model.path}: use generate with a prompt as the model expects it"
             )
         return self._model.chat_template.render(
@@ -251,7 +184,7 @@ class Service:
             self.totals.cancelled += 1
         return len(gone)
 
-    def fail_all(self, error: RequestError) -> None:
+    def fail_all(self, error: SternaError) -> None:
         """End every request with `error`."""
         for key, answer in list(self._answers.items()):
             self._end(key, answer, cancel=True)
@@ -270,10 +203,10 @@ class Service:
             answer = self._answers.get(key) if key else None
             if key is None or answer is None or answer.serial != part.serial:
                 continue  # cancelled while the step ran
-            before = int(self._model.streams.records[part.stream]["computed"])
+            _, before = self._memory.lengths(part.stream)
             prompt_tokens += max(0, min(part.computed, len(answer.prompt)) - before)
             generated += part.token is not None
-            self._model.commit(part.stream, part.computed, part.token)
+            self._memory.commit(part.stream, part.computed, part.token)
             item, stopped = answer.take(part, now_s)
             if item is not None:
                 items.setdefault(answer.owner, []).append(item)
@@ -302,13 +235,10 @@ class Service:
     def resubmit(self) -> None:
         """Tell a new scheduler of all running streams, from what is committed."""
         for stream, key in self._running.items():
-            record = self._model.streams.records[stream]
+            committed, computed = self._memory.lengths(stream)
+            stop_ids = self._model.tokenizer.stop_ids
             self._engine.submit(
-                self._answers[key].submission(
-                    self._model.tokenizer.stop_ids,
-                    committed=int(record["committed"]),
-                    computed=int(record["computed"]),
-                )
+                self._answers[key].submission(stop_ids, committed=committed, computed=computed)
             )
 
     # ---- the life of an answer ----
@@ -320,7 +250,7 @@ class Service:
             answer.stream = self._free.pop()
             answer.started_s = time.monotonic()
             self._running[answer.stream] = key
-            self._model.put_prompt(answer.stream, answer.serial, answer.prompt)
+            self._memory.put_prompt(answer.stream, answer.serial, answer.prompt)
             self._engine.submit(
                 answer.submission(self._model.tokenizer.stop_ids, committed=len(answer.prompt), computed=0)
             )
@@ -332,7 +262,8 @@ class Service:
             self._waiting.remove(key)
         else:
             del self._running[answer.stream]
-            self._model.release(answer.stream)
+            self.totals.end(time.monotonic())
+            self._memory.release(answer.stream)
             if cancel:
                 # A step that runs may yet write a token there: the next prompt has to wait for its end.
                 self._engine.cancel(answer.stream, answer.serial, partial(self._reuse, answer.stream))
@@ -352,10 +283,7 @@ class Service:
 
     def _fail(self, answer: Answer, error: SternaError) -> None:
         self.totals.failed += 1
-        self._send(
-            answer.owner,
-            Failed(id=answer.request.id, code=error.code, text=str(error), retryable=error.retryable),
-        )
+        self._send(answer.owner, Failed.of(answer.request.id, error))
 
     # ---- what status shows ----
 
@@ -376,7 +304,7 @@ class Service:
 
     def quality(self) -> QualityReport:
         """Return what requests without a budget of their own may lose, and what that rests on."""
-        allowance = self._calibration.allowance(self._default_budget, self._resident_share)
+        allowance = self._calibration.allowance(self._default_budget, self._memory.resident_share)
         return QualityReport(
             budget=self._default_budget,
             lost_mass=allowance.epsilon,

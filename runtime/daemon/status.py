@@ -14,6 +14,7 @@ import sterna
 
 from ...scheduler.messages import Stats
 from ...scheduler.model.plan import by_precision
+from ..memory.budget import SlotDecision
 from ..protocol.report import (
     MIB,
     ExpertFigures,
@@ -30,15 +31,17 @@ from ..protocol.report import (
     TotalsReport,
 )
 from .endpoint import DoorFigures
-from .loaded_model import LoadedModel
+from .model_memory import ModelMemory
 from .presence import EnginePresence
+from .served_model import ServedModel
 from .service import Service
 
 
 def report(
     *,
     service: Service,
-    model: LoadedModel,
+    model: ServedModel,
+    memory: ModelMemory,
     presence: EnginePresence,
     door: DoorFigures,
     engine: Stats | None,
@@ -53,7 +56,7 @@ def report(
     """
     prompt_rate, generated_rate = service.totals.rates(now_s)
     processes, measured_mib = _processes({**own_pids, **presence.pids})
-    sizes = {kind: round(nbytes / MIB, 1) for kind, nbytes in model.memory_bytes.items()}
+    sizes = {kind: round(nbytes / MIB, 1) for kind, nbytes in memory.memory_bytes.items()}
     return StatusReport(
         version=sterna.__version__,
         uptime_s=round(now_s - started_s, 1),
@@ -66,11 +69,11 @@ def report(
             experts=model.plan.num_experts,
             resident_experts=engine.resident_experts if engine else None,
         ),
-        experts=_expert_memory(model),
+        experts=_expert_memory(model, memory.decision),
         expert_figures=ExpertFigures.of(engine.experts) if engine else None,
         processes=processes,
         memory_mib={**sizes, "processes": round(sum(process.private_mib for process in processes), 1)},
-        memory=_memory(model, measured_mib),
+        memory=_memory(model, memory, measured_mib),
         quality=service.quality(),
         sequences=SequenceReport(
             running=service.num_running,
@@ -116,8 +119,7 @@ def _totals(service: Service, presence: EnginePresence, door: DoorFigures) -> To
     )
 
 
-def _expert_memory(model: LoadedModel) -> ExpertMemoryReport:
-    decision = model.decision
+def _expert_memory(model: ServedModel, decision: SlotDecision) -> ExpertMemoryReport:
     return ExpertMemoryReport(
         total=decision.num_experts,
         slots=decision.num_slots,
@@ -127,9 +129,9 @@ def _expert_memory(model: LoadedModel) -> ExpertMemoryReport:
     )
 
 
-def _memory(model: LoadedModel, measured_mib: float) -> MemoryReport:
-    decision = model.decision
-    arenas_mib = model.arena_nbytes_held / MIB
+def _memory(model: ServedModel, memory: ModelMemory, measured_mib: float) -> MemoryReport:
+    decision = memory.decision
+    arenas_mib = memory.arena_nbytes_held / MIB
     return MemoryReport(
         budget_mib=round(decision.budget / MIB, 1),
         why=model.budget.why,

@@ -4,7 +4,7 @@ In here: one frozen `msgspec.Struct` per message with its ranges, and a registry
 bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/daemon.py`).
 
     client -> daemon                 daemon -> client
-    hello                            welcome | refused
+    hello                            welcome | failed
     generate                         accepted, tokens..., finished | failed
     cancel                           finished (reason "cancelled") | failed
     embed                            embedded | failed
@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, get_args
 from msgspec import Meta, Struct
 
 from ...scheduler.messages import Pooling
-from ...shm.errors import BadRequest
+from ...shm.errors import BadRequest, Overloaded, SternaError
 from .chat import MAX_MESSAGES, MAX_TOOLS, ChatMessage
 
 MAX_ID_CHARS = 64
@@ -216,13 +216,6 @@ class Welcome(Message, frozen=True, kw_only=True):
     limits: Limits
 
 
-class Refused(Message, frozen=True, kw_only=True):
-    """Answer to a `hello` that the daemon does not take."""
-
-    code: str
-    text: str
-
-
 class Accepted(Message, frozen=True, kw_only=True):
     """The request is in the queue, `queue_position` requests are before it."""
 
@@ -319,13 +312,21 @@ class Embedded(Message, frozen=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, kw_only=True):
-    """A request failed, or the connection if `id` is None."""
+    """A request failed, or the connection if `id` is None; `retry_after_s` is that of `Overloaded`."""
 
     id: Id | None
     code: str
     text: str
     retryable: bool
     retry_after_s: Seconds | None = None
+
+    @classmethod
+    def of(cls, request_id: str | None, error: SternaError) -> Failed:
+        """Return how an error travels."""
+        wait_s = error.retry_after_s if isinstance(error, Overloaded) else None
+        return cls(
+            id=request_id, code=error.code, text=str(error), retryable=error.retryable, retry_after_s=wait_s
+        )
 
 
 class Pong(Message, frozen=True, kw_only=True):
@@ -382,7 +383,7 @@ Request = (
     | Tokenize | Detokenize | ApplyTemplate | Drain | Resize
 )  # fmt: skip
 Reply = (
-    Welcome | Refused | Accepted | Tokens | Finished | Embedded | Failed
+    Welcome | Accepted | Tokens | Finished | Embedded | Failed
     | Pong | Report | Tokenized | Detokenized | Templated | Drained | GoingAway
 )  # fmt: skip
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ...shm.errors import ConfigError
 from ...workers.kernels.routing.prediction import observe_transitions, predict_next, score_next
+from ..arrays import zeros
+from . import buffers
 
 Ids = npt.NDArray[np.int32]
 
@@ -40,14 +42,11 @@ class ExpertPredictor:
         if not 2 <= row_cap <= 1 << 30:
             raise ConfigError(f"row_cap {row_cap}: 2 to 2**30")
         self.num_experts = num_experts
-        self._table = np.zeros((num_layers, num_experts, num_experts), np.int32)
-        self._rows = np.zeros((num_layers, num_experts), np.int32)
-        self._recency = np.zeros((num_layers, num_experts), np.float32)
+        made = zeros(buffers.predictor(num_layers, num_experts))
+        self._table, self._rows, self._recency = made["table"], made["rows"], made["recency"]
+        self._scratch, self._nobody, self._none = made["scratch"], made["nobody"], made["none"]
         self._decay, self._weight = np.float32(recency_decay), np.float32(recency_weight)
         self._cap = row_cap
-        self._scratch = np.zeros((2, num_experts), np.float64)
-        self._nobody = np.zeros(num_experts, np.bool_)
-        self._none = np.empty(0, np.int32)
 
     @classmethod
     def from_history(cls, history: Sequence[Iterable[int]], num_experts: int = 64) -> Self:

@@ -214,9 +214,21 @@ def test_full_queue(serve: Serve) -> None:
         with pytest.raises(Overloaded, match="1 requests wait") as caught:
             third.generate(**sampled(2, 4))
         assert caught.value.retryable
+        assert caught.value.retry_after_s is None  # nothing has ended yet
+        progress = daemon.status()["progress"]
+        assert progress["oldest_waiting_s"] >= 0
+        assert progress["last_step_age_s"] < 5
         running.cancel()
         assert waiting.read().usage.completion_tokens == 4
         assert third.generate(**sampled(2, 4)).usage.completion_tokens == 4
+        running.close()
+        running = first.generate(stream=True, **sampled(0, 300))
+        with second.generate(stream=True, **sampled(1, 4)):
+            wait_until(lambda: daemon.status()["sequences"]["waiting"] == 1, 5.0, "one waits")
+            with pytest.raises(Overloaded) as caught:
+                third.generate(**sampled(2, 4))
+            # Three have ended within the ten seconds that are looked at.
+            assert caught.value.retry_after_s == pytest.approx(10 / 3)
         running.close()
 
 

@@ -205,6 +205,39 @@ def test_many_kills_cost_no_token(serve: Serve, kind: str) -> None:
     assert is_idle(daemon)
 
 
+def test_status_tells_that_nobody_computes(serve: Serve) -> None:
+    daemon = serve("--workers", "1")
+    assert daemon.status()["progress"]["workers_missing_s"] is None
+    (nursery,) = daemon.pids("nursery")
+    os.kill(nursery, signal.SIGSTOP)  # nobody can be forked
+    try:
+        os.kill(daemon.pids("worker")[0], signal.SIGKILL)
+        wait_until(lambda: daemon.status()["state"] == "recovering", 5.0, "the loss is told")
+        progress = daemon.status()["progress"]
+        assert progress["workers_missing"] == [0]
+        assert 0 <= progress["workers_missing_s"] < 10
+    finally:
+        os.kill(nursery, signal.SIGCONT)
+    wait_until(lambda: daemon.status()["state"] == "serving", 10.0, "a new worker")
+    assert daemon.status()["progress"]["workers_missing"] == []
+
+
+def test_worker_that_dies_again_and_again_ends_the_daemon(serve: Serve) -> None:
+    """With one error that says which worker, as often as it was started in vain."""
+    daemon = serve("--workers", "1")
+    until_s = time.monotonic() + 60
+    while daemon.process.poll() is None and time.monotonic() < until_s:
+        for process in processes_in(daemon.folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith("sterna-worker"):
+                    process.kill()
+        time.sleep(0.01)
+    assert daemon.wait(10) == 75
+    (line,) = [line for line in daemon.stderr.splitlines() if line.startswith("sterna: error: ")]
+    assert "worker 0" in line
+    assert "8 times in a row before it was ready" in line
+
+
 def test_stuck_worker_is_replaced(serve: Serve) -> None:
     daemon = serve("--workers", "2", "--step-timeout", "1")
     expected = [result.text for result in run_together(daemon.url, requests(3))]

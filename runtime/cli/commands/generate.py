@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
-from ....shm.errors import BadRequest, DaemonUnreachable, UsageError
+from ....shm.errors import DaemonUnreachable, NoChatTemplate, UsageError
 from ...config import load_config
 from ..options import (
     JSON_OPTION,
@@ -204,21 +204,19 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool =
 def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:
     try:
         return client.apply_template(messages)
-    except BadRequest as error:
-        if not str(error).startswith("no chat template in "):
-            raise
+    except NoChatTemplate as error:
         said = str(error).rpartition(":")[0]  # the daemon's hint is for those who write programs
-        raise BadRequest(f"{said}: leave out --chat") from None
+        raise NoChatTemplate(f"{said}: leave out --chat") from None
 
 
 def _require_template(path: Path) -> None:
-    """Refuse a model without a chat template by its header alone; raises BadRequest and the file's errors."""
+    """Refuse a model without a chat template by its header; raises NoChatTemplate and the file's errors."""
     from ....workers.checkpoint.file.gguf import GgufFile
     from ...chat.template import template_sources
 
     with GgufFile.open(path) as file:
         if not template_sources(file.metadata, file.label):
-            raise BadRequest(f"no chat template in {path}: leave out --chat")
+            raise NoChatTemplate(f"no chat template in {path}: leave out --chat")
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

@@ -9,7 +9,8 @@ import math
 from dataclasses import replace
 
 from ....workers.gating import SIGMOID, SOFTMAX
-from ..hyper import Hyperparameters, LatentAttention, Rotation
+from ..attention import LatentAttention
+from ..hyper import Hyperparameters, Rotation
 from .blocks import dense, rotation, with_experts, with_groups, yarn_magnitude
 from .keys import Keys
 

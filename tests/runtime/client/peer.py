@@ -173,7 +173,7 @@ class Peer:
     def _answer(self, identity: bytes, message: m.Message) -> None:
         match message:
             case m.Hello() if self.refuses:
-                self._send(identity, m.Refused(code="unauthorized", text="not you"))
+                self._send(identity, m.Failed(id=None, code="protocol", text="not you", retryable=False))
             case m.Hello() if self.answers_hello:
                 self._send(identity, m.Welcome(version="0", model=FACTS, limits=self.limits))
             case m.Ping(nonce=nonce) if self.answers_pings:

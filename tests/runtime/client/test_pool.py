@@ -16,7 +16,7 @@ from sterna.runtime.protocol import messages as m
 from sterna.shm.errors import (
     DaemonUnreachable,
     NotFound,
-    Unauthorized,
+    ProtocolError,
     UsageError,
 )
 
@@ -75,7 +75,7 @@ def test_silent_daemon(peer: Peer) -> None:
 
 def test_refused(client: Client, peer: Peer) -> None:
     peer.refuses = True
-    with pytest.raises(Unauthorized, match="not you"):
+    with pytest.raises(ProtocolError, match="not you"):
         client.status()
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from sterna.runtime.config import Config
 from sterna.runtime.daemon import memory_control
-from sterna.runtime.daemon.loaded_model import LoadedModel
 from sterna.runtime.daemon.memory_control import MemoryControl
+from sterna.runtime.daemon.model_memory import ModelMemory
+from sterna.runtime.daemon.served_model import ServedModel
 from sterna.runtime.memory import pressure
 from sterna.scheduler.messages import Resize, Resized
 from sterna.scheduler.residency.expert_memory import ExpertMemory
@@ -29,12 +30,12 @@ GIB = 2**30
 class LocalEngine:
     """The scheduler's side of a resize, in this process and between steps at all times."""
 
-    def __init__(self, model: LoadedModel) -> None:
-        arena = Arena("weights", model.worker_fds["weights"], model.memory_bytes["arena"])
+    def __init__(self, model: ServedModel, memory: ModelMemory) -> None:
+        arena = Arena("weights", memory.worker_fds["weights"], memory.memory_bytes["arena"])
         slots = SlotTable(arena.bytes, model.slots)
         owned = owners(model.plan.hyper.moe_layers, model.plan.hyper.experts, [1.0])
-        memory = ExpertMemory(model.plan, slots, model.slots, owned, None)
-        self.resizer = Resizer(memory, slots, arena, model.slots, model.limits)
+        experts = ExpertMemory(model.plan, slots, model.slots, owned, None)
+        self.resizer = Resizer(experts, slots, arena, model.slots, memory.limits)
 
     async def resize(self, limits: list[int]) -> Resized:
         self.resizer.ask(Resize(nonce=1, limits=limits))
@@ -53,17 +54,24 @@ def meminfo(root: Path, available: int) -> None:
 
 
 @pytest.fixture
-def model() -> Iterator[LoadedModel]:
-    model = LoadedModel(Config(ternary="2", ctx_size=64, max_num_seqs=2, workers=1, memory="300MiB"))
-    model.allocate()
+def model() -> Iterator[ServedModel]:
+    model = ServedModel.load(Config(ternary="2", ctx_size=64, max_num_seqs=2, workers=1, memory="300MiB"))
     yield model
     model.close()
-    model.__dict__.clear()
+
+
+@pytest.fixture
+def memory(model: ServedModel) -> Iterator[ModelMemory]:
+    memory = ModelMemory(model)
+    yield memory
+    memory.close()
+    memory.__dict__.clear()
     gc.collect()  # leave no memfd behind: system tests look for those
 
 
-def control(model: LoadedModel, root: Path) -> MemoryControl:
-    return MemoryControl(model, LocalEngine(model), root)  # type: ignore[arg-type] # all that it uses of it
+def control(model: ServedModel, memory: ModelMemory, root: Path) -> MemoryControl:
+    engine = LocalEngine(model, memory)
+    return MemoryControl(model, memory, engine, root)  # type: ignore[arg-type] # all that it uses of it
 
 
 async def reached(condition: Callable[[], bool]) -> None:
@@ -73,47 +81,49 @@ async def reached(condition: Callable[[], bool]) -> None:
 
 
 def test_it_shrinks_when_memory_is_short_and_grows_back(
-    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, memory: ModelMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_control, "WATCH_S", 0.002)
     monkeypatch.setattr(pressure, "SHRINK_EVERY_S", 0.01)
     monkeypatch.setattr(pressure, "CALM_S", 0.02)
-    held = [model.arena_nbytes_held]
+    held = [memory.arena_nbytes_held]
 
     async def run() -> None:
         meminfo(tmp_path, GIB // 2)
-        task = asyncio.create_task(control(model, tmp_path).watch())
-        await reached(lambda: model.decision.num_slots == 11)
-        held.append(model.arena_nbytes_held)
+        task = asyncio.create_task(control(model, memory, tmp_path).watch())
+        await reached(lambda: memory.decision.num_slots == 11)
+        held.append(memory.arena_nbytes_held)
         meminfo(tmp_path, 8 * GIB)
-        await reached(lambda: model.decision.num_slots == 80)
-        held.append(model.arena_nbytes_held)
+        await reached(lambda: memory.decision.num_slots == 80)
+        held.append(memory.arena_nbytes_held)
         task.cancel()
 
     asyncio.run(run())
     changes = [b - a for a, b in itertools.pairwise(held)]
     assert changes == [-69 * 53_248, 69 * 53_248]
-    assert model.limits == [80]
+    assert memory.limits == [80]
 
 
-def test_a_size_is_carried_out_and_remembered(model: LoadedModel, tmp_path: Path) -> None:
+def test_a_size_is_carried_out_and_remembered(
+    model: ServedModel, memory: ModelMemory, tmp_path: Path
+) -> None:
     meminfo(tmp_path, 8 * GIB)
-    whole = model.decision
+    whole = memory.decision
 
     async def run() -> None:
-        each = control(model, tmp_path)
+        each = control(model, memory, tmp_path)
         small = await each.resize(str(whole.total - 20 * 53_248))
         assert (small["slots"], small["freed_bytes"]) == (60, 20 * 53_248)
-        assert (model.limits, model.decision.num_slots) == ([60], 60)
-        assert model.decision.total <= whole.total - 20 * 53_248
-        with pytest.raises(BadRequest, match="at least"):
+        assert (memory.limits, memory.decision.num_slots) == ([60], 60)
+        assert memory.decision.total <= whole.total - 20 * 53_248
+        with pytest.raises(OutOfResources, match=r"memory is 1 MiB; this daemon needs at least \d+ MiB"):
             await each.resize("1MiB")
         with pytest.raises(BadRequest, match="memory: expected a size"):
             await each.resize("much")
         meminfo(tmp_path, 2**19)
         with pytest.raises(Overloaded, match=r"1 MiB more are needed, but 512 KiB are free on this machine"):
             await each.resize("auto")
-        assert model.limits == [60]
+        assert memory.limits == [60]
         meminfo(tmp_path, GIB)
         assert (await each.resize("auto"))["slots"] == 80
         assert (await each.resize("8GiB"))["slots"] == 80

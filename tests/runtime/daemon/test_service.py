@@ -14,8 +14,10 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 from sterna.runtime.config import Config, embedded_model
 from sterna.runtime.daemon.engine_link import EngineLink
-from sterna.runtime.daemon.loaded_model import LoadedModel
+from sterna.runtime.daemon.model_memory import ModelMemory
+from sterna.runtime.daemon.served_model import ServedModel
 from sterna.runtime.daemon.service import Service
+from sterna.runtime.daemon.totals import Totals
 from sterna.runtime.protocol import messages as m
 from sterna.runtime.quality.calibration import UNCALIBRATED_EPSILON
 from sterna.scheduler.messages import RoutingReport, Step, StreamsFailed, StreamStep, Submit
@@ -42,15 +44,29 @@ class Recorder:
         then()
 
 
+MEMORIES: list[ModelMemory] = []
+"""Of the benches of one test."""
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back() -> Iterator[None]:
+    yield
+    while MEMORIES:
+        MEMORIES.pop().close()
+
+
 class Bench:
     """A service over the embedded model; `generate` returns what the scheduler would be told."""
 
-    def __init__(self, model: LoadedModel, default_budget: float = 0.0) -> None:
+    def __init__(self, model: ServedModel, default_budget: float = 0.0) -> None:
         self.engine = Recorder()
+        self.memory = ModelMemory(model)
+        MEMORIES.append(self.memory)
         self.sent: list[m.Message] = []
         self.service = Service(
-            Config(max_num_seqs=2),
+            Config(max_num_seqs=2, ctx_size=model.context),
             model,
+            self.memory,
             cast(EngineLink, self.engine),
             lambda owner, message: self.sent.append(message),
             default_budget,
@@ -75,18 +91,17 @@ class Bench:
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadedModel]:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedModel]:
     """Return the embedded model under another name, where no calibration is beside it or in the cache."""
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path / "cache"))
     path = tmp_path / "model.gguf"
     path.symlink_to(embedded_model())
-    model = LoadedModel(Config(model=path, max_num_seqs=2, ctx_size=64))
-    model.allocate()
+    model = ServedModel.load(Config(model=path, max_num_seqs=2, ctx_size=64))
     yield model
     model.close()
 
 
-def test_budget_becomes_a_mean_of_lost_mass(model: LoadedModel) -> None:
+def test_budget_becomes_a_mean_of_lost_mass(model: ServedModel) -> None:
     bench = Bench(model)
     plain = bench.generate()
     assert (plain.epsilon, plain.stepped_from, plain.credit) == (0.0, None, 0.0)
@@ -95,13 +110,13 @@ def test_budget_becomes_a_mean_of_lost_mass(model: LoadedModel) -> None:
     assert (half.lossy_from, half.stepped_from) == (len(PROMPT), None)
 
 
-def test_lost_mass_and_stepped_prompts_are_passed_on(model: LoadedModel) -> None:
+def test_lost_mass_and_stepped_prompts_are_passed_on(model: ServedModel) -> None:
     scored = Bench(model).generate(lost_mass=0.04, stepped=True, prompt_logprobs=True)
     assert (scored.epsilon, scored.lossy_from, scored.stepped_from) == (0.04, 1, 1)
     assert scored.prompt_logprobs
 
 
-def test_default_budget_is_for_those_who_name_none(model: LoadedModel) -> None:
+def test_default_budget_is_for_those_who_name_none(model: ServedModel) -> None:
     bench = Bench(model, default_budget=0.01)
     assert bench.generate().epsilon == pytest.approx(UNCALIBRATED_EPSILON * 0.01)
     assert bench.generate(quality_budget=0.0).epsilon == 0.0
@@ -113,7 +128,7 @@ def test_default_budget_is_for_those_who_name_none(model: LoadedModel) -> None:
     }
 
 
-def test_steps_add_up_to_the_facts_of_the_answer(model: LoadedModel) -> None:
+def test_steps_add_up_to_the_facts_of_the_answer(model: ServedModel) -> None:
     bench = Bench(model)
     submit = bench.generate(lost_mass=0.1, max_tokens=2)
     bench.step(submit, 4, RoutingReport(credit=0.0, events=0, changed=0, swaps=0, lost=0.0), None)
@@ -132,14 +147,14 @@ def test_steps_add_up_to_the_facts_of_the_answer(model: LoadedModel) -> None:
     )
 
 
-def test_exact_answers_have_no_facts(model: LoadedModel) -> None:
+def test_exact_answers_have_no_facts(model: ServedModel) -> None:
     bench = Bench(model, default_budget=0.01)
     submit = bench.generate(quality_budget=0.0, max_tokens=1)
     bench.step(submit, 4, None, "length")
     assert bench.finished().routing is None
 
 
-def test_credit_survives_the_scheduler(model: LoadedModel) -> None:
+def test_credit_survives_the_scheduler(model: ServedModel) -> None:
     """A new one continues with what was left: a kill must not refill an account, nor empty it."""
     bench = Bench(model)
     first = bench.generate(lost_mass=0.1)
@@ -173,7 +188,7 @@ def pool(bench: Bench, submit: Submit, computed: int, values: list[float], finis
     bench.engine.on_step(Step(number=1, busy_ns=1, streams=[part]))
 
 
-def test_vector_is_the_sum_of_the_steps_that_were_committed(model: LoadedModel) -> None:
+def test_vector_is_the_sum_of_the_steps_that_were_committed(model: ServedModel) -> None:
     bench = Bench(model, default_budget=0.01)
     first = embed(bench, pooling="mean", normalize=False)
     assert (first.pooling, first.prompt_logprobs, first.epsilon) == ("mean", False, 0.0)
@@ -190,7 +205,7 @@ def test_vector_is_the_sum_of_the_steps_that_were_committed(model: LoadedModel) 
     assert (bench.service.totals.finished, bench.service.num_running) == (1, 0)
 
 
-def test_cancelled_vector_is_an_error(model: LoadedModel) -> None:
+def test_cancelled_vector_is_an_error(model: ServedModel) -> None:
     bench = Bench(model)
     submit = embed(bench)
     bench.service.cancel("client", "e0")
@@ -201,42 +216,56 @@ def test_cancelled_vector_is_an_error(model: LoadedModel) -> None:
     assert len(bench.sent) == 1
 
 
-def test_text_to_embed_may_fill_the_context_and_no_more(model: LoadedModel) -> None:
+def test_text_to_embed_may_fill_the_context_and_no_more(model: ServedModel) -> None:
     assert embed(Bench(model), token_ids=[5] * 64).prompt_length == 64
-    with pytest.raises(TooLong, match=r"has 65 tokens; the context has 64 \(512 with more memory: [^)]*\)$"):
+    with pytest.raises(TooLong, match=r"the prompt has 65 tokens; the context has 64$"):
         embed(Bench(model), token_ids=[5] * 65)
 
 
 def test_text_to_embed_ends_as_the_tokenizer_says(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = embed(Bench(model), token_ids=None, prompt="a king").prompt_length
     monkeypatch.setattr(model.tokenizer, "adds_eos", True)
     bench = Bench(model)
     ended = embed(bench, token_ids=None, prompt="a king")
     assert ended.prompt_length == plain + 1
-    assert model.streams.tokens[ended.stream, plain] == model.tokenizer.eos_id
+    assert bench.memory.streams.tokens[ended.stream, plain] == model.tokenizer.eos_id
     assert embed(bench).prompt_length == len(PROMPT)  # token ids are taken as they are
 
 
-def test_file_says_how_to_pool(model: LoadedModel, tmp_path: Path) -> None:
+def test_file_says_how_to_pool(model: ServedModel, tmp_path: Path) -> None:
     assert model.default_pooling == "last"  # it says nothing
-    assert pooled_model(tmp_path, 2).default_pooling == "cls"
+    pooled = pooled_model(tmp_path, 2)
+    assert pooled.default_pooling == "cls"
+    pooled.close()
 
 
 def test_file_of_a_reranker_makes_no_vector_unless_asked(tmp_path: Path) -> None:
     model = pooled_model(tmp_path, 4)
     with pytest.raises(BadRequest, match=r"says 4 .*ask for mean, cls or last"):
         embed(Bench(model))
-    model.allocate()
     assert embed(Bench(model), pooling="cls").pooling == "cls"
     model.close()
 
 
-def pooled_model(folder: Path, value: int) -> LoadedModel:
+def pooled_model(folder: Path, value: int) -> ServedModel:
     """Open the embedded model with `pooling_type` among its keys."""
     path = folder / "pooled.gguf"
     writer = gguf.GGUFWriter(path, "deepseek2")
     added = {"deepseek2.pooling_type": MetadataDetails(gguf.GGUFValueType.UINT32, value)}
     copy_with_new_metadata(gguf.GGUFReader(embedded_model()), writer, added, [])
-    return LoadedModel(Config(model=path, max_num_seqs=2, ctx_size=64))
+    return ServedModel.load(Config(model=path, max_num_seqs=2, ctx_size=64))
+
+
+# ---- figures ----
+
+
+def test_mean_time_between_ends_forgets_what_is_old() -> None:
+    totals = Totals()
+    assert totals.seconds_per_end(0.0) is None
+    for now_s in (1.0, 2.0, 3.0, 4.0):
+        totals.end(now_s)
+    assert totals.seconds_per_end(5.0) == 2.5
+    assert totals.seconds_per_end(12.5) == 5.0
+    assert totals.seconds_per_end(100.0) is None

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, embedded_model
-from sterna.runtime.daemon.loaded_model import LoadedModel
+from sterna.runtime.daemon.served_model import ServedModel
 from sterna.runtime.examine.forecast import HIGH, LOW, Rates, describe_plan, hit_rate, probe
 from sterna.runtime.sizes import format_size
 
@@ -79,7 +79,7 @@ def test_the_text_names_what_counts(large: Path) -> None:
 def test_the_daemon_does_as_was_planned() -> None:
     config = Config(memory="250MiB", workers=2, ctx_size=128)
     facts = describe_plan(config, RATES)
-    model = LoadedModel(config)
+    model = ServedModel.load(config)
     try:
         assert sum(count for count, _ in model.slots) == facts["experts"]["slots"]
         assert model.decision.rows == facts["used_bytes"]

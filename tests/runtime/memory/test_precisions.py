@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, Precision
-from sterna.runtime.daemon.loaded_model import LoadedModel
+from sterna.runtime.daemon.served_model import ServedModel
 from sterna.runtime.memory.budget import Wants, least_slots
 from sterna.runtime.memory.choice import UNLIMITED, Choices, known_counts
 from sterna.scheduler.residency.policies import new_policy
@@ -135,7 +135,7 @@ def test_the_setting_reaches_the_plan(
     assert sum(row["bytes"] for row in held.values()) == facts["used_bytes"]["slots"]
     config = Config(model=path, precision="default", workers=1, memory="3GiB")
     with caplog.at_level(logging.INFO, "sterna.model"):
-        model = LoadedModel(config)
+        model = ServedModel.load(config)
     assert set(model.plan.assignment[440:]) == {min(model.plan.assignment)}
     assert {name: row["experts"] for name, row in held.items()} == {
         name: count for name, (count, _) in model.plan.by_precision().items()
@@ -150,9 +150,9 @@ def test_the_setting_reaches_the_plan(
 
 
 def test_a_ternary_model_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    plain = LoadedModel(Config(memory="250MiB", workers=1))
+    plain = ServedModel.load(Config(memory="250MiB", workers=1))
     with caplog.at_level(logging.INFO, "sterna.model"):
-        model = LoadedModel(Config(memory="250MiB", workers=1, precision="default"))
+        model = ServedModel.load(Config(memory="250MiB", workers=1, precision="default"))
     assert (model.plan.precisions, model.plan.assignment) == (("file",), ())
     assert model.decision == plain.decision
     assert [line for line in caplog.messages if "default changes nothing: experts are ternary" in line]

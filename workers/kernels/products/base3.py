@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import kernel, piece
+from ..scratch import base3_nbytes
 from ..simd.groups import GROUPS, SPREAD, TOKENS, load_scales
 from ..simd.ops import (
     fma_f32,
@@ -43,7 +44,7 @@ from ..simd.trits import (
     zero_codes,
     zero_sums,
 )
-from . import areas, ternary
+from . import ternary
 from .areas import AREAS_AT, BLOCK, aligned, clear, fill_area, tile_spread, totals_at, write
 
 B3 = 5
@@ -78,8 +79,7 @@ def scales_nbytes(rows: int, columns: int) -> int:
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
-    tiled = -(-tokens // TOKENS) * TOKENS
-    return areas.scratch_nbytes(columns, tiled) + 4 * tiled
+    return base3_nbytes(columns, tokens, GROUPS, TOKENS)
 
 
 @kernel
