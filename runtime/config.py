@@ -18,7 +18,7 @@ from ..shm.errors import ConfigError, ModelNotFound
 from . import sizes
 from .protocol.sockets import check_url, default_socket_url
 
-Lane = Literal["auto", "zmq"]
+Lane = Literal["auto", "zmq", "local"]
 CacheType = Literal["f16", "f32"]
 Ternary = Literal["auto", "2", "1.6"]
 Activations = Literal["auto", "block", "token"]
@@ -196,7 +196,10 @@ SETTINGS: dict[str, SettingRule] = {
     "prefetch": _choice("prefetch", "Read experts before they are needed; auto: while it pays"),
     "precision": _choice("precision", "Hold rarely used experts in fewer bits than the file"),
     "cache_type": _choice("cache_type", "Numbers that keys and values of past tokens are kept as"),
-    "lane": _choice("lane", "Transport to the workers of this machine"),
+    "lane": _choice(
+        "lane",
+        "Transport to the workers; auto: zmq; local: none, the scheduler computes alone, for debugging",
+    ),
     "trace": SettingRule(
         "Write which experts each token goes to into this new CSV file", "path", unset="no trace"
     ),

@@ -114,10 +114,10 @@ class Mixture:
         if first_bad_row(self._logits, count, self._logits.shape[1]) >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")
         self._route(layer, count)
-        place = self._runner.divisions[layer].place
+        ordinal_of = self._runner.orders[layer].ordinal_of
         selected = self._router.selected[:count]
         self.foresight.routed(layer, selected, self._previous)
-        groups = self._scheduler.schedule(place[selected], count)
+        groups = self._scheduler.schedule(ordinal_of[selected], count)
         result: list[npt.NDArray[np.float32]] = []
 
         def meanwhile() -> None:
