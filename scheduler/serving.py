@@ -113,6 +113,9 @@ class Serving:
         self._check_times()
         while self._settle_part():
             pass
+        # A dense model has no workers to wait for.
+        if not self._ready and len(self._state.workers) == self._limits.workers:
+            self._announce()
         if self._made.resizer is not None and (resized := self._made.resizer.advance()) is not None:
             log.info(
                 "slots.resized resident=%d freed_bytes=%d error=%r",
@@ -151,8 +154,6 @@ class Serving:
                 log.info("worker.joined index=%d resident=%d", worker, self._made.memory.num_resident)
                 self._send(wire.WorkerReady(index=worker))
                 self._handle(st.WorkerJoined(worker=worker))
-                if not self._ready and len(self._state.workers) == self._limits.workers:
-                    self._announce()
             case Leave(worker=worker):
                 log.warning("worker.lost index=%d reading=%d", worker, self._made.memory.num_loading)
                 self._made.memory.worker_lost(worker)
