@@ -18,7 +18,7 @@ from ..shm.errors import ConfigError, ModelNotFound
 from . import sizes
 from .protocol.sockets import check_url, default_socket_url
 
-Lane = Literal["auto", "zmq"]
+Lane = Literal["auto", "zmq", "local"]
 CacheType = Literal["f16", "f32"]
 Ternary = Literal["auto", "2", "1.6"]
 Activations = Literal["auto", "block", "token"]
@@ -196,7 +196,10 @@ SETTINGS: dict[str, SettingRule] = {
     "prefetch": _choice("prefetch", "Read experts before they are needed; auto: while it pays"),
     "precision": _choice("precision", "Hold rarely used experts in fewer bits than the file"),
     "cache_type": _choice("cache_type", "Numbers that keys and values of past tokens are kept as"),
-    "lane": _choice("lane", "Transport to the workers of this machine"),
+    "lane": _choice(
+        "lane",
+        "Transport to the workers; auto: zmq; local: none, the scheduler computes alone, for debugging",
+    ),
     "trace": SettingRule(
         "Write which experts each token goes to into this new CSV file", "path", unset="no trace"
     ),
@@ -280,8 +283,6 @@ def load_config(
             rule = SETTINGS[name]
             parsed = _from_text(rule, value) if isinstance(value, str) else value
             values[name] = _checked(rule, parsed, flag_of(name))
-    if values.get("model") == Path(EMBEDDED):
-        del values["model"]
     if "socket" not in values:
         values["socket"] = default_socket_url(env)
     return Config(**values)
@@ -375,6 +376,8 @@ def _checked(rule: SettingRule, value: object, where: str) -> object:
             return float(value)  # type: ignore[arg-type]
         case "choice" if value in rule.choices:
             return value
+        case "path" if value == EMBEDDED and rule is SETTINGS["model"]:
+            return None
         case "path" if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value):
             return Path(value).expanduser()
         case "url" if isinstance(value, str):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..workers.kernels.layers.norms import first_bad_row
+from .decoder.buffers import LOGIT_ROWS
 from .decoder.decoder import Decoder
 from .decoder.dense import DenseWeights
 from .decoder.token_batch import TokenBatch
@@ -25,8 +26,6 @@ from .pooling import step_part
 from .residency.quality import QualityLedger
 from .sampling import choose, log_normaliser, score
 from .state import Work
-
-LOGIT_ROWS = 32  # rows of logits computed at once
 
 
 @dataclass(frozen=True, slots=True)

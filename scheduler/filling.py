@@ -29,11 +29,6 @@ class SlotFiller:
         """Experts to be read since the filler was last idle."""
 
     @property
-    def workers(self) -> set[int]:
-        """Workers that have come and have not left."""
-        return set(self._peers)
-
-    @property
     def requests(self) -> tuple[int, ...]:
         """Reads that have no answer yet."""
         return tuple(self._reading)

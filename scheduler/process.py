@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,10 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     """
     settings = msgspec.convert(dict(spec), SchedulerSpec)
     log_to_stderr(settings.log_level)
+    log.info(
+        "scheduler.started generation=%d pid=%d lane=%s workers=%d",
+        settings.generation, os.getpid(), settings.lane, settings.workers,
+    )  # fmt: skip
     control = Control(settings)
     try:
         lane, serving = _load(settings, fds, control)

@@ -82,6 +82,7 @@ class Serving:
             held=_held_blocks(made),
         )
         self._filler = SlotFiller(made.runner, made.order)
+        self._heard: set[int] = set()  # workers that have said hello at least once
         self._filling_since_ns = 0  # the last answer to what fills slots, or the first request
         self._next: tuple[st.Segment, ...] = ()
         self._steps = 0
@@ -112,6 +113,9 @@ class Serving:
         self._check_times()
         while self._settle_part():
             pass
+        # A dense model has no workers to wait for.
+        if not self._ready and len(self._state.workers) == self._limits.workers:
+            self._announce()
         if self._made.resizer is not None and (resized := self._made.resizer.advance()) is not None:
             log.info(
                 "slots.resized resident=%d freed_bytes=%d error=%r",
@@ -143,14 +147,13 @@ class Serving:
         match change:
             case FillSlots(worker=worker, peer=peer):
                 self._filling_since_ns = self._clock_ns()
+                self._heard.add(worker)
                 self._filler.begin(worker, peer)
                 log.debug("worker.filling index=%d experts=%d", worker, self._filler.total)
             case Join(worker=worker):
                 log.info("worker.joined index=%d resident=%d", worker, self._made.memory.num_resident)
                 self._send(wire.WorkerReady(index=worker))
                 self._handle(st.WorkerJoined(worker=worker))
-                if not self._ready and len(self._state.workers) == self._limits.workers:
-                    self._announce()
             case Leave(worker=worker):
                 log.warning("worker.lost index=%d reading=%d", worker, self._made.memory.num_loading)
                 self._made.memory.worker_lost(worker)
@@ -174,7 +177,7 @@ class Serving:
             self._lane.tell(AnswersOverdue(requests=requests))
         if self._ready or now_ns - self._listening_ns <= self._limits.start_timeout_s * 1e9:
             return
-        waiting = sorted(set(range(self._limits.workers)) - self._filler.workers)
+        waiting = sorted(set(range(self._limits.workers)) - self._heard)
         if waiting:
             missing = ", ".join(map(str, waiting))
             raise StartFailed(f"worker {missing} not there after {self._limits.start_timeout_s:.0f} s")

@@ -194,13 +194,14 @@ class ProtocolError(RequestError):
     exit_code = 70
 
 
-REQUEST_ERRORS: dict[str, type[RequestError]] = {
+REQUEST_ERRORS: dict[str, type[SternaError]] = {
     cls.code: cls
     for cls in (
         BadRequest, NoChatTemplate, TooLong, Overloaded, NotFound, Cancelled, WorkerLost,
-        EngineLost, ShuttingDown, InternalError, ProtocolError,
+        EngineLost, ShuttingDown, InternalError, ProtocolError, ModelReadError,
     )
 }  # fmt: skip
+"""What may end a request, by code: also ModelReadError, for one whose experts cannot be read any more."""
 
 
 def error_of(code: str, text: str) -> SternaError:

@@ -118,7 +118,11 @@ def test_make_test_runs_every_check(tmp_path: Path) -> None:
 
 def test_make_demo_and_serve_run_the_command(tmp_path: Path) -> None:
     demo = '.venv/bin/sterna generate "Once upon a time" --echo --temperature 0.7 --max-tokens 200'
-    assert demo in make(tmp_path, os.environ["PATH"], "-n", "demo").stdout
+    steps = make(tmp_path, os.environ["PATH"], "-n", "demo").stdout
+    assert demo in steps
+    # How to go on: the command is on no PATH yet.
+    assert f"{tmp_path}/.venv/bin/sterna serve" in steps.partition(demo)[2]
+    assert f"{tmp_path}/.venv/bin/activate" in steps.partition(demo)[2]
     assert ".venv/bin/sterna serve" in make(tmp_path, os.environ["PATH"], "-n", "serve").stdout
 
 

@@ -24,17 +24,15 @@ class Hello(LaneMessage, frozen=True, kw_only=True):
 
 
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
-    """The experts of one layer, in each precision that they may be held in; the first is the file's own.
-
-    precisions: for each, gate, up, down as (format, rows, columns, byte offset in the slot), then, if the
-    experts have them, the biases of these as (F32, length, 1, byte offset); activation: see
-    `workers.activation`.
-    """
+    """The experts of one layer, in each precision that they may be held in; the first is the file's own."""
 
     d_model: int
     d_ff: int
     precisions: list[list[tuple[int, int, int, int]]]
+    """For each, gate, up, down as (format, rows, columns, byte offset in the slot); then, if the experts have
+    them, the biases of these as (F32, length, 1, byte offset)."""
     activation: int = 0
+    """See `workers.activation`."""
 
 
 class Configure(LaneMessage, frozen=True, kw_only=True):
@@ -46,20 +44,23 @@ class Configure(LaneMessage, frozen=True, kw_only=True):
 class Compute(LaneMessage, frozen=True, kw_only=True):
     """Run experts over token rows.
 
-    precision: which of the layer's, that of all these experts; kind: 0 (float32 rows follow) or the block
-    of int8 rows (q, scales, sums follow); tokens: number
-    of rows; experts lie in `slots`; pairs of expert i are routing rows starts[i]:starts[i + 1]. The
-    last array holds the routing rows, int32: for each pair the row of its token.
+    Arrays follow: the rows, then the routing rows, int32: for each pair the row of its token.
     """
 
     seq: int
     layer: int
     precision: int
+    """Which of the layer's, that of all these experts."""
     kind: int
+    """0: float32 rows follow; else the block of the int8 rows that follow (q, scales, sums)."""
     tokens: int
+    """Number of rows."""
     experts: list[int]
+    """Their ids in the layer."""
     slots: list[int]
+    """Where each of them lies."""
     starts: list[int]
+    """The pairs of expert i are routing rows starts[i]:starts[i + 1]."""
 
 
 class Outputs(LaneMessage, frozen=True, kw_only=True):
@@ -70,49 +71,49 @@ class Outputs(LaneMessage, frozen=True, kw_only=True):
 
 
 class FileSlab(msgspec.Struct, frozen=True, array_like=True):
-    """`nbytes` bytes from `offset` of the model's file number `file`; its GGUF type and tensor name."""
+    """A part of one of the model's files: one matrix or bias of one expert."""
 
     offset: int
+    """The first byte in the file."""
     nbytes: int
     type_id: int
+    """Of the tensor, as GGUF numbers it."""
     tensor: str
+    """Its name, for errors."""
     file: int = 0
+    """Which file of a split model."""
 
 
 class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
-    """One expert, the slot and precision it goes to, and where in the file the parts lie.
-
-    slabs: in the order of the layer's `precisions`: gate, up, down, then their biases if there are any.
-    """
+    """One expert, the slot and precision it goes to, and where in the file the parts lie."""
 
     layer: int
     expert: int
     slot: int
     precision: int
     slabs: list[FileSlab]
+    """In the order of the layer's `precisions`: gate, up, down, then their biases if there are any."""
 
 
 class PageIn(LaneMessage, frozen=True, kw_only=True):
-    """Read an expert into its slot, beside what is computed; answered by `paged` or `trouble`.
-
-    urgent: somebody waits for it; what is not urgent is read when nothing else is.
-    """
+    """Read an expert into its slot, beside what is computed; answered by `paged` or `trouble`."""
 
     seq: int
     page: ExpertPage
     urgent: bool = True
+    """Somebody waits for it; what is not urgent is read when nothing else is."""
 
 
 class Paged(LaneMessage, frozen=True, kw_only=True):
-    """The expert is complete: `nbytes` were read in `read_ns`; request to answer took `busy_ns`.
-
-    nbytes, read_ns: 0 when the slot held the expert already, or an earlier request had it read.
-    """
+    """The expert is complete."""
 
     seq: int
     nbytes: int
+    """Bytes read; 0 when the slot held the expert already, or an earlier request had it read."""
     read_ns: int
+    """Time that threads spent on reading them."""
     busy_ns: int
+    """Time from request to answer."""
 
 
 class Trouble(LaneMessage, frozen=True, kw_only=True):

@@ -20,7 +20,8 @@ from .checkpoint.held.packing import matrix_entry, pack_matrix
 from .checkpoint.held.samples import sample
 from .checkpoint.types.table import TYPES_BY_NAME, dequantize
 from .kernels.layers.activations import QuantizedRows
-from .kernels.products.table import kernel_of, scratch_nbytes
+from .kernels.products.table import kernel_of
+from .kernels.scratch import product_nbytes
 from .kernels.target import TARGET
 
 ROWS, COLUMNS, TOKENS = 40, 512, 11  # an odd number of groups, one tile and three single tokens
@@ -76,7 +77,7 @@ def _require(case: _Case) -> None:
     if kind is not ActivationKind.FLOAT:
         rows.fill(case.x, TOKENS)
     out = np.zeros((TOKENS, shape.groups * 16), np.float32)
-    scratch = np.zeros(scratch_nbytes(COLUMNS, TOKENS), np.uint8)
+    scratch = np.zeros(product_nbytes(COLUMNS, TOKENS), np.uint8)
     _, number, codes_at, scales_at, _ = matrix_entry(shape, 0)
     kernel_of(form)(
         number, case.arena, codes_at, scales_at, shape.groups, COLUMNS, case.x, rows.q, rows.scales,

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from ..shm.errors import InternalError
 from ..shm.slots import SlotTable
+from .buffers import batch
 from .checkpoint.held.formats import ActivationKind, activation_kind
 from .checkpoint.held.packing import matrix_entry
 from .kernels.layers.ffn import expert_batch
-from .kernels.products.table import scratch_nbytes
 from .kernels.routing.top_k import all_below
 from .messages import Compute, Configure, Outputs, Paged, PageIn
 from .paging.checksums import Checksums
@@ -29,7 +29,7 @@ _NO_X = np.zeros((1, 1), np.float32)
 _NO_Q = np.zeros((1, 1), np.int8)
 _NO_SUMS = np.zeros((1, 1), np.int32)
 
-_Places = tuple[list[tuple[int, int, int, int, int]], list[int]]
+_PartOffsets = tuple[list[tuple[int, int, int, int, int]], list[int]]
 """Entries of gate, up and down, as `kernels.ffn` names them, and the bytes of their biases, -1: none."""
 
 
@@ -38,15 +38,12 @@ class _Scratch:
 
     def __init__(self, pairs: int = -1, d_model: int = 0, d_ff: int = 0) -> None:
         self.pairs = pairs
-        pairs = max(0, pairs)
-        self.gate = np.zeros((pairs, d_ff), np.float32)
-        self.up = np.zeros((pairs, d_ff), np.float32)
-        self.q = np.zeros((pairs, d_ff), np.int8)
-        self.scales = np.zeros((pairs, max(1, d_ff // 32)), np.float32)
-        self.sums = np.zeros((pairs, max(1, d_ff // 32)), np.int32)
-        self.identity = np.arange(pairs, dtype=np.int32)
-        self.scratch = np.zeros(scratch_nbytes(max(d_model, d_ff), pairs), np.uint8)
-        self.out = np.zeros((pairs, d_model), np.float32)
+        count = max(0, pairs)
+        made = {f.name: np.zeros(f.shape, f.dtype) for f in batch(count, d_model, d_ff)}
+        self.gate, self.up, self.out = made["gate"], made["up"], made["out"]
+        self.q, self.scales, self.sums = made["q"], made["scales"], made["sums"]
+        self.scratch, self.identity = made["scratch"], made["identity"]
+        self.identity[:] = np.arange(count)
 
 
 class ExpertWorker:
@@ -60,7 +57,7 @@ class ExpertWorker:
         self._slots = slots
         self._staging = Staging()
         self._scratch = _Scratch()
-        self._places: dict[tuple[int, int, int], _Places] = {}
+        self._offsets: dict[tuple[int, int, int], _PartOffsets] = {}
 
     def configure(self, message: Configure) -> None:
         """Take the shapes of all layers."""
@@ -121,19 +118,19 @@ class ExpertWorker:
             in_range = 0 <= slot < self._slots.num_slots
             if not in_range or not self._slots.holds(slot, message.layer, expert):
                 raise InternalError(f"expert {expert} of layer {message.layer} is not in slot {slot}")
-            matrices[i], biases[i] = self._places_in(message, slot, shape)
+            matrices[i], biases[i] = self._offsets_in(message, slot, shape)
         return matrices, biases
 
-    def _places_in(self, message: Compute, slot: int, shape: ExpertShape) -> _Places:
+    def _offsets_in(self, message: Compute, slot: int, shape: ExpertShape) -> _PartOffsets:
         """Return where an expert's parts lie in a slot; remembered."""
         key = (message.layer, message.precision, slot)
-        if key not in self._places:
+        if key not in self._offsets:
             base, parts = self._slots.at(slot), shape.precisions[message.precision]
-            self._places[key] = (
+            self._offsets[key] = (
                 [matrix_entry(matrix, base + at) for matrix, at in parts[:MATRICES]],
                 [base + at for _, at in parts[MATRICES:]] or [-1] * MATRICES,
             )
-        return self._places[key]
+        return self._offsets[key]
 
 
 def _check(message: Compute, frames: Sequence[memoryview], shape: ExpertShape) -> int:

@@ -15,7 +15,7 @@ from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels.layers import ffn
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.measure.bandwidth import allocate
-from ...workers.kernels.products.table import scratch_nbytes
+from ...workers.kernels.scratch import product_nbytes
 from ...workers.pinned import PinnedThreads
 from .operands import Clock, Matrix, Product, TokenRows, time_call
 
@@ -112,7 +112,7 @@ class _Experts:
             [matrix_entry(up.shape, gate), matrix_entry(up.shape, up_at), matrix_entry(down.shape, down_at)]
             for gate, up_at, down_at in places
         ]
-        scratch = np.zeros(scratch_nbytes(max(d_model, d_ff), 1), np.uint8)
+        scratch = np.zeros(product_nbytes(max(d_model, d_ff), 1), np.uint8)
         self.compute = partial(
             ffn.expert_batch, arena, np.array(matrices, np.int64), np.full((count, 3), -1, np.int64),
             np.arange(count + 1, dtype=np.int64), np.zeros(count, np.int32), d_model, d_ff, 0, x,

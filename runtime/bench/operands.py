@@ -23,13 +23,13 @@ from ...workers.checkpoint.types.table import TYPES_BY_NAME
 from ...workers.kernels.layers import shared_dense
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.measure.bandwidth import allocate, available_nbytes
-from ...workers.kernels.products.table import scratch_nbytes
+from ...workers.kernels.scratch import product_nbytes
 
 Bytes = npt.NDArray[np.uint8]
 Clock = Callable[[], float]
 
 MIN_REPETITIONS = 3
-# A call over so many multiply-accumulates takes about 0.2 ms with the fastest kernel there is.
+# Multiply-accumulates of one call: about 0.2 ms with the fastest kernel.
 _MACS_PER_CALL = 1 << 25
 _NO_Q = QuantizedRows.allocate(1, 32, 32)
 
@@ -156,7 +156,7 @@ class Product:
         self._tokens = tokens
         self._alone = Crew(1)
         self._product, self._form, _, self._scales_at, _ = matrix_entry(shape, 0)
-        self._scratch = np.zeros(scratch_nbytes(shape.columns, tokens.count), np.uint8)
+        self._scratch = np.zeros(product_nbytes(shape.columns, tokens.count), np.uint8)
         self._out = np.zeros((tokens.count, heads * 16 * shape.groups), np.float32)
         self._index = np.tile(np.arange(tokens.count, dtype=np.int32), (heads, 1))
 

@@ -94,17 +94,43 @@ def window_option(default: int) -> Callable[[Command], Command]:
 
 
 class NumberRange(click.IntRange):
-    """Whole numbers within limits that the help text does not show in brackets."""
+    """Whole numbers within limits, which the error names and not the help."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
+        """Return the number; fails outside of the limits."""
+        number = int(click.INT.convert(value, param, ctx))
+        return (
+            number if _within(number, self.min, self.max) else self.fail(_refused(self, number), param, ctx)
+        )
 
     def _describe_range(self) -> str:
         return ""
 
 
 class FractionRange(click.FloatRange):
-    """Numbers within limits that the help text does not show in brackets."""
+    """Numbers within limits, which the error names and not the help; NaN is left to whoever computes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """Return the number; fails outside of the limits."""
+        number = float(click.FLOAT.convert(value, param, ctx))
+        return (
+            number if _within(number, self.min, self.max) else self.fail(_refused(self, number), param, ctx)
+        )
 
     def _describe_range(self) -> str:
         return ""
+
+
+def _within(number: float, low: float | None, high: float | None) -> bool:
+    return not ((low is not None and number < low) or (high is not None and number > high))
+
+
+def _refused(limits: click.IntRange | click.FloatRange, number: float) -> str:
+    low, high = limits.min, limits.max
+    if high is None:
+        return f"{number:g} is not in the range from {low:g} on"
+    start = "" if low is None else f"{low:g} "
+    return f"{number:g} is not in the range {start}to {high:g}"
 
 
 # ---- quality budgets ----
@@ -151,7 +177,7 @@ _SAMPLING: Final[tuple[tuple[tuple[str, ...], Any, str, str], ...]] = (
     (("-n", "--max-tokens"), click.INT, "N", "Tokens that the answer may have."),
     (
         ("-t", "--temperature"),
-        FractionRange(max=MAX_TEMPERATURE),
+        FractionRange(0, MAX_TEMPERATURE),
         "X",
         f"Spread of the choice, 0 to {MAX_TEMPERATURE:g}; 0 always takes the most probable token.",
     ),

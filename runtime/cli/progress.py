@@ -29,7 +29,9 @@ class StartProgress:
         self._tasks: dict[str, TaskID] = {}
         self._said: set[str] = set()
         self._bars: Progress | None = None
-        self._compiled = _count_kernels()
+        # Read once: `prepare` points the variable to a folder below it.
+        self._kernels = os.environ.get("NUMBA_CACHE_DIR")
+        self._compiled = _count_kernels(self._kernels)
 
     def __enter__(self) -> StartProgress:
         if sys.stderr.isatty():
@@ -65,14 +67,17 @@ class StartProgress:
 
     def _text(self, what: str) -> str:
         # A kernel that was compiled has been stored, whichever process did it.
-        if what == "kernels" and _count_kernels() > self._compiled:
+        if what == "kernels" and _count_kernels(self._kernels) > self._compiled:
             return COMPILING
         return PHASES.get(what, what)
 
 
-def _count_kernels() -> int:
-    """Return how many compiled kernels are kept. The name of the very folder would load the compiler."""
+def _count_kernels(chosen: str | None) -> int:
+    """Return how many compiled kernels are kept in the folder `chosen`, by default the user's cache.
+
+    All of them are counted: to name the folder of this version would load the compiler.
+    """
     from ...workers.user_cache import user_cache  # here: it costs time that --version does not have
 
-    root = Path(os.environ.get("NUMBA_CACHE_DIR") or user_cache())
+    root = Path(chosen or user_cache())
     return sum(1 for pattern in ("kernels-*/*/*.nbc", "*/*.nbc") for _ in root.glob(pattern))

@@ -123,7 +123,8 @@ class Daemon:
             supervisor = await Supervisor.start()
             try:
                 processes = EngineProcesses(
-                    model.wants.workers,
+                    # With the local lane the scheduler is its own workers.
+                    0 if self._config.lane == "local" else model.wants.workers,
                     NurseryPlacement(supervisor),
                     EngineRecipes(self._config, model, memory, folder, link.url),
                     link,

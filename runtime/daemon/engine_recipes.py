@@ -55,6 +55,7 @@ class EngineRecipes:
             model_path=str(model.path),
             model_id=model.id,
             control_url=self._control_url,
+            lane="local" if config.lane == "local" else "zmq",
             lane_url=self._lane_url(generation),
             workers=model.wants.workers,
             slots=model.slots,

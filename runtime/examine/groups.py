@@ -74,7 +74,7 @@ def groups(
 
 
 def unused_names(names: Iterable[str], layers: int) -> str:
-    """Return one line on the tensors of a file that a model of so many layers does not take."""
+    """Return one line on the tensors of a file that a model with this number of layers does not take."""
     every = list(names)
     extra = [name for name in every if (layer_of(name) or 0) >= layers]
     others = [name for name in every if name not in set(extra)]
@@ -104,7 +104,7 @@ def _held(plan: ModelPlan) -> dict[str, tuple[Counter[str], int]]:
     nbytes: Counter[str] = Counter()
     for key, entry in plan.dense.items():
         group = group_of(f"{key.rpartition('.')[2]}.")
-        form = entry.tensor.type.name if entry.kind == "raw" else "F32"
+        form = entry.tensor.type.name if entry.held == "raw" else "F32"
         forms[group][form if entry.shape is None else Format(entry.shape.form).name] += 1
         nbytes[group] += entry.nbytes
     for precisions in plan.tiers.values():

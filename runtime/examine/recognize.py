@@ -27,6 +27,8 @@ def refuse_other_files(model: str) -> None:
         raise ModelNotFound(f"{model}: a URL; {READS} from this machine's disk: download it first")
     path = Path(model).expanduser()
     try:
+        if path.exists() and not path.is_file():
+            return  # opening a pipe waits for whoever writes into it
         with path.open("rb") as file:
             head = file.read(_HEADER_NBYTES)
     except FileNotFoundError:

@@ -23,7 +23,7 @@ def slow_types(file: GgufFile, used: Set[str], plan: ModelPlan) -> list[str]:
 
     used: names of the tensors that `plan` takes.
     """
-    raw = {entry.tensor.name for entry in plan.dense.values() if entry.kind == "raw"}
+    raw = {entry.tensor.name for entry in plan.dense.values() if entry.held == "raw"}
     matrices: dict[str, list[TensorInfo]] = defaultdict(list)
     for info in file.tensors.values():
         multiplied = info.name in used and info.name not in raw and len(info.shape) > 1
@@ -35,29 +35,29 @@ def slow_types(file: GgufFile, used: Set[str], plan: ModelPlan) -> list[str]:
 def _line(found: list[TensorInfo]) -> str:
     stored = sum(info.nbytes for info in found)
     held = sum(_F16_NBYTES * _elements(info) for info in found)
-    kind = found[0].type
-    native = nearest_native(kind, {info.shape[-1] for info in found})
+    stored_type = found[0].type
+    native = nearest_native(stored_type, {info.shape[-1] for info in found})
     advice = f"; requantise to {native}: `sterna quantize IN OUT --type {native}`" if native else ""
     tensors = "1 matrix" if len(found) == 1 else f"{len(found)} matrices"
     return (
-        f"{tensors} of type {kind.name} are held as F16, {format_size(held)} in memory for "
+        f"{tensors} of type {stored_type.name} are held as F16, {format_size(held)} in memory for "
         f"{format_size(stored)} in the file{advice}"
     )
 
 
-def nearest_native(kind: TensorType, widths: Set[int]) -> str:
+def nearest_native(stored_type: TensorType, widths: Set[int]) -> str:
     """Return the type with a kernel that is nearest in size and takes rows of these widths, "" for none."""
     fitting = [
         each
         for each in map(TYPES_BY_NAME.__getitem__, _NATIVE)
         if not any(width % each.block_elements for width in widths)
     ]
-    best = min(fitting, key=lambda each: abs(_bits(each) - _bits(kind)), default=None)
+    best = min(fitting, key=lambda each: abs(_bits(each) - _bits(stored_type)), default=None)
     return "" if best is None else best.name
 
 
-def _bits(kind: TensorType) -> float:
-    return 8 * kind.block_bytes / kind.block_elements
+def _bits(stored_type: TensorType) -> float:
+    return 8 * stored_type.block_bytes / stored_type.block_elements
 
 
 def _elements(info: TensorInfo) -> int:

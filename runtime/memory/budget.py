@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...scheduler.kv import StreamShape
-from ...scheduler.model.hyper import GroupedAttention, LatentAttention
 from ...scheduler.model.plan import ModelPlan
 from ...shm.errors import ConfigError, OutOfResources
 from ...shm.slots import arena_nbytes, slots_at
 from ..config import resident_count
 from ..sizes import format_size
-from .buffers import context_nbytes
+from .buffers import scheduler_nbytes, step_nbytes, worker_nbytes
 
 _MIB = 2**20
 
@@ -121,42 +120,6 @@ class SlotDecision:
 # ---- what the rest takes ----
 
 
-def batch_nbytes(plan: ModelPlan, tokens: int, threads: int) -> int:
-    """Return the scheduler's buffers for steps of `tokens` tokens.
-
-    The sum of what `scheduler.decoder.decoder`, `dense` and `mixture` allocate: float32 rows, their int8 form
-    (1.25 bytes a value with scales) and scratch of 1.4 bytes a value in each thread. Measured with 128 and
-    with 512 tokens 2 and 4 % above that sum, hence the factor.
-    """
-    h = plan.hyper
-    attended, floats = _attention_values(h.attention)
-    rows = (5.25 + 1.4 * threads) * (h.d_model + attended)
-    floats = 4 * (2 * h.d_model + floats)
-    mixture = 8 * h.experts_used * h.d_model  # its outputs, and the frame that they come in
-    widths = {h.d_ff_dense if h.dense_layers else 0, h.d_ff_shared}  # layers take turns
-    feed_forward = sum(9.25 * width + 1.4 * threads * max(width, h.d_model) for width in widths if width)
-    logits = 32 * 4 * plan.vocab_size  # engine.LOGIT_ROWS
-    return int(1.05 * tokens * (rows + floats + mixture + feed_forward)) + logits
-
-
-def _attention_values(a: LatentAttention | GroupedAttention) -> tuple[int, int]:
-    """Return how many values a token needs in rows that are quantised, and in others."""
-    if isinstance(a, GroupedAttention):
-        return a.heads * a.head, a.heads * a.head + a.cache_width
-    rows = a.q_rank + a.heads * (a.nope + a.kv_rank + a.v_dim)
-    return rows, a.q_rank + a.heads * (a.nope + a.rope + a.kv_rank) + 2 * a.cache_width
-
-
-def worker_nbytes(plan: ModelPlan, tokens: int, workers: int) -> int:
-    """Return one worker's buffers for `tokens` tokens, of whose pairs it may get half more than its part.
-
-    Measured with 512 tokens and two workers: 55 MiB each where this says 63.
-    """
-    h = plan.hyper
-    pairs = tokens * h.experts_used * min(1.0, 1.5 / max(1, workers))
-    return int(pairs * (10.7 * h.d_ff_expert + 1.4 * max(h.d_ff_expert, h.d_model) + 12 * h.d_model))
-
-
 def fixed_rows(
     plan: ModelPlan, wants: Wants, shape: StreamShape, largest_read: int, headers: int | None = None
 ) -> dict[str, int]:
@@ -168,8 +131,8 @@ def fixed_rows(
         "daemon": DAEMON + VOCABULARY_ENTRY * plan.vocab_size,
         "nursery": NURSERY,
         "scheduler": SCHEDULER
-        + batch_nbytes(plan, wants.max_batch_tokens, wants.threads)
-        + context_nbytes(plan, shape, wants.threads),
+        + scheduler_nbytes(plan, shape, wants.max_batch_tokens, wants.threads)
+        + step_nbytes(plan, wants.max_batch_tokens),
         "workers": wants.workers * (WORKER + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
         "staging": wants.workers * IO_THREADS * (largest_read + _converted_nbytes(plan)),
     }
@@ -218,7 +181,11 @@ def decide(
     candidates = list(_shapes(plan, wants))
     wished = wants.max_batch_tokens or BATCH_TOKENS[0]
     wants = _with_batch(
-        plan, wants, budget, lambda each: _total(plan, each, candidates[-1], largest_read) + needed
+        plan,
+        wants,
+        candidates[-1],
+        budget,
+        lambda each: _total(plan, each, candidates[-1], largest_read) + needed,
     )
     fixed = {shape: fixed_rows(plan, wants, shape, largest_read) for shape in candidates}
     room = {shape: budget - sum(rows.values()) for shape, rows in fixed.items()}
@@ -257,10 +224,12 @@ def _total(plan: ModelPlan, wants: Wants, shape: StreamShape, largest_read: int)
     return sum(fixed_rows(plan, wants, shape, largest_read).values())
 
 
-def _with_batch(plan: ModelPlan, wants: Wants, budget: int, least: Callable[[Wants], int]) -> Wants:
+def _with_batch(
+    plan: ModelPlan, wants: Wants, shape: StreamShape, budget: int, least: Callable[[Wants], int]
+) -> Wants:
     """Return `wants` with the tokens of a step: as set, or the most whose buffers take only their share.
 
-    least: the bytes that at least are needed with some wants.
+    shape: the smallest that may be chosen; least: the bytes that at least are needed with some wants.
     """
     if wants.max_batch_tokens:
         return wants
@@ -268,7 +237,7 @@ def _with_batch(plan: ModelPlan, wants: Wants, budget: int, least: Callable[[Wan
     left = budget - plan.dense_arena_nbytes - processes
     for tokens in BATCH_TOKENS:
         chosen = replace(wants, max_batch_tokens=tokens)
-        buffers = batch_nbytes(plan, tokens, wants.threads)
+        buffers = scheduler_nbytes(plan, shape, tokens, wants.threads) + step_nbytes(plan, tokens)
         buffers += wants.workers * worker_nbytes(plan, tokens, wants.workers)
         if buffers <= BATCH_SHARE * left and budget >= least(chosen):
             break

@@ -30,7 +30,7 @@ log = logging.getLogger("sterna.calibration")
 # The embedded model's perplexity rose by 0.2 to 0.6 of what might be lost, with a half and a quarter of its
 # experts in memory (models/tales-small.calibration.json); other models may be harmed more.
 UNCALIBRATED_EPSILON = 1.0
-# Shares are stored with so many digits: 32 of 128 experts and 25 % must be the same.
+# Digits with which shares are stored: 32 of 128 experts and 25 % must be the same.
 SHARE_DIGITS = 4
 
 

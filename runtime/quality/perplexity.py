@@ -24,7 +24,7 @@ from .calibration import Point, envelope
 BLOCK_TOKENS = 32
 MAX_EPSILON = 0.5
 RUNS_PER_BUDGET = 3
-# Routing may lose so many times a budget: where the search begins.
+# What routing may lose, in budgets: where the search begins.
 FIRST_RATIO = 2.0
 # Closer than so to a budget, or to an epsilon that is too large, is close enough.
 CLOSE_COST = 0.8

@@ -25,7 +25,7 @@ from ... import __version__
 from ...shm.errors import ModelFileError, ModelReadError, OutOfResources
 from ...workers.checkpoint.file.gguf import GgufFile, TensorInfo
 from ...workers.checkpoint.file.tilings import find_tiling
-from ...workers.checkpoint.file.writer import Layout, lay_out, string_value, uint32_value
+from ...workers.checkpoint.file.writer import GgufLayout, lay_out, string_value, uint32_value
 from ...workers.checkpoint.held.precisions import is_ternary
 from ...workers.checkpoint.held.recode import Loss, Recoder, chunks_of
 from ...workers.checkpoint.types.bitnet import TILED
@@ -105,7 +105,7 @@ def quantize(
     )
 
 
-def _check_room(part: PartFile, layout: Layout) -> None:
+def _check_room(part: PartFile, layout: GgufLayout) -> None:
     taken = part.path.stat().st_blocks * 512
     free = shutil.disk_usage(part.path.parent).free
     if layout.nbytes - taken > free:
@@ -170,7 +170,7 @@ class _Conversion:
         self._buffer = np.empty(0, np.uint8)
         self._read_nbytes = self._total = 0
 
-    def run(self, choices: Sequence[Choice], layout: Layout) -> None:
+    def run(self, choices: Sequence[Choice], layout: GgufLayout) -> None:
         self._total = sum(choice.info.nbytes for choice in choices)
         self._part.write(layout.header, 0)
         with ThreadPoolExecutor(len(self._recoders), thread_name_prefix="quantize") as pool:
@@ -310,7 +310,9 @@ def _cut(values: Bytes, row_nbytes: int, row: int, count: int) -> Bytes:
     return values[row * row_nbytes : (row + count) * row_nbytes]
 
 
-def _read_back(part: PartFile, keys: Sequence[tuple[str, bytes]], layout: Layout, progress: Progress) -> None:
+def _read_back(
+    part: PartFile, keys: Sequence[tuple[str, bytes]], layout: GgufLayout, progress: Progress
+) -> None:
     """Read the file as any reader would, and compare it with what was meant and what was written."""
     read = 0
     with GgufFile.open(part.path) as file:

@@ -21,7 +21,7 @@ from .journal import write_error
 
 Floats = npt.NDArray[np.float32]
 
-# An expert that few tokens went to is judged as if so many more had, with the mean of all experts.
+# Tokens that are added to those of an expert, with the mean of all experts: few tokens alone tell little.
 _BORROWED_ROWS: Final = 16.0
 _LEAST: Final = 1e-3  # of a row's mean, so that no column is worth nothing
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -94,9 +94,9 @@ class PartFile:
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], *, restart: bool) -> None:
-        """Open or make `out`.part; with `restart` what is there is thrown away, also what was measured.
+        """Open or make `out`.part; with `restart` an older part is thrown away, and what was measured.
 
-        identity: what the file is made of and how, plain values. Raises UsageError if what is there was made
+        identity: what the file is made of and how, plain values. Raises UsageError if an older part was made
         otherwise or by something else, AlreadyRunning if another process writes it, NotPermitted if the
         folder refuses, OutOfResources if it has no room.
         """
@@ -224,7 +224,7 @@ class PartFile:
         self.journal_path.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Give the file its name, replacing what is there, and drop the journal. Raises NotPermitted."""
+        """Give the file its name, replacing one that has it, and drop the journal. Raises NotPermitted."""
         try:
             self.path.replace(self._out)
         except OSError as error:

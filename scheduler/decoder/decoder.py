@@ -6,16 +6,19 @@ positions and block tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ...workers.checkpoint.types.table import dequantize
 from ...workers.kernels.layers.norms import add_rows, add_scaled_rows, gate_rows, rms_rows, scale_rows
+from ..arrays import zeros
 from ..kv import StreamMemory
-from ..model.hyper import LatentAttention
+from ..model.attention import GroupedAttention, LatentAttention
 from ..model.plan import ModelPlan
+from . import buffers
 from .dense import DenseWeights, FeedForward, Linear, Rows
 from .grouped_attention import GroupedBlock
 from .latent_attention import LatentBlock
@@ -24,6 +27,8 @@ from .token_batch import TokenBatch
 
 F32 = npt.NDArray[np.float32]
 Mixture = Callable[[int, Rows, int, F32, Callable[[], F32]], None]
+
+_BLOCKS: Final[Mapping[type, Any]] = {LatentAttention: LatentBlock, GroupedAttention: GroupedBlock}
 
 
 class Decoder:
@@ -38,11 +43,8 @@ class Decoder:
         self._embedding_rows = dense.raw("token_embd").reshape(plan.vocab_size, -1)
         factors = dense.vector("rope_freqs") if dense.has("rope_freqs") else None
         turned = tables(h.rotation, streams.shape.context, factors)
-        self._attention: LatentBlock | GroupedBlock
-        if isinstance(h.attention, LatentAttention):
-            self._attention = LatentBlock(h, h.attention, dense, streams, capacity, turned)
-        else:
-            self._attention = GroupedBlock(h, h.attention, dense, streams, capacity, turned)
+        block = _BLOCKS[type(h.attention)]
+        self._attention: LatentBlock | GroupedBlock = block(h, h.attention, dense, streams, capacity, turned)
         self._attn_norm = [dense.vector(f"{layer}.attn_norm") for layer in range(h.layers)]
         self._ffn_norm = [dense.vector(f"{layer}.ffn_norm") for layer in range(h.layers)]
         self._ffn = [self._load_ffn(dense, layer) for layer in range(h.layers)]
@@ -51,11 +53,11 @@ class Decoder:
         }
         self._output_norm = dense.vector("output_norm")
         self._output = dense.linear("output")
-        self.x = np.zeros((capacity, h.d_model), np.float32)
+        made = zeros(buffers.decoder(h, capacity))
+        self.x, self._out, self._gate = made["x"], made["out"], made["gate"]
+        self._one_head = made["one_head"]
+        self._one_head[0] = np.arange(capacity)
         self._normed = Rows(capacity, h.d_model, dense.crew.threads)
-        self._out = np.zeros((capacity, h.d_model), np.float32)
-        self._gate = np.zeros((capacity, 16), np.float32)
-        self._one_head = np.arange(capacity, dtype=np.int32).reshape(1, capacity)
 
     def _load_ffn(self, dense: DenseWeights, layer: int) -> FeedForward | None:
         """Return the network of a dense layer, or that of the shared experts, if there are any."""

@@ -7,13 +7,12 @@ that replaces a dead one finds the weights there and loads nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import InternalError, ModelFileError
-from ...shm.layout import align
+from ...shm.errors import ModelFileError
 from ...workers.activation import Activation
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.file.tilings import find_tiling
@@ -23,9 +22,9 @@ from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType, dequantize
 from ...workers.kernels.layers.activations import QuantizedRows
 from ...workers.kernels.layers.shared_dense import multiply_heads, shared_feed_forward
-from ...workers.kernels.products.table import scratch_nbytes
-from ..model.hyper import LatentAttention
-from ..model.plan import DENSE_HEADER_NBYTES, DenseTensor, ModelPlan
+from ..arrays import zeros
+from ..model.plan import DENSE_HEADER_NBYTES, Cut, DenseTensor, ModelPlan
+from . import buffers
 from .crew import Crew
 
 _COMPLETE = 1
@@ -41,14 +40,14 @@ def fill_dense(
     weights = memory[DENSE_HEADER_NBYTES:]
     for done, entry in enumerate(plan.dense.values(), 1):
         raw = file.data(entry.tensor)
-        if entry.kind in ("keys", "values") and entry.shape is not None:
-            part, kind = _part(plan, entry, raw)
-            pack_matrix(part, kind, entry.shape, weights, entry.at)
+        if entry.cut is not None and entry.shape is not None:
+            part, file_type = _part(entry, entry.cut, raw)
+            pack_matrix(part, file_type, entry.shape, weights, entry.at)
         elif entry.shape is not None:
-            kind, rows, columns = entry.tensor.type, entry.shape.rows, entry.shape.columns
-            tiling = find_tiling(file, kind.name, rows, columns) if kind.name in TILED else None
-            pack_matrix(raw, kind, entry.shape, weights, entry.at, tiling)
-        elif entry.kind == "vector":
+            file_type, rows, columns = entry.tensor.type, entry.shape.rows, entry.shape.columns
+            tiling = find_tiling(file, file_type.name, rows, columns) if file_type.name in TILED else None
+            pack_matrix(raw, file_type, entry.shape, weights, entry.at, tiling)
+        elif entry.held == "vector":
             values = dequantize(entry.tensor.type, raw, entry.tensor.shape)
             weights[entry.at : entry.at + entry.nbytes] = values.view(np.uint8)
         else:
@@ -62,21 +61,18 @@ MiddleNorm = tuple[npt.NDArray[np.float32], float]
 
 
 def _part(
-    plan: ModelPlan, entry: DenseTensor, raw: npt.NDArray[np.uint8]
+    entry: DenseTensor, cut: Cut, raw: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.uint8], TensorType]:
-    """Cut the heads' values out of `attn_kv_b`, or their keys, transposed; return bytes and type."""
-    a = plan.hyper.attention
-    if not isinstance(a, LatentAttention):
-        raise InternalError(f"{entry.tensor.name}: only latent attention has joined keys and values")
+    """Cut the heads' values out of a joined matrix, or their keys, transposed; return bytes and type."""
     file_type = entry.tensor.type
-    if entry.kind == "values":
-        rows = raw.reshape(a.heads, a.nope + a.v_dim, -1)[:, a.nope :]
+    if entry.held == "values":
+        rows = raw.reshape(cut.heads, cut.nope + cut.v_dim, -1)[:, cut.nope :]
         # Read-only like a file's bytes: numba compiles a function anew for each array type.
         return np.frombuffer(rows.tobytes(), np.uint8), file_type
-    values = dequantize(file_type, raw, entry.tensor.shape).reshape(a.heads, a.nope + a.v_dim, a.kv_rank)
+    values = dequantize(file_type, raw, entry.tensor.shape).reshape(cut.heads, cut.nope + cut.v_dim, cut.rank)
     width = np.float32 if file_type.name == "F32" else np.float16
     with np.errstate(over="ignore"):
-        keys = values[:, : a.nope].swapaxes(1, 2).astype(width)
+        keys = values[:, : cut.nope].swapaxes(1, 2).astype(width)
     if not np.isfinite(keys).all():
         raise ModelFileError(f"{entry.tensor.name}: a weight that is not finite, or beyond float16")
     return np.frombuffer(keys.tobytes(), np.uint8), TYPES_BY_NAME["F32" if width is np.float32 else "F16"]
@@ -95,7 +91,16 @@ class Rows:
         self._quantized: dict[ActivationKind, QuantizedRows] = {}
         self._fresh: set[ActivationKind] = set()
         self._none = QuantizedRows.allocate(1, 1, 1)
-        self.scratch = np.zeros(threads * align(scratch_nbytes(width, capacity)), np.uint8)
+        scratch = buffers.product_scratch(threads, width, capacity)
+        self.scratch = np.zeros(scratch.shape, np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays made up to now; `buffers.rows` says how many there will be."""
+        held: list[npt.NDArray[Any]] = [self.x, self.scratch]
+        for q in (self._none, *self._quantized.values()):
+            held += [q.q, q.scales, q.sums]
+        return sum(array.nbytes for array in held)
 
     def changed(self) -> None:
         """Say that `x` holds new values."""
@@ -158,10 +163,10 @@ class FeedForwardBuffers:
     """What a feed-forward network of one width needs beside its weights; networks take turns with it."""
 
     def __init__(self, capacity: int, d_model: int, d_ff: int, block: int, threads: int) -> None:
-        self.gate = np.zeros((capacity, d_ff), np.float32)
-        self.up = np.zeros((capacity, d_ff), np.float32)
-        self.scratch = np.zeros(threads * align(scratch_nbytes(max(d_model, d_ff), capacity)), np.uint8)
-        self.middle = QuantizedRows.allocate(capacity, d_ff, block or d_ff)
+        made = zeros(buffers.feed_forward(capacity, d_model, d_ff, block, threads))
+        self.gate, self.up = made["gate"], made["up"]
+        self.scratch = made["scratch"]
+        self.middle = QuantizedRows(made["q"], made["scales"], made["sums"], block or d_ff)
 
 
 class FeedForward:

@@ -12,11 +12,12 @@ from ...workers.kernels.layers.attention import (
     grouped_attention,
     grouped_chunk,
     grouped_chunk_f32,
-    scratch_shapes,
 )
 from ...workers.kernels.layers.norms import add_vector, rms_rows, rope_halves, rope_pairs, store_latent
+from ..arrays import zeros
 from ..kv import StreamMemory
-from ..model.hyper import GroupedAttention, Hyperparameters
+from ..model.attention import GroupedAttention
+from ..model.hyper import Hyperparameters
 from .dense import DenseWeights, Linear, Rows
 from .token_batch import TokenBatch
 
@@ -33,7 +34,7 @@ class _Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _GroupedLayer:
     q: _Projection
     k: _Projection
     v: _Projection
@@ -63,9 +64,16 @@ class GroupedBlock:
         self._streams = streams
         self._cosine, self._sine = tables
         self._layers = [self._load(dense, layer) for layer in range(h.layers)]
-        self._make_buffers(capacity)
+        threads, context = dense.crew.threads, streams.shape.context
+        self._rows = {name: Rows(r.capacity, r.width, threads) for name, r in a.rows(capacity).items()}
+        self._context = self._rows["context"]
+        made = zeros(a.buffers(capacity, threads, context))
+        self._q, self._k, self._v = made["q"], made["k"], made["v"]
+        self._scratch, self._places, self._one_head = made["scratch"], made["places"], made["one_head"]
+        self._one_head[0] = np.arange(capacity)
+        self._job = job_address(grouped_chunk if streams.shape.value_nbytes == 2 else grouped_chunk_f32)
 
-    def _load(self, dense: DenseWeights, layer: int) -> _Layer:
+    def _load(self, dense: DenseWeights, layer: int) -> _GroupedLayer:
         def vector(role: str) -> F32 | None:
             key = f"{layer}.{role}"
             return dense.vector(key) if dense.has(key) else None
@@ -75,7 +83,7 @@ class GroupedBlock:
             return _Projection(matrix, vector(f"attn_{name}_bias"), vector(f"attn_{name}_norm"))
 
         sinks = vector("attn_sinks")
-        return _Layer(
+        return _GroupedLayer(
             q=projection("q"),
             k=projection("k"),
             v=projection("v"),
@@ -84,18 +92,6 @@ class GroupedBlock:
             output=dense.linear(f"{layer}.attn_output"),
             output_bias=vector("attn_output_bias"),
         )
-
-    def _make_buffers(self, t: int) -> None:
-        a, threads = self._a, self._crew.threads
-        self._q = np.zeros((t, a.heads * a.head), np.float32)
-        self._k = np.zeros((t, a.kv_heads * a.head), np.float32)
-        self._v = np.zeros((t, a.kv_heads * a.head), np.float32)
-        self._context = Rows(t, a.heads * a.head, threads)
-        self._one_head = np.arange(t, dtype=np.int32).reshape(1, t)
-        scratch, places = scratch_shapes(threads, self._streams.shape.context, a.head, a.head)
-        self._scratch = np.zeros(scratch, np.float32)
-        self._places = np.zeros(places, np.int64)
-        self._job = job_address(grouped_chunk if self._streams.shape.value_nbytes == 2 else grouped_chunk_f32)
 
     def attend(
         self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32

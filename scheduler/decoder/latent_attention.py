@@ -1,4 +1,4 @@
-"""Latent attention (MLA), absorbed: spec section 4.4, for all tokens of a batch at once."""
+"""Latent attention (MLA; DeepSeek-V2, arXiv:2405.04434, section 2.1), absorbed, for all tokens of a batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ...workers.kernels.layers.attention import (
     latent_attention,
     latent_chunk,
     latent_chunk_f32,
-    scratch_shapes,
 )
 from ...workers.kernels.layers.norms import rms_rows, rope_pairs, store_latent
+from ..arrays import zeros
 from ..kv import StreamMemory
-from ..model.hyper import Hyperparameters, LatentAttention
+from ..model.attention import LatentAttention
+from ..model.hyper import Hyperparameters
 from .dense import DenseWeights, Linear, Rows
 from .token_batch import TokenBatch
 
@@ -24,7 +25,7 @@ F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _LatentLayer:
     q_a: Linear | None
     q_a_norm: F32 | None
     q_b: Linear
@@ -53,15 +54,26 @@ class LatentBlock:
         self._streams = streams
         self._cosine, self._sine = tables
         self._layers = [self._load(dense, layer) for layer in range(h.layers)]
-        self._make_buffers(capacity)
+        threads, context = dense.crew.threads, streams.shape.context
+        self._rows = {name: Rows(r.capacity, r.width, threads) for name, r in a.rows(capacity).items()}
+        self._q_low, self._q_nope = self._rows["q_low"], self._rows["q_nope"]
+        self._context, self._values = self._rows["context"], self._rows["values"]
+        made = zeros(a.buffers(capacity, threads, context))
+        self._low, self._q, self._q_latent = made["low"], made["q"], made["q_latent"]
+        self._kv, self._latent = made["kv"], made["latent"]
+        self._scratch, self._places = made["scratch"], made["places"]
+        self._one_head, self._head_index = made["one_head"], made["head_index"]
+        self._one_head[0] = np.arange(capacity)
+        self._head_index[:] = np.arange(capacity) * a.heads + np.arange(a.heads)[:, None]
+        self._job = job_address(latent_chunk if streams.shape.value_nbytes == 2 else latent_chunk_f32)
 
-    def _load(self, dense: DenseWeights, layer: int) -> _Layer:
+    def _load(self, dense: DenseWeights, layer: int) -> _LatentLayer:
         a = self._a
 
         def linear(role: str, heads: int = 1) -> Linear:
             return dense.linear(f"{layer}.{role}", heads)
 
-        return _Layer(
+        return _LatentLayer(
             q_a=linear("attn_q_a") if a.q_rank else None,
             q_a_norm=dense.vector(f"{layer}.attn_q_a_norm") if a.q_rank else None,
             q_b=linear("attn_q_b" if a.q_rank else "attn_q"),
@@ -71,26 +83,6 @@ class LatentBlock:
             v_b=linear("attn_v_b", a.heads),
             output=linear("attn_output"),
         )
-
-    def _make_buffers(self, t: int) -> None:
-        a, threads = self._a, self._crew.threads
-        self._low = np.zeros((t, a.q_rank), np.float32)
-        self._q_low = Rows(t, a.q_rank, threads)
-        self._q = np.zeros((t, a.heads * (a.nope + a.rope)), np.float32)
-        self._q_nope = Rows(t * a.heads, a.nope, threads)
-        self._q_latent = np.zeros((t, a.heads * a.kv_rank), np.float32)
-        self._kv = np.zeros((t, a.cache_width), np.float32)
-        self._latent = np.zeros((t, a.kv_rank), np.float32)
-        self._context = Rows(t * a.heads, a.kv_rank, threads)
-        self._values = Rows(t, a.heads * a.v_dim, threads)
-        self._one_head = np.arange(t, dtype=np.int32).reshape(1, t)
-        self._head_index = np.ascontiguousarray(
-            (np.arange(t)[None, :] * a.heads + np.arange(a.heads)[:, None]).astype(np.int32)
-        )
-        scratch, places = scratch_shapes(threads, self._streams.shape.context, a.kv_rank, a.cache_width)
-        self._scratch = np.zeros(scratch, np.float32)
-        self._places = np.zeros(places, np.int64)
-        self._job = job_address(latent_chunk if self._streams.shape.value_nbytes == 2 else latent_chunk_f32)
 
     def attend(
         self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32
@@ -119,7 +111,7 @@ class LatentBlock:
         self._values.changed()
         w.output.apply(self._values, self._one_head, count, out)
 
-    def _queries(self, w: _Layer, rows: Rows, count: int) -> None:
+    def _queries(self, w: _LatentLayer, rows: Rows, count: int) -> None:
         """Compute the heads' queries: q_b(rms(q_a h)) or q h."""
         if w.q_a is None or w.q_a_norm is None:
             w.q_b.apply(rows, self._one_head, count, self._q)
@@ -131,7 +123,7 @@ class LatentBlock:
         w.q_b.apply(self._q_low, self._one_head, count, self._q)
 
     def _rotate_and_store(
-        self, w: _Layer, batch: TokenBatch, places: npt.NDArray[np.int64], layer_at: int
+        self, w: _LatentLayer, batch: TokenBatch, places: npt.NDArray[np.int64], layer_at: int
     ) -> None:
         a, count, positions = self._a, len(batch.ids), batch.positions
         head, half, width = a.nope + a.rope, a.rope // 2, a.cache_width

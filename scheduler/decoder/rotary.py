@@ -12,6 +12,11 @@ from ..model.hyper import Rotation
 F32 = npt.NDArray[np.float32]
 
 
+def nbytes(r: Rotation, context: int) -> int:
+    """Return the bytes of both tables of `tables`."""
+    return 2 * 4 * context * (r.dims // 2)
+
+
 def tables(r: Rotation, context: int, factors: F32 | None = None) -> tuple[F32, F32]:
     """Return cosine and sine, float32 (context, dims / 2), of p * base^(-2i/dims) for position p, pair i.
 

@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.kernels.layers.norms import rms_rows
+from ..arrays import zeros
 from ..decoder.dense import DenseWeights, Rows
 from ..model.plan import ModelPlan
 from ..residency.predictor import ExpertPredictor
 from ..residency.prefetch_meter import PrefetchMeter
 from ..residency.prefetch_trial import PrefetchTrial
+from . import buffers
+from .buffers import LOOK_AHEAD_TOKENS
 from .gate import Gate
 from .router import probabilities
 from .runner import ExpertRunner
 
 MOST = 2
-MAX_TOKENS = 8
 HABIT_WEIGHT = 0.1
 
 
@@ -47,16 +49,16 @@ class Foresight:
         self._predictor = ExpertPredictor(num_layers=len(h.moe_layers), num_experts=h.experts)
         self.meter = PrefetchMeter()
         self._trial = PrefetchTrial()
-        self._rows = Rows(MAX_TOKENS, h.d_model)
-        width = -(-h.experts // 16) * 16
-        self._logits = np.zeros((MAX_TOKENS, width), np.float32)
-        self._index = np.arange(MAX_TOKENS, dtype=np.int32).reshape(1, -1)
+        self._rows = Rows(LOOK_AHEAD_TOKENS, h.d_model)
+        made = zeros(buffers.foresight(h))
+        self._logits, self._index = made["logits"], made["index"]
+        self._index[0] = np.arange(LOOK_AHEAD_TOKENS)
         self._first: npt.NDArray[np.int32] | None = None  # the first layer's selection of the step before
         self._issued: dict[int, list[int]] = {}  # layer: keys
 
     def step_took(self, tokens: int, busy_ns: int) -> None:
         """Note how long a step of so many tokens took."""
-        if self._mode == "auto" and tokens <= MAX_TOKENS and not self._runner.memory.holds_all:
+        if self._mode == "auto" and tokens <= LOOK_AHEAD_TOKENS and not self._runner.memory.holds_all:
             self._trial.step(busy_ns)
 
     def routed(
@@ -70,7 +72,7 @@ class Foresight:
         useful = [key for key in issued if key in keys]
         late = [key for key in useful if not self._runner.memory.ready(key)]
         self.meter.record(len(issued), len(useful), len(late))
-        if len(selected) > MAX_TOKENS:
+        if len(selected) > LOOK_AHEAD_TOKENS:
             self._first = None
             return
         if layer == self._h.moe_layers[0]:
@@ -88,7 +90,7 @@ class Foresight:
         Called while the experts of `layer` are read and computed. exact: nobody may lose quality in this
         step; otherwise times must not decide what is resident. Raises WorkerLost.
         """
-        if self._off or count > MAX_TOKENS or not self._allowed(exact):
+        if self._off or count > LOOK_AHEAD_TOKENS or not self._allowed(exact):
             return
         following = layer + 1
         if following in self._gates:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.kernels.routing.top_k import group_by_expert
+from ..arrays import zeros
+from . import buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,8 @@ class MoeBatchScheduler:
     """Counting sort of routed tokens by expert, on buffers allocated once."""
 
     def __init__(self, num_experts: int, top_k: int, max_tokens: int) -> None:
-        self._ends = np.zeros(num_experts + 1, np.int32)
-        self._tokens = np.zeros(max_tokens * top_k, np.int32)
-        self._ranks = np.zeros(max_tokens * top_k, np.int32)
+        made = zeros(buffers.groups(num_experts, top_k, max_tokens))
+        self._ends, self._tokens, self._ranks = made["ends"], made["tokens"], made["ranks"]
 
     def schedule(self, selected: npt.NDArray[np.int32], count: int) -> ExpertGroups:
         """Group the first `count` rows of `selected` (int32 (tokens, top_k)) by expert."""

@@ -10,9 +10,11 @@ import numpy.typing as npt
 from ...shm.errors import InternalError
 from ...workers.kernels.layers.norms import first_bad_row
 from ...workers.kernels.routing.top_k import combine
+from ..arrays import zeros
 from ..decoder.dense import DenseWeights, Rows
 from ..model.plan import ModelPlan
 from ..residency.quality import QualityLedger
+from . import buffers
 from .foresight import Foresight
 from .gate import Gate
 from .groups import MoeBatchScheduler
@@ -42,9 +44,9 @@ class Mixture:
         self._ledger = ledger
         self._log = log
         self._gates = {layer: Gate(dense, layer) for layer in h.moe_layers}
-        none = np.zeros(h.experts, np.float32)
+        made = zeros(buffers.mixture(h, capacity))
         self._biases = {
-            layer: dense.vector(f"{layer}.exp_probs_b") if dense.has(f"{layer}.exp_probs_b") else none
+            layer: dense.vector(f"{layer}.exp_probs_b") if h.selection_biased else made["no_bias"]
             for layer in h.moe_layers
         }
         self._router = Router(
@@ -57,7 +59,7 @@ class Mixture:
                 scale=h.weights_scale * h.residual_scale,
                 groups=h.groups,
                 groups_used=h.groups_used,
-                window=max(2 * h.experts_used, 8),
+                window=buffers.router_window(h),
                 keep=1 if h.experts_used <= 2 else 2,
             ),
             capacity,
@@ -68,9 +70,9 @@ class Mixture:
         self._exact_layers = h.moe_layers[: len(h.moe_layers) // EXACT_LAYERS]
         self._streams: npt.NDArray[np.int32] | None = None
         self._scheduler = MoeBatchScheduler(h.experts, h.experts_used, capacity)
-        self._logits = np.zeros((capacity, -(-h.experts // 16) * 16), np.float32)
-        self._y = np.zeros((capacity, h.experts_used, h.d_model), np.float32)
-        self._index = np.arange(capacity, dtype=np.int32).reshape(1, capacity)
+        self._logits, self._y, self._index = made["logits"], made["y"], made["index"]
+        self._kept = made["previous"]
+        self._index[0] = np.arange(capacity)
 
     def begin(self, streams: npt.NDArray[np.int32] | None) -> None:
         """Start a step: `streams` are the accounts of its rows, None when all are exact."""
@@ -112,10 +114,10 @@ class Mixture:
         if first_bad_row(self._logits, count, self._logits.shape[1]) >= 0:
             raise InternalError(f"layer {layer}: the router's scores are not finite")
         self._route(layer, count)
-        place = self._runner.divisions[layer].place
+        ordinal_of = self._runner.orders[layer].ordinal_of
         selected = self._router.selected[:count]
         self.foresight.routed(layer, selected, self._previous)
-        groups = self._scheduler.schedule(place[selected], count)
+        groups = self._scheduler.schedule(ordinal_of[selected], count)
         result: list[npt.NDArray[np.float32]] = []
 
         def meanwhile() -> None:
@@ -123,5 +125,6 @@ class Mixture:
             self.foresight.look_ahead(layer, x, count, selected, self._streams is None)
 
         self._runner.run(layer, rows, count, groups, self._y, meanwhile)
-        self._previous = selected.copy()
+        self._kept[:count] = selected
+        self._previous = self._kept[:count]
         combine(x, self._y, self._router.weights, result[0], count)

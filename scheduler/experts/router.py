@@ -10,11 +10,13 @@ import numpy.typing as npt
 from ...shm.errors import InternalError
 from ...workers.gating import SIGMOID
 from ...workers.kernels.routing.top_k import route_resident, route_top_k
+from ..arrays import zeros
+from . import buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How scores become experts and weights (spec section 4.1, F2 and F3), and what a budget may trade.
+    """How scores become experts and weights, and what a budget may trade.
 
     gating: see `workers.gating`; groups, groups_used: experts come in groups of one size, of which only the
     best count (DeepSeek-V2 and -V3; 1 and 1: none); window: how many experts are ranked where it matters, at
@@ -72,13 +74,10 @@ class Router:
 
     def __init__(self, config: RouterConfig, max_tokens: int) -> None:
         self._config = config
-        self._work = np.zeros((3, config.num_experts), np.float32)
-        self._present = np.zeros(config.num_experts, np.uint8)
-        self.selected = np.zeros((max_tokens, config.top_k), np.int32)
-        self.weights = np.zeros((max_tokens, config.top_k), np.float32)
         window = min(max(config.window, config.top_k), config.num_experts)
-        self.ranked = np.zeros((max_tokens, window), np.int32)
-        self._best = np.zeros((max_tokens, config.top_k), np.int32)
+        made = zeros(buffers.router(config.num_experts, config.top_k, window, max_tokens))
+        self._work, self._present, self._best = made["work"], made["present"], made["best"]
+        self.selected, self.weights, self.ranked = made["selected"], made["weights"], made["ranked"]
 
     def route(
         self,

@@ -67,11 +67,7 @@ class Counts:
 
 @dataclass(slots=True)
 class _Event:
-    """One layer of one step; a place is an expert's in its `Division`.
-
-    computing: request: places, tokens, ranks; loading: request: place; after: place: that of the expert that
-    gets its slot once it is computed; held: request: the place that gets the slot it reads into.
-    """
+    """One layer of one step; an ordinal is an expert's in its `ExpertOrder`."""
 
     layer: int
     rows: Rows
@@ -80,24 +76,28 @@ class _Event:
     ends: list[int]
     y: npt.NDArray[np.float32]
     computing: dict[int, tuple[list[int], Indices, Indices]] = field(default_factory=dict)
+    """By request: the ordinals of its experts, and the tokens and ranks of its pairs."""
     loading: dict[int, int] = field(default_factory=dict)
+    """By request: the ordinal that is read."""
     after: dict[int, int] = field(default_factory=dict)
+    """By ordinal: the one that gets its slot once it is computed."""
     held: dict[int, int] = field(default_factory=dict)
+    """By request: the ordinal that gets the slot that is being read into."""
 
 
-class Division:
+class ExpertOrder:
     """The experts of one layer in the order (owner, precision, id): what makes a batch are neighbours.
 
-    place: int32 (experts,), an expert's place in that order; experts: the inverse; batch: of each place the
-    worker that owns the expert and the precision it is held in.
+    ordinal_of: int32 (experts,), an expert's number in that order; experts: the inverse; batch: by ordinal
+    the worker that owns the expert and the precision it is held in.
     """
 
     def __init__(self, owner: Sequence[int], precision: Sequence[int]) -> None:
         count = len(owner)
         of_expert = list(zip(owner, precision, strict=True))
         self.experts = sorted(range(count), key=lambda expert: (*of_expert[expert], expert))
-        self.place = np.empty(count, np.int32)
-        self.place[self.experts] = np.arange(count)
+        self.ordinal_of = np.empty(count, np.int32)
+        self.ordinal_of[self.experts] = np.arange(count)
         self.batch = [of_expert[expert] for expert in self.experts]
 
 
@@ -115,8 +115,10 @@ class ExpertRunner:
         self._unreadable: set[int] = set()  # keys whose last read failed: said once in the log
         self._event: _Event | None = None
         keys = {layer: [plan.key_of(layer, expert) for expert in range(h.experts)] for layer in h.moe_layers}
-        self.divisions = {
-            layer: Division([memory.owner(key) for key in of_layer], list(map(plan.precision_of, of_layer)))
+        self.orders = {
+            layer: ExpertOrder(
+                [memory.owner(key) for key in of_layer], list(map(plan.precision_of, of_layer))
+            )
             for layer, of_layer in keys.items()
         }
 
@@ -129,18 +131,18 @@ class ExpertRunner:
         y: npt.NDArray[np.float32],
         meanwhile: Callable[[], None],
     ) -> None:
-        """Write the outputs of all pairs of `groups` (in the order of `divisions`) to y[token, rank].
+        """Write the outputs of all pairs of `groups` (in the order of `orders`) to y[token, rank].
 
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
         reading an expert met (UnreadableExpert, ModelFileError); `y` is then not to be used.
         """
         event = self._event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
-        places: list[int] = groups.experts.tolist()
-        keys = [self._key(event, place) for place in places]
-        tokens = np.diff(groups.ends)[places].astype(np.float32)
+        ordinals: list[int] = groups.experts.tolist()
+        keys = [self._key(event, ordinal) for ordinal in ordinals]
+        tokens = np.diff(groups.ends)[ordinals].astype(np.float32)
         self.memory.begin(np.array(keys, np.int32), tokens)
         try:
-            self._start(event, places, keys)
+            self._start(event, ordinals, keys)
             meanwhile()
             while event.computing or event.loading or event.held:
                 self._continue(event)
@@ -151,29 +153,29 @@ class ExpertRunner:
             self._event = None
             self.memory.end()
 
-    def _key(self, event: _Event, place: int) -> int:
-        return self.plan.key_of(event.layer, self.divisions[event.layer].experts[place])
+    def _key(self, event: _Event, ordinal: int) -> int:
+        return self.plan.key_of(event.layer, self.orders[event.layer].experts[ordinal])
 
-    def _start(self, event: _Event, places: list[int], keys: list[int]) -> None:
+    def _start(self, event: _Event, ordinals: list[int], keys: list[int]) -> None:
         here: list[int] = []
         missing: list[int] = []
-        for place, key in zip(places, keys, strict=True):
+        for ordinal, key in zip(ordinals, keys, strict=True):
             if self.memory.ready(key):
-                here.append(place)
+                here.append(ordinal)
             elif (request := self.memory.request_of(key)) is not None:
-                event.loading[request] = place
+                event.loading[request] = ordinal
                 self._hurry(key)
             else:
-                missing.append(place)
+                missing.append(ordinal)
         counts = self.counts
         counts.events += 1
         counts.logical += event.ends[-1]
-        counts.distinct += len(places)
+        counts.distinct += len(ordinals)
         hits = len(here) + len(event.loading)
         counts.hits += hits
-        counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(places), hits)
+        counts.by_layer[event.layer - self.plan.hyper.dense_layers] += (len(ordinals), hits)
         self._find_slots(event, missing, here)
-        batch = self.divisions[event.layer].batch
+        batch = self.orders[event.layer].batch
         first = 0
         for i in range(1, len(here) + 1):
             if i == len(here) or batch[here[i]] != batch[here[first]]:
@@ -186,28 +188,30 @@ class ExpertRunner:
         The first ones get those that the policy gives up. Of a long batch the others take over, in turn, the
         slots of experts that it has computed: those of other layers are worth more.
         """
-        of_kind: dict[int, list[int]] = {}
-        for place in missing:
-            of_kind.setdefault(self.memory.class_of(self._key(event, place)), []).append(place)
-        for kind, wanted in of_kind.items():
+        of_class: dict[int, list[int]] = {}
+        for ordinal in missing:
+            of_class.setdefault(self.memory.class_of(self._key(event, ordinal)), []).append(ordinal)
+        for slot_class, wanted in of_class.items():
             given = 0
-            for place in wanted[: max(LEAST_READING, self.memory.limits[kind] // self.memory.num_layers)]:
-                if not self._claim(event, place):
+            for ordinal in wanted[
+                : max(LEAST_READING, self.memory.limits[slot_class] // self.memory.num_layers)
+            ]:
+                if not self._claim(event, ordinal):
                     break
                 given += 1
             givers = wanted[:given] or [
-                place
-                for place in (*here, *event.loading.values())
-                if self.memory.class_of(self._key(event, place)) == kind
+                ordinal
+                for ordinal in (*here, *event.loading.values())
+                if self.memory.class_of(self._key(event, ordinal)) == slot_class
             ]
             later = wanted[given:]
             if later and not givers:
                 raise InternalError(f"layer {event.layer}: no slot is left for {len(later)} experts")
             event.after.update(zip([*givers, *later], later, strict=False))
 
-    def _claim(self, event: _Event, place: int) -> bool:
+    def _claim(self, event: _Event, ordinal: int) -> bool:
         """Have an expert read into a free slot or the policy's victim's; return whether there is one."""
-        key = self._key(event, place)
+        key = self._key(event, ordinal)
         slot = self.memory.free_slot(key)
         if slot is None:
             victim = self.memory.victim(key)
@@ -216,14 +220,14 @@ class ExpertRunner:
             request = self.memory.request_of(victim)
             if request is not None:  # foreseen, and not even there yet: it gives way when it is
                 self.memory.pin(victim)
-                event.held[request] = place
+                event.held[request] = ordinal
                 return True
             slot = self.memory.take(victim)
-        self._read_for(event, place, slot)
+        self._read_for(event, ordinal, slot)
         return True
 
-    def _read_for(self, event: _Event, place: int, slot: int) -> None:
-        event.loading[self.read(self._key(event, place), slot, urgent=True)] = place
+    def _read_for(self, event: _Event, ordinal: int, slot: int) -> None:
+        event.loading[self.read(self._key(event, ordinal), slot, urgent=True)] = ordinal
 
     def _continue(self, event: _Event) -> None:
         """Wait for one answer and do what it makes possible."""
@@ -237,28 +241,28 @@ class ExpertRunner:
             self._loaded(event, answer)
 
     def _computed(self, event: _Event, answer: Computed) -> None:
-        places, tokens, ranks = event.computing.pop(answer.seq)
+        ordinals, tokens, ranks = event.computing.pop(answer.seq)
         scatter_pairs(answer.rows, tokens, ranks, 0, len(tokens), event.y)
-        for place in places:
-            if (following := event.after.pop(place, None)) is not None:
-                self._read_for(event, following, self.memory.take(self._key(event, place)))
+        for ordinal in ordinals:
+            if (following := event.after.pop(ordinal, None)) is not None:
+                self._read_for(event, following, self.memory.take(self._key(event, ordinal)))
 
     def _loaded(self, event: _Event, answer: Loaded) -> None:
         load = self.take_loaded(answer)
-        if (place := event.loading.pop(answer.seq, None)) is not None:
+        if (ordinal := event.loading.pop(answer.seq, None)) is not None:
             if answer.error is not None:
-                raise self._unreadable_for(event, place, answer.error)
-            self._compute(event, [place])
-        elif load is not None and (place := event.held.pop(answer.seq, None)) is not None:
+                raise self._unreadable_for(event, ordinal, answer.error)
+            self._compute(event, [ordinal])
+        elif load is not None and (ordinal := event.held.pop(answer.seq, None)) is not None:
             slot = self.memory.free_slot(load.key) if answer.error else self.memory.take(load.key)
             if slot is None:
                 raise InternalError(f"layer {event.layer}: the slot of a failed read is gone")
-            self._read_for(event, place, slot)
+            self._read_for(event, ordinal, slot)
 
-    def _unreadable_for(self, event: _Event, place: int, error: SternaError) -> SternaError:
+    def _unreadable_for(self, event: _Event, ordinal: int, error: SternaError) -> SternaError:
         if not isinstance(error, ModelReadError):
             return error
-        first, last = event.ends[place], event.ends[place + 1]
+        first, last = event.ends[ordinal], event.ends[ordinal + 1]
         return UnreadableExpert(str(error), event.groups.tokens[first:last].copy())
 
     def take_loaded(self, answer: Loaded) -> Load | None:
@@ -327,19 +331,19 @@ class ExpertRunner:
         first, precision = self.plan.hyper.dense_layers, self.plan.precision_of(key)
         return self.plan.expert_page(self._file, layer + first, expert, slot, precision)
 
-    def _compute(self, event: _Event, places: list[int]) -> None:
-        """Send the experts at `places`, all of one worker and precision, as one batch."""
+    def _compute(self, event: _Event, ordinals: list[int]) -> None:
+        """Send the experts at `ordinals`, all of one worker and precision, as one batch."""
         ends, groups = event.ends, event.groups
-        first, last = ends[places[0]], ends[places[-1] + 1]
+        first, last = ends[ordinals[0]], ends[ordinals[-1] + 1]
         starts = [0]
-        for place in places:
-            starts.append(starts[-1] + ends[place + 1] - ends[place])
+        for ordinal in ordinals:
+            starts.append(starts[-1] + ends[ordinal + 1] - ends[ordinal])
         tokens, ranks = groups.tokens[first:last], groups.ranks[first:last]
         if starts[-1] != last - first:  # there are others between
-            picked = np.concatenate([np.arange(ends[place], ends[place + 1]) for place in places])
+            picked = np.concatenate([np.arange(ends[ordinal], ends[ordinal + 1]) for ordinal in ordinals])
             tokens, ranks = groups.tokens[picked], groups.ranks[picked]
-        division = self.divisions[event.layer]
-        worker, precision = division.batch[places[0]]
+        order = self.orders[event.layer]
+        worker, precision = order.batch[ordinals[0]]
         kind = self.plan.expert_activation(event.layer, precision)
         needed, index = _needed(tokens, event.count)
         batch = WorkerBatch(
@@ -347,21 +351,21 @@ class ExpertRunner:
             layer=event.layer,
             precision=precision,
             kind=int(kind),
-            experts=[division.experts[place] for place in places],
-            slots=[int(self.memory.slot_of[self._key(event, place)]) for place in places],
+            experts=[order.experts[ordinal] for ordinal in ordinals],
+            slots=[int(self.memory.slot_of[self._key(event, ordinal)]) for ordinal in ordinals],
             starts=starts,
             rows=index,
             activations=_take(event.rows, kind, needed, event.count),
         )
-        event.computing[self._lane.compute(batch)] = (places, tokens, ranks)
+        event.computing[self._lane.compute(batch)] = (ordinals, tokens, ranks)
 
 
 def _needed(tokens: Indices, count: int) -> tuple[Indices | slice, Indices]:
-    """Return the rows a batch needs and, for each pair, its place among them."""
+    """Return the rows a batch needs and, for each pair, the index of its row among them."""
     if count <= FEW_TOKENS:
         return slice(count), tokens
-    needed, places = np.unique(tokens, return_inverse=True)
-    return needed, places.astype(np.int32)
+    needed, row_index = np.unique(tokens, return_inverse=True)
+    return needed, row_index.astype(np.int32)
 
 
 def _take(

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from ...shm.errors import ModelFileError
 from ...workers.activation import Activation
 from ...workers.gating import SIGMOID, SOFTMAX, SOFTMAX_SELECTED
-
-Rule = tuple[str, object, bool, str]  # key, found, whether it fits, what was expected
+from .attention import Attention, Rule, multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,75 +38,6 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAttention:
-    """Sizes of latent attention (MLA), computed absorbed: all heads read one latent of `kv_rank`.
-
-    q_rank: 0 without a low-rank query; joined: the file holds k_b and v_b in one `attn_kv_b`, as files
-    written before April 2025 do; scale: factor of the scores.
-    """
-
-    heads: int
-    q_rank: int
-    kv_rank: int
-    nope: int
-    rope: int
-    v_dim: int
-    scale: float
-    joined: bool = False
-
-    @property
-    def cache_width(self) -> int:
-        """Values cached per token and layer: latent and rotated key."""
-        return self.kv_rank + self.rope
-
-    def rules(self) -> Iterator[Rule]:
-        """Yield what the kernels need of the sizes."""
-        yield "attention.kv_lora_rank", self.kv_rank, _multiple(self.kv_rank, 32), "a positive multiple of 32"
-        yield "attention.q_lora_rank", self.q_rank, self.q_rank % 16 == 0, "a multiple of 16"
-        key = self.nope + self.rope
-        yield "attention.key_length_mla", key, _multiple(self.nope, 16), "rope + a positive multiple of 16"
-        yield (
-            "attention.value_length_mla",
-            self.v_dim,
-            _multiple(self.v_dim, 16),
-            "a positive multiple of 16",
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedAttention:
-    """Sizes of grouped-query attention: heads / kv_heads queries share a key and a value of `head` values.
-
-    biased, output_biased: biases of q, k, v and of the output; norm: RMS norm of queries and keys, "head" by
-    head, "row" over all heads, "" none; sinks: one more logit a head in the softmax, without a value;
-    windows: for each layer how many positions a token sees, 0 for all; sub_norm: RMS norm of what the heads
-    give (bitnet).
-    """
-
-    heads: int
-    kv_heads: int
-    head: int
-    scale: float
-    windows: tuple[int, ...]
-    biased: bool = False
-    output_biased: bool = False
-    norm: str = ""
-    sinks: bool = False
-    sub_norm: bool = False
-
-    @property
-    def cache_width(self) -> int:
-        """Values cached per token and layer: keys, then values."""
-        return 2 * self.kv_heads * self.head
-
-    def rules(self) -> Iterator[Rule]:
-        """Yield what the kernels need of the sizes."""
-        fits = 1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0
-        yield "attention.head_count_kv", self.kv_heads, fits, f"a divisor of {self.heads} heads"
-        yield "attention.key_length", self.head, _multiple(self.head, 16), "a positive multiple of 16"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
     """Sizes and constants of one model; all lengths in elements.
 
@@ -125,7 +55,7 @@ class Hyperparameters:
     d_model: int
     eps: float
     context_length: int
-    attention: LatentAttention | GroupedAttention
+    attention: Attention
     rotation: Rotation
     d_ff_dense: int
     dense_layers: int
@@ -169,10 +99,10 @@ class Hyperparameters:
         yield "block_count", self.layers, 1 <= self.layers <= 1024, "1..1024"
         fits = 0 <= self.dense_layers <= self.layers
         yield "leading_dense_block_count", self.dense_layers, fits, "<= block_count"
-        yield "embedding_length", self.d_model, _multiple(self.d_model, 32), "a positive multiple of 32"
+        yield "embedding_length", self.d_model, multiple(self.d_model, 32), "a positive multiple of 32"
         if self.dense_layers:
             width = self.d_ff_dense
-            yield "feed_forward_length", width, _multiple(width, 16), "a positive multiple of 16"
+            yield "feed_forward_length", width, multiple(width, 16), "a positive multiple of 16"
         heads = self.attention.heads
         yield "attention.head_count", heads, 1 <= heads <= 1024, "1..1024"
         yield from self._rotation_rules()
@@ -193,10 +123,9 @@ class Hyperparameters:
             yield from self._expert_rules()
 
     def _rotation_rules(self) -> Iterator[Rule]:
-        r, a = self.rotation, self.attention
-        head = a.rope if isinstance(a, LatentAttention) else a.head
-        yield "rope.dimension_count", r.dims, _multiple(r.dims, 16), "a positive multiple of 16"
-        yield "rope.dimension_count", r.dims, r.dims <= head, f"at most {head}, the values of a head"
+        r, most = self.rotation, self.attention.rotated
+        yield "rope.dimension_count", r.dims, multiple(r.dims, 16), "a positive multiple of 16"
+        yield "rope.dimension_count", r.dims, r.dims <= most, f"at most {most}, the values of a head"
         yield "rope.freq_base", r.base, 1.0 < r.base < 1e12, "more than 1"
         yield "rope.scaling.factor", r.factor, 1.0 <= r.factor <= 1e6, "1 to 1e6"
         yield "rope.scaling.attn_factor", r.magnitude, 0.0 < r.magnitude < 1e6, "positive"
@@ -211,7 +140,7 @@ class Hyperparameters:
         fits = 1 <= self.experts_used <= self.experts
         yield "expert_used_count", self.experts_used, fits, "1..expert_count"
         width = self.d_ff_expert
-        yield "expert_feed_forward_length", width, _multiple(width, 16), "a positive multiple of 16"
+        yield "expert_feed_forward_length", width, multiple(width, 16), "a positive multiple of 16"
         yield "expert_shared_feed_forward_length", self.d_ff_shared, self.d_ff_shared % 16 == 0, "16 times"
         kinds = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
         yield "expert_gating_func", self.gating, self.gating in kinds, "1, 2 or 3"
@@ -220,7 +149,3 @@ class Hyperparameters:
         enough = 1 <= self.groups_used <= self.groups
         enough = enough and self.groups_used * (self.experts // self.groups) >= self.experts_used
         yield "expert_group_used_count", self.groups_used, enough, "groups that hold the experts used"
-
-
-def _multiple(value: int, of: int) -> bool:
-    return value > 0 and value % of == 0

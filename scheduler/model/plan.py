@@ -28,20 +28,29 @@ BIASES = tuple(f"ffn_{name}_exps_bias" for name in PROJECTIONS)
 DENSE_HEADER_NBYTES = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How keys and values lie in one matrix (heads, nope + v_dim, rank)."""
+
+    heads: int
+    nope: int
+    v_dim: int
+    rank: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseTensor:
-    """One tensor of the dense arena: `at` is its first byte.
-
-    kind "matrix": packed as `shape`; "vector": float32; "raw": the file's own bytes; "keys" and "values":
-    the matrices of all heads that are cut out of one `attn_kv_b` (heads, nope + values, rank), those of keys
-    transposed.
-    """
+    """One tensor of the dense arena."""
 
     tensor: TensorInfo
-    kind: str
+    held: str
+    """"matrix": packed as `shape`; "vector": float32; "raw": the file's own bytes; "keys" and "values": the
+    matrices of all heads that are cut out of a joined one, those of keys transposed."""
     at: int
+    """Its first byte."""
     nbytes: int
     shape: MatrixShape | None = None
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

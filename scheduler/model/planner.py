@@ -26,14 +26,10 @@ from ...workers.checkpoint.held.formats import (
 from ...workers.checkpoint.held.precisions import FILE_PRECISION, TARGETS, held_type
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, TensorType
 from .families.family import read_hyperparameters
-from .hyper import GroupedAttention, LatentAttention
-from .plan import BIASES, PROJECTIONS, DenseTensor, ExpertMatrix, ModelPlan
+from .plan import BIASES, PROJECTIONS, Cut, DenseTensor, ExpertMatrix, ModelPlan
 
 UNUSED: Final = re.compile(r"blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
 """Names of tensors that may lie unused in any model: tables that are computed here."""
-
-UNUSED_LATENT: Final = re.compile(r"blk\.\d+\.attn_(kv_b|k_b|v_b)\.weight")
-"""The same for latent attention: the other form of its keys and values."""
 
 _IN_LAYER: Final = re.compile(r"(?:blk|model\.layers)\.(\d+)\.")
 
@@ -80,10 +76,7 @@ class _Planner:
             self._vector("rope_freqs", h.rotation.dims // 2)
         for layer in range(h.layers):
             self._vector("attn_norm", h.d_model, layer)
-            if isinstance(h.attention, LatentAttention):
-                self._latent(h.attention, layer)
-            else:
-                self._grouped(h.attention, layer)
+            self._attention(layer)
             self._vector("ffn_norm", h.d_model, layer, role=h.ffn_norm)
             if layer < h.dense_layers:
                 self._feed_forward("ffn_{}", h.d_ff_dense, layer)
@@ -108,62 +101,36 @@ class _Planner:
         h = self._plan.hyper
         if UNUSED.fullmatch(name) or name == "rope_freqs.weight":
             return True
-        if isinstance(h.attention, LatentAttention) and UNUSED_LATENT.fullmatch(name):
+        if h.attention.spares(name):
             return True
         layer = _IN_LAYER.match(name)
         further = self._file.get(f"{h.architecture}.nextn_predict_layers", int, 0)
         return layer is not None and h.layers <= int(layer[1]) < h.layers + further
 
-    def _latent(self, a: LatentAttention, layer: int) -> None:
-        d_model = self._plan.hyper.d_model
-        query = a.heads * (a.nope + a.rope)
-        if a.q_rank:
-            self._matrix("attn_q_a", (a.q_rank, d_model), layer)
-            self._vector("attn_q_a_norm", a.q_rank, layer)
-            self._matrix("attn_q_b", (query, a.q_rank), layer)
-        else:
-            self._matrix("attn_q", (query, d_model), layer)
-        self._matrix("attn_kv_a_mqa", (a.cache_width, d_model), layer)
-        self._vector("attn_kv_a_norm", a.kv_rank, layer)
-        if a.joined:
-            self._parted(a, layer)
-        else:
-            self._matrix("attn_k_b", (a.heads, a.kv_rank, a.nope), layer)
-            self._matrix("attn_v_b", (a.heads, a.v_dim, a.kv_rank), layer)
-        self._matrix("attn_output", (d_model, a.heads * a.v_dim), layer)
+    def _attention(self, layer: int) -> None:
+        for held, role, shape in self._plan.hyper.attention.tensors(self._plan.hyper.d_model):
+            if held == "matrix":
+                self._matrix(role, shape, layer)
+            elif held == "vector":
+                self._vector(role, shape[0], layer)
+            else:
+                self._joined(role, Cut(*shape), layer)
 
-    def _parted(self, a: LatentAttention, layer: int) -> None:
-        """Place the two matrices of `attn_kv_b`; that of the keys is decoded, because it is transposed."""
-        tensor = self._found("attn_kv_b", (a.heads * (a.nope + a.v_dim), a.kv_rank), layer)
+    def _joined(self, role: str, cut: Cut, layer: int) -> None:
+        """Place the two matrices of a joined one; that of the keys is decoded, because it is transposed."""
+        tensor = self._found(role, (cut.heads * (cut.nope + cut.v_dim), cut.rank), layer)
         if tensor.type.matrix is not None:
             raise ModelFileError(
                 f"{self._file.label}: tensor {tensor.name!r} is {tensor.type.name}, which cannot be cut"
             )
         decoded = TYPES_BY_NAME["F32" if tensor.type.name == "F32" else "F16"]
         shape = MatrixShape(
-            form=self._format(decoded, a.nope, tensor.name), rows=a.heads * a.kv_rank, columns=a.nope
+            form=self._format(decoded, cut.nope, tensor.name), rows=cut.heads * cut.rank, columns=cut.nope
         )
-        self._place(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape)
-        form = self._format(tensor.type, a.kv_rank, tensor.name)
-        shape = MatrixShape(form=form, rows=a.heads * a.v_dim, columns=a.kv_rank)
-        self._place(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape)
-
-    def _grouped(self, a: GroupedAttention, layer: int) -> None:
-        d_model = self._plan.hyper.d_model
-        widths = {"q": a.heads * a.head, "k": a.kv_heads * a.head, "v": a.kv_heads * a.head}
-        for name, width in widths.items():
-            self._matrix(f"attn_{name}", (width, d_model), layer)
-            if a.biased:
-                self._vector(f"attn_{name}_bias", width, layer)
-            if a.norm and name != "v":
-                self._vector(f"attn_{name}_norm", a.head if a.norm == "head" else width, layer)
-        if a.sinks:
-            self._vector("attn_sinks", a.heads, layer)
-        if a.sub_norm:
-            self._vector("attn_sub_norm", widths["q"], layer)
-        self._matrix("attn_output", (d_model, widths["q"]), layer)
-        if a.output_biased:
-            self._vector("attn_output_bias", d_model, layer)
+        self._place(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape, cut)
+        form = self._format(tensor.type, cut.rank, tensor.name)
+        shape = MatrixShape(form=form, rows=cut.heads * cut.v_dim, columns=cut.rank)
+        self._place(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape, cut)
 
     def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
         d_model = self._plan.hyper.d_model
@@ -290,9 +257,19 @@ class _Planner:
         self._used.add(tensor.name)
         return tensor
 
-    def _place(self, key: str, tensor: TensorInfo, kind: str, nbytes: int, shape: MatrixShape | None) -> None:
+    def _place(
+        self,
+        key: str,
+        tensor: TensorInfo,
+        held: str,
+        nbytes: int,
+        shape: MatrixShape | None,
+        cut: Cut | None = None,
+    ) -> None:
         at = self._plan.dense_nbytes
-        self._plan.dense[key] = DenseTensor(tensor=tensor, kind=kind, at=at, nbytes=nbytes, shape=shape)
+        self._plan.dense[key] = DenseTensor(
+            tensor=tensor, held=held, at=at, nbytes=nbytes, shape=shape, cut=cut
+        )
         self._plan.dense_nbytes = at + align(nbytes)
 
 

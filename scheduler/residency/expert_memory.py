@@ -67,6 +67,7 @@ class ExpertMemory:
         self._step = 0
         self._loads: dict[int, Load] = {}
         self._on_way: dict[int, int] = {}  # key: request
+        self._free: list[list[int]] = []  # of each class; the last of a list is taken first
         self._adopt()
 
     def _adopt(self) -> None:
@@ -158,9 +159,9 @@ class ExpertMemory:
         left = [len(free) for free in self._free]
         found = []
         for key in order:
-            kind = self._class_of[key]
-            if self.slot_of[key] < 0 and left[kind]:
-                left[kind] -= 1
+            slot_class = self._class_of[key]
+            if self.slot_of[key] < 0 and left[slot_class]:
+                left[slot_class] -= 1
                 found.append(key)
         return found
 

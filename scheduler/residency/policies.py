@@ -15,7 +15,7 @@ In a pool LFUDA is as good, but it falls behind LRU at 6 %, where LRFU gains 4.7
 is as good on the whole trace and worse in its first 30 tokens. Uses by several tokens in one event (a
 prompt) count as their square root: counted in full they fill the memory with the prompt's experts (LRFU 6100
 at 25 %), counted once, nothing tells at 50 % what to keep (1363 misses for all). Admission bypass gains
-nothing here and loses 25 points on cyclic use (reference 2.5 "weights"), so it is off.
+nothing here and loses 25 points on cyclic use, so it is off.
 
 Not in here: budgets and who may be evicted at all, which the caller says by `candidates`.
 """
@@ -42,7 +42,7 @@ DEFAULT_DECAY = 0.1
 DEFAULT_CAP = 12.0
 
 
-class Arrays(NamedTuple):
+class PolicyArrays(NamedTuple):
     """The state of a policy; `workers/kernels/routing/eviction.py` says what is where."""
 
     scalars: NDArray[np.float64]
@@ -50,7 +50,7 @@ class Arrays(NamedTuple):
     resident: NDArray[np.uint8]
 
     @classmethod
-    def empty(cls, num_keys: int, groups: int, decay: float, cap: float) -> Arrays:
+    def empty(cls, num_keys: int, groups: int, decay: float, cap: float) -> PolicyArrays:
         """Return the state of a policy that has seen nothing; `decay` per event."""
         scalars = np.zeros(eviction.AGE + groups)
         scalars[eviction.UNIT] = 1.0
@@ -87,7 +87,7 @@ class Policy:
             raise ConfigError(f"policy {name}: decay {decay:g} (0 to 64), cap {cap:g} (1 to 1e9)")
         self.name, self.num_keys, self.span, self.bypass = name, num_keys, span, bypass
         self.kind = KINDS[name]
-        self.arrays = Arrays.empty(num_keys, num_keys // span, decay / layers, cap)
+        self.arrays = PolicyArrays.empty(num_keys, num_keys // span, decay / layers, cap)
         self._once = np.ones(num_keys, dtype=np.float32)
 
     def touch(self, keys: NDArray[np.int32], tokens: NDArray[np.float32] | None = None) -> None:
@@ -159,7 +159,7 @@ class Policy:
 
 
 def new_policy(num_experts: int, layers: int) -> Policy:
-    """Return the default policy of a model with so many routed experts in so many layers."""
+    """Return the default policy of a model with `num_experts` routed experts in `layers` layers."""
     return Policy(DEFAULT_POLICY, num_experts, layers=layers)
 
 

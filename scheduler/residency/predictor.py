@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ...shm.errors import ConfigError
 from ...workers.kernels.routing.prediction import observe_transitions, predict_next, score_next
+from ..arrays import zeros
+from . import buffers
 
 Ids = npt.NDArray[np.int32]
 
@@ -40,18 +42,15 @@ class ExpertPredictor:
         if not 2 <= row_cap <= 1 << 30:
             raise ConfigError(f"row_cap {row_cap}: 2 to 2**30")
         self.num_experts = num_experts
-        self._table = np.zeros((num_layers, num_experts, num_experts), np.int32)
-        self._rows = np.zeros((num_layers, num_experts), np.int32)
-        self._recency = np.zeros((num_layers, num_experts), np.float32)
+        made = zeros(buffers.predictor(num_layers, num_experts))
+        self._table, self._rows, self._recency = made["table"], made["rows"], made["recency"]
+        self._scratch, self._nobody, self._none = made["scratch"], made["nobody"], made["none"]
         self._decay, self._weight = np.float32(recency_decay), np.float32(recency_weight)
         self._cap = row_cap
-        self._scratch = np.zeros((2, num_experts), np.float64)
-        self._nobody = np.zeros(num_experts, np.bool_)
-        self._none = np.empty(0, np.int32)
 
     @classmethod
     def from_history(cls, history: Sequence[Iterable[int]], num_experts: int = 64) -> Self:
-        """Return a predictor of one layer that has seen consecutive selections, as the reference's has."""
+        """Return a predictor of one layer that has seen consecutive selections, as ruvllm's (ADR-092) has."""
         predictor = cls(num_experts=num_experts)
         for previous, selected in pairwise(history):
             predictor.observe(0, np.array([*previous], np.int32), np.array([*selected], np.int32))
@@ -92,7 +91,7 @@ class ExpertPredictor:
         return scores
 
     def predict_next(self, current: Sequence[int], k: int, layer: int = 0) -> list[int]:
-        """Return `k` ids by the reference's rule: the sum of `probability` over `current`, none of those."""
+        """Return `k` ids by ruvllm's rule: the sum of `probability` over `current`, none of those."""
         scores = np.zeros(self.num_experts, np.float64)
         score_next(self._table, self._rows, layer, np.array([current], np.int32), scores)
         scores[[i for i in current if 0 <= i < self.num_experts]] = 0

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workers.kernels.routing.top_k import CREDIT
+from ..arrays import zeros
 from ..messages import RoutingReport, Submit
 from ..state import Work
+from . import buffers
 
 EXACT = -1
 
@@ -25,10 +27,9 @@ class QualityLedger:
     """
 
     def __init__(self, streams: int) -> None:
-        self.epsilon = np.zeros(streams, np.float64)
-        self.accounts = np.zeros((streams, 5), np.float64)
-        self._kept = np.zeros((streams, 5), np.float64)
-        self._before = np.zeros((streams, 5), np.float64)
+        made = zeros(buffers.ledger(streams))
+        self.epsilon, self.accounts = made["epsilon"], made["accounts"]
+        self._kept, self._before = made["kept"], made["before"]
 
     def admit(self, request: Submit) -> None:
         """Open the account of a stream, with the credit that it had under a predecessor."""

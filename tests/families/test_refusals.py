@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.scheduler.model.hyper import LatentAttention
+from sterna.scheduler.model.attention import LatentAttention
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError

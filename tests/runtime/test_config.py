@@ -12,10 +12,12 @@ import pytest
 from sterna.runtime.config import (
     SETTINGS,
     Config,
+    default_text,
     embedded_model,
     env_of,
     flag_of,
     load_config,
+    read_memory,
     read_size,
     resident_count,
 )
@@ -86,6 +88,40 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert read_size(format_size(2**31), "here") == 2**31
 
 
+def test_a_budget_without_its_unit_is_refused() -> None:
+    expected = "memory: 10 is 10 bytes, too small for any model: give a unit, such as 10MiB or 10GiB"
+    with pytest.raises(ConfigError, match=f"^{expected}$"):
+        read_memory("10", "memory")
+    with pytest.raises(ConfigError, match=r"^memory: 12kB is 12000 bytes, too small for any model$"):
+        read_memory("12kB", "memory")
+    assert read_memory("219938169", "memory") == 219_938_169
+    assert refusal(env={"STERNA_MEMORY": "700"}).startswith("environment STERNA_MEMORY: 700 is 700 bytes")
+
+
+def test_the_embedded_model_by_name(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", 'model = "embedded"\n')
+    for found in (
+        load_config(file, {"STERNA_SOCKET": SOCKET}, {}),
+        load_config(None, {}, {"model": "embedded"}),
+    ):
+        assert found.model is None
+    assert load_config(file, {}, {"model": "./embedded"}).model == Path("./embedded").expanduser()
+
+
+def test_defaults_of_a_caller_give_way_to_all_else(tmp_path: Path) -> None:
+    env = {"STERNA_SOCKET": SOCKET}
+    quiet = {"log_level": "warning"}
+    assert load_config(None, env, {}, defaults=quiet).log_level == "warning"
+    assert load_config(None, env, {"log_level": "info"}, defaults=quiet).log_level == "info"
+    file = write(tmp_path / "c.toml", 'log_level = "debug"\n')
+    assert load_config(file, env, {}, defaults=quiet).log_level == "debug"
+
+
+def test_defaults_in_words() -> None:
+    shown = [default_text(name) for name in ("max_queue", "lane", "step_timeout_s", "model", "workers")]
+    assert shown == ["256", "auto", "60", "the embedded model", "0: the machine's cores less one"]
+
+
 def test_default_files_of_system_and_user(tmp_path: Path) -> None:
     system = tmp_path / "etc"
     write(system / "config.toml", "workers = 1\nmax_queue = 1\nctx_size = 1\n")
@@ -130,8 +166,8 @@ def test_unknown_key_names_file_line_and_the_nearest(tmp_path: Path) -> None:
         ('quality_budget = "11%"', 'quality_budget: expected a share from 0 to 10 percent, such as "0.5%"'),
         ("quality_budget = 0.05", 'quality_budget: expected a share from 0 to 10 percent, such as "0.5%"'),
         ('preset = "pi"', "preset: expected one of auto, raspberry-pi-5, mobile, desktop, wasm-browser"),
-        ('lane = "tcp"', "lane: expected one of auto, zmq, found 'tcp'"),
-        ("lane = []", "lane: expected one of auto, zmq, found []"),
+        ('lane = "tcp"', "lane: expected one of auto, zmq, local, found 'tcp'"),
+        ("lane = []", "lane: expected one of auto, zmq, local, found []"),
         ("model = 1", "model: expected the path of a file, found 1"),
         ('model = ""', "model: expected the path of a file, found ''"),
         ("socket = 1", "socket: expected ipc:// and the absolute path of a socket, found 1"),

@@ -109,12 +109,13 @@ class LocalEngine:
             Configure(layers=plan.layer_shapes()),
             workers,
         )
+        self.dense = arenas.dense
         self.lane = CountingLane(pool)
         self.log = None if log is None else log(plan)
         make_crew = (lambda dense: Crew(1)) if crew is None else (lambda dense: crew)
         made = assemble(plan, self.file, arenas, self.lane, settings, make_crew=make_crew, log=self.log)
         self.slots, self.memory, self.runner = made.slots, made.memory, made.runner
-        self.streams, self.engine = made.streams, made.engine
+        self.streams, self.engine, self.dense = made.streams, made.engine, arenas.dense
         for key in self.memory.missing(range(plan.num_experts)):
             slot = self.memory.free_slot(key)
             assert slot is not None

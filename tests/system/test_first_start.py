@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from statistics import median
 
 import pytest
 
 from sterna import Client
-from sterna.runtime.client.results import Result
 
 from . import daemon_process
 from .conftest import Serve
@@ -47,22 +45,25 @@ def tight_budget(cache: Path, folder: Path) -> str:
     return str(json.loads(done.stdout)["used_total_bytes"])
 
 
-def prompt(client: Client, first: int) -> Result:
-    ids = [5 + (first + i) % 200 for i in range(200)]
-    return client.generate(token_ids=ids, max_tokens=2, temperature=0.0, ignore_eos=True)
+def rate(client: Client, first: int) -> float:
+    """Return the tokens per second of a request, prompt and answer."""
+    ids = [5 + (first + i) % 200 for i in range(60)]
+    result = client.generate(token_ids=ids, max_tokens=60, temperature=0.0, ignore_eos=True)
+    return 120 / (result.timings.prefill_s + result.timings.decode_s)
 
 
 def check(daemon: Daemon) -> None:
     """What is measured stays within the budget, idle and after answers, and the first one is no slower."""
     used = [daemon.status()["memory"]]
     with daemon.client() as client:
-        rates = [200 / prompt(client, number).timings.prefill_s for number in range(4)]
+        rates = [rate(client, number) for number in range(4)]
     used.append(daemon.status()["memory"])
     print(f"\nbudget {used[0]['budget_mib']} measured {[each['measured_mib']['total'] for each in used]}")
-    print(f"prompt tokens/s {[round(rate, 1) for rate in rates]}")
+    print(f"tokens/s {[round(each, 1) for each in rates]}")
     for each in used:
         assert each["measured_mib"]["total"] <= each["budget_mib"]
-    assert rates[0] * 1.5 >= median(rates[1:])
+    # Against the slowest: on a busy machine rates differ twofold; compiling made it thirty times.
+    assert rates[0] * 1.5 >= min(rates[1:])
     assert daemon.late_kernels() == []
 
 

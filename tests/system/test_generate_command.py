@@ -78,6 +78,21 @@ def test_with_a_daemon_that_one_answers(home: Path, shared: Daemon) -> None:
     assert shared.status()["totals"]["requests_finished"] == before + 2
 
 
+def test_an_answer_that_was_cut_is_told_without_statistics_too(home: Path, shared: Daemon) -> None:
+    done = sterna(home, *GREEDY, "--socket", shared.url, "--no-stats")
+    assert (done.returncode, done.stderr) == (0, "sterna: the answer is cut at 12 tokens; -n sets how many\n")
+    done = sterna(home, *GREEDY[:-1], "800", "--socket", shared.url, "--no-stats")
+    assert done.returncode == 0
+    assert done.stderr in ("", "sterna: the answer is cut at the context of 512 tokens\n")
+
+
+def test_status_fits_a_screen(home: Path, shared: Daemon) -> None:
+    lines = sterna(home, "status", "--socket", shared.url).stdout.splitlines()
+    assert lines[0].startswith("tales-small (deepseek2): serving for ")
+    assert len(lines) < 24
+    assert all(len(line) <= 80 for line in lines[2:])
+
+
 def test_status_and_tokenize(home: Path, shared: Daemon) -> None:
     report = json.loads(sterna(home, "status", "--json", "--socket", shared.url).stdout)
     assert report["model"]["name"] == "tales-small"

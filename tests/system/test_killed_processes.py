@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
 
-from sterna.shm.errors import DaemonUnreachable, SternaError
+from sterna.runtime.config import embedded_model
+from sterna.shm.errors import DaemonUnreachable, ModelReadError, SternaError
 
 from .conftest import Serve, is_idle
 from .daemon_process import Daemon, processes_in, wait_until
@@ -70,6 +73,44 @@ def test_killed_idle_worker_is_replaced(serve: Serve) -> None:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: restarts(daemon, "worker") == 2, 10.0, "both workers are replaced")
     assert run_alone(daemon.url, requests(1, 16))[0].text == expected[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_that_die_together_while_experts_are_read_hang_nobody(serve: Serve) -> None:
+    """The second dies while slots are filled for the first one's successor, or the other way round."""
+    daemon = serve("--workers", "2", "--resident-experts", "50%")
+    expected = [essence(result) for result in run_together(daemon.url, requests(4, 60))]
+    for number in range(12):
+
+        def kill_both(number: int = number) -> None:
+            for pid in daemon.pids("worker"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.002 * (number % 5))
+
+        found = run_while(daemon.url, requests(4, 60), kill_both)
+        assert [essence(result) for result in found] == expected
+    assert is_idle(daemon)
+
+
+def test_a_worker_replaced_over_a_file_that_was_cut_short_hangs_nobody(serve: Serve, tmp_path: Path) -> None:
+    """What cannot be read any more ends the requests that need it, by its code; all else goes on."""
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(embedded_model(), path)
+    whole = path.read_bytes()
+    daemon = serve(str(path), "--workers", "1", "--resident-experts", "25%")
+    expected = run_alone(daemon.url, requests(1, 24))[0]
+    os.truncate(path, 2_000_000)
+    os.kill(daemon.pids("worker")[0], signal.SIGKILL)
+    wait_until(lambda: restarts(daemon, "worker") == 1, 10.0, "the worker is replaced")
+    with daemon.client(20.0) as client, pytest.raises(ModelReadError, match="the model file ends at byte"):
+        client.generate(**requests(1, 24)[0])
+    wait_until(lambda: is_idle(daemon), 5.0, "nothing is left of the request")
+    with path.open("r+b") as file:  # the card is back
+        file.write(whole)
+    assert essence(run_alone(daemon.url, requests(1, 24))[0]) == essence(expected)
+    assert restarts(daemon, "scheduler") == 0
 
 
 @pytest.mark.parametrize("resident", ["100%", pytest.param("25%", marks=pytest.mark.slow)])

@@ -14,7 +14,13 @@ _compiled = njit(nogil=True, cache=True, fastmath=False, error_model="numpy")
 
 
 def kernel(function):
-    """Return `function` as a kernel: compiled for the types that it is called with, and kept in the cache."""
+    """Return `function` as a kernel: compiled for the types that it is called with, and kept in the cache.
+
+    A kernel that Python calls in every layer takes its arrays one by one, however many there are: 24 such
+    arguments cost 1.6 us a call, the same in NamedTuples 5.4 us (x86-64, CPython 3.11, numba 0.68), because
+    each tuple is taken apart in Python; a layer makes a dozen such calls for each token. Elsewhere a
+    NamedTuple of arrays reads better: `routing.replay`.
+    """
     return watched(_compiled(function))
 
 

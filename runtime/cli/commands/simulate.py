@@ -20,7 +20,7 @@ from ..options import JSON_OPTION, FractionRange, NumberRange
 from ..render import grid
 
 if TYPE_CHECKING:
-    from ....scheduler.residency.replay.simulate import Report, Setting
+    from ....scheduler.residency.replay.simulate import ReplayReport, ReplaySetting
     from ....scheduler.residency.replay.trace import Trace
 
 DEFAULT_MEMORY = ("12.5%", "25%", "50%")
@@ -74,7 +74,7 @@ def simulate(
         from ...processes.kernel_environment import prepare
 
         prepare()
-    from ....scheduler.residency.replay.simulate import CACHE_PRIOR, Setting, compare
+    from ....scheduler.residency.replay.simulate import CACHE_PRIOR, ReplaySetting, compare
     from ....scheduler.residency.replay.trace import read_trace
 
     read = read_trace(Path(trace))
@@ -82,9 +82,9 @@ def simulate(
     if not policies or "all" in policies:
         names = [each for each in _POLICIES if each != CACHE_PRIOR or read.runner_ups is not None]
 
-    def settings(sizes: Iterable[str]) -> list[Setting]:
+    def settings(sizes: Iterable[str]) -> list[ReplaySetting]:
         return [
-            Setting(
+            ReplaySetting(
                 policy=name,
                 memory_bytes=_bytes(size, read),
                 per_layer=per_layer,
@@ -138,7 +138,7 @@ def _summary(trace: Trace) -> str:
     )
 
 
-def _row(report: Report) -> list[str]:
+def _row(report: ReplayReport) -> list[str]:
     def percent(value: float | None) -> str:
         return "-" if value is None or value != value else f"{100 * value:.1f}"
 
@@ -165,7 +165,7 @@ def _figure_class() -> Any:  # noqa: ANN401 - of a library that need not be ther
         raise UsageError("--plot needs matplotlib: install sterna[plot]") from None
 
 
-def _draw(figure_class: Any, reports: Sequence[Report], path: Path, title: str) -> None:  # noqa: ANN401
+def _draw(figure_class: Any, reports: Sequence[ReplayReport], path: Path, title: str) -> None:  # noqa: ANN401
     """Write the decode hit rate against memory as a PNG, or SVG by the name; one line per policy."""
     figure = figure_class(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 from ....workers.gating import SOFTMAX
-from ..hyper import GroupedAttention, Hyperparameters, LatentAttention, Rotation
+from ..attention import GroupedAttention, LatentAttention
+from ..hyper import Hyperparameters, Rotation
 from .keys import Keys
 
 

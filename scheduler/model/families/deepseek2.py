@@ -1,6 +1,6 @@
 """`deepseek2`: DeepSeek V2, V2-Lite, V3, GLM-4.7-Flash and others with latent attention (MLA).
 
-Keys as in spec section 4.2; sigmoid or softmax gates, groups of experts, leading dense layers.
+Sigmoid or softmax gates, groups of experts, leading dense layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import math
 from dataclasses import replace
 
 from ....workers.gating import SIGMOID, SOFTMAX
-from ..hyper import Hyperparameters, LatentAttention, Rotation
+from ..attention import LatentAttention
+from ..hyper import Hyperparameters, Rotation
 from .blocks import dense, rotation, with_experts, with_groups, yarn_magnitude
 from .keys import Keys
 
@@ -56,6 +57,6 @@ def _scaled(keys: Keys, rotated: Rotation) -> tuple[Rotation, float]:
 
 
 def _gating(keys: Keys) -> int:
-    """Return the gating function; early files lack the key, GLM-4.7-Flash's too (spec section 4.2)."""
+    """Return the gating function; early files lack the key, GLM-4.7-Flash's too."""
     glm = keys.integer("block_count") in (47, 48) and keys.integer("vocab_size", keys.vocabulary) == 154880
     return keys.integer("expert_gating_func", 0) or (SIGMOID if glm else SOFTMAX)

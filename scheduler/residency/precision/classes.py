@@ -1,4 +1,4 @@
-"""Precision of experts: three classes, the names of their formats, and the reference's rule for choosing.
+"""Precision of experts: three classes, the names of their formats, and two rules for choosing.
 
 The product's rule, which keeps a byte budget, is in budget.py. No conversion of weights in here.
 """
@@ -86,7 +86,7 @@ class ClassTable:
 
 
 class FractionOfMaxAllocator:
-    """The reference's rule: a class begins at a share of the greatest count (not at a percentile).
+    """The rule of ruvllm (ADR-092): a class begins at a share of the greatest count (not at a percentile).
 
     With uniform use every expert is hot, with one dominant expert all others are cold. Counts are live,
     thresholds are those of the last `recompute_thresholds`; both 0 make every expert cold.
@@ -109,7 +109,7 @@ class FractionOfMaxAllocator:
         if not most:
             self.hot_threshold = self.cold_threshold = 0
             return
-        # The reference widens a float32 share: 0.8 of 100 is 80.0000012, and its ceiling 81.
+        # ruvllm widens a float32 share: 0.8 of 100 is 80.0000012, and its ceiling 81.
         hot, cold = (float(np.float32(s)) for s in (self.config.hot_percentile, self.config.cold_percentile))
         self.hot_threshold = max(1, math.ceil(most * hot))
         self.cold_threshold = max(1, math.floor(most * cold))

@@ -42,7 +42,7 @@ class ExpertAffinity:
     A token multiplies all scores of its layer by the decay and adds to those it activates
     (1 - decay) * boost, once each: an exponential moving average of how often an expert is used.
     `compat` adds the boost itself and counts an id named twice twice: with the default numbers that is
-    recency alone. A score never rises without activation (INV-2), whatever the mode.
+    recency alone. A score never rises without activation (INV-2, docs/invariants.md), whatever the mode.
 
     `scores`: float32, `totals`: int64, both (layers, experts); the arrays stay the same objects.
     """

@@ -1,8 +1,8 @@
-"""A cache of expert ids filled access by access: the reference's `ExpertCache`, and what is right instead.
+"""A cache of expert ids filled access by access: ruvllm's `ExpertCache` (ADR-092), and what is right instead.
 
-`compat=True` replays the reference exactly (reference 1.6): lists with swap-removal, ties to the first
-listed, flags of prefetches that outlive an eviction, a cache of 0 that holds one. The default differs as 4.5
-M8-M10 say: `DEFAULT_POLICY` ages what it counts; keys are (layer, expert); an eviction clears the flag of a
+`compat=True` replays ruvllm's exactly: lists with swap-removal, ties to the first
+listed, flags of prefetches that outlive an eviction, a cache of 0 that holds one. The default differs in
+this: `DEFAULT_POLICY` ages what it counts; keys are (layer, expert); an eviction clears the flag of a
 prefetch; pinned keys and those prefetched in the same call are never victims; a prefetch must have a score
 above the threshold and displaces only what has less; a capacity of 0 holds nothing. In both an id out of
 range is an error.
@@ -85,7 +85,7 @@ class ExpertCache:
         if num_experts < 1 or layers < 1 or max_hot < 0:
             raise ConfigError(f"expert cache: {num_experts} experts, {layers} layers, {max_hot} hot")
         if compat and (policy not in ("lru", "lfu", "adaptive") or bypass):
-            raise ConfigError(f"expert cache: the reference has no policy {policy}{' with bypass' * bypass}")
+            raise ConfigError(f"expert cache: ruvllm's has no policy {policy}{' with bypass' * bypass}")
         self.num_experts, self.layers, self.max_hot = num_experts, layers, max_hot
         self.prefetch_threshold, self.compat, self.bypass = prefetch_threshold, compat, bypass
         self._policy = Policy(policy, num_experts * layers, decay=decay, cap=cap)
@@ -244,7 +244,7 @@ class ExpertCache:
         return [key for key in self.hot if not self._hot.pinned[key]]
 
     def _worst(self, keys: list[int], affinity: Affinity, weight: float) -> int:
-        """Return the key of greatest badness; float32 as the reference computes it."""
+        """Return the key of greatest badness; float32 as ruvllm computes it."""
         values = self._priorities(keys)
         low, high = values.min(), values.max()
         one, w = np.float32(1.0), np.float32(weight)

@@ -26,7 +26,7 @@ class MemoryTier(IntEnum):
 class HardwareConfig:
     """Bytes of both fast tiers and how many experts of `expert_bytes` each is meant to hold.
 
-    The slots of the default are the reference's and do not follow from its bytes; `for_experts` gives
+    The slots of the default are ruvllm's (ADR-092) and do not follow from its bytes; `for_experts` gives
     those that do.
     """
 

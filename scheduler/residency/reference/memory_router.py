@@ -72,10 +72,10 @@ class MemoryRouterConfig:
 
 
 class MemoryAwareRouter:
-    """Selection for one layer as a pure function of scores, residency and config (INV-6).
+    """Selection for one layer as a pure function of scores, residency and config (INV-6, docs/invariants.md).
 
     Default: scores that are not finite are never selected (fewer ids then), a wrong number of scores
-    raises. `compat` replays the reference: its bonus on raw scores, NaN as 0 when memory-aware, ids
+    raises. `compat` replays ruvllm's (ADR-092): its bonus on raw scores, NaN as 0 when memory-aware, ids
     0..k-1 for a wrong number of scores, its scan for two maxima that can name expert 0 twice.
     `affinity` is shared by the routers of all layers and advanced by every token routed.
     """
@@ -151,7 +151,7 @@ class MemoryAwareRouter:
         return selected, self.generate_paging_requests(selected)
 
     def route_each(self, rows: Sequence[npt.ArrayLike]) -> list[Route]:
-        """Return `route` of every row: requests are repeated per token, as the reference's batch does."""
+        """Return `route` of every row: requests are repeated per token, as ruvllm's batch does."""
         return [self.route(row) for row in rows]
 
     def apply_cache_bonus(

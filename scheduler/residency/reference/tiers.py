@@ -37,12 +37,12 @@ class ExpertRecord:
 class TierMapper:
     """A tier per expert, within the bytes of each.
 
-    priority = ln(count + 1) + recency + 2 * average weight (spec 1.5), recency = exp(-(clock - last) / tau)
+    priority = ln(count + 1) + recency + 2 * average weight, recency = exp(-(clock - last) / tau)
     with the clock counting accesses. A change of tier must gain: an expert displaces another only if its
     priority exceeds (1 + hysteresis) times the other's.
 
-    `compat` is the reference: capacity in slots that nothing enforces, recency 1 / (1 + 0.001 / last), which
-    is 1 for whatever was ever used, and its rule of suggestions, which demotes every expert in SRAM.
+    `compat` is ruvllm's (ADR-092): capacity in slots that nothing enforces, recency 1 / (1 + 0.001 / last),
+    which is 1 for whatever was ever used, and its rule of suggestions, which demotes every expert in SRAM.
     """
 
     def __init__(

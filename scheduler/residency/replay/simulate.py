@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from ....shm.errors import UsageError
 from ....workers.kernels.routing import eviction
-from ....workers.kernels.routing.replay import Pool, replay, replay_with_prior
-from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, Arrays
+from ....workers.kernels.routing.replay import EventScratch, Pool, PriorEvents, replay, replay_with_prior
+from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, PolicyArrays
 from .trace import DECODE, Trace
 
 BELADY, BELADY_BYPASS, CACHE_PRIOR = "belady", "belady-bypass", "cache-prior"
@@ -31,7 +31,7 @@ NEVER = np.iinfo(np.int64).max >> 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class ReplaySetting:
     """What to replay with."""
 
     policy: str = DEFAULT_POLICY
@@ -47,7 +47,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class ReplayReport:
     """What came out; rates are of distinct experts per event, NaN where there was no such event."""
 
     policy: str
@@ -82,7 +82,7 @@ class _Counts:
     peak_bytes: int
 
 
-def simulate(trace: Trace, setting: Setting) -> Report:
+def simulate(trace: Trace, setting: ReplaySetting) -> ReplayReport:
     """Replay `trace`; raises UsageError for a setting that the trace or the policy cannot have."""
     _check(trace, setting)
     if setting.policy == CACHE_PRIOR:
@@ -90,13 +90,13 @@ def simulate(trace: Trace, setting: Setting) -> Report:
     return _report(trace, setting, _replay(trace, setting))
 
 
-def compare(trace: Trace, settings: Iterable[Setting]) -> list[Report]:
+def compare(trace: Trace, settings: Iterable[ReplaySetting]) -> list[ReplayReport]:
     """Replay every setting and Belady beside it, so that `recoverable` is known."""
-    bounds: dict[Setting, Report] = {}
+    bounds: dict[ReplaySetting, ReplayReport] = {}
     reports = []
     for setting in settings:
         report = simulate(trace, setting)
-        exact = Setting(
+        exact = ReplaySetting(
             policy=BELADY,
             memory_bytes=setting.memory_bytes,
             per_layer=setting.per_layer,
@@ -119,7 +119,7 @@ def next_uses(starts: NDArray[np.int64], keys: NDArray[np.int32]) -> NDArray[np.
     return found
 
 
-def _check(trace: Trace, setting: Setting) -> None:
+def _check(trace: Trace, setting: ReplaySetting) -> None:
     if setting.policy not in POLICIES:
         raise UsageError(f"policy: expected one of {', '.join(POLICIES)}, found {setting.policy}")
     if setting.memory_bytes < 0 or setting.floor < 0:
@@ -137,7 +137,7 @@ def _check(trace: Trace, setting: Setting) -> None:
         raise UsageError(f"cache-prior: bonus {setting.bonus:g} (0 to 1), keep {setting.keep}")
 
 
-def _memory(trace: Trace, setting: Setting) -> tuple[Pool, Arrays]:
+def _memory(trace: Trace, setting: ReplaySetting) -> tuple[Pool, PolicyArrays]:
     """Return empty memory and an empty policy."""
     keys, layers = trace.num_layers * trace.experts_per_layer, trace.num_layers
     span = trace.experts_per_layer if setting.per_layer else keys
@@ -160,10 +160,12 @@ def _memory(trace: Trace, setting: Setting) -> tuple[Pool, Arrays]:
         candidates=np.zeros(keys, dtype=np.uint8),
         masked=np.zeros(keys, dtype=np.uint8),
     )
-    return pool, Arrays.empty(keys, groups, setting.decay / max(1, len(np.unique(trace.layers))), setting.cap)
+    return pool, PolicyArrays.empty(
+        keys, groups, setting.decay / max(1, len(np.unique(trace.layers))), setting.cap
+    )
 
 
-def _replay(trace: Trace, setting: Setting) -> _Counts:
+def _replay(trace: Trace, setting: ReplaySetting) -> _Counts:
     pool, arrays = _memory(trace, setting)
     starts, keys, tokens = trace.uses()
     exact = setting.policy in (BELADY, BELADY_BYPASS)
@@ -180,7 +182,7 @@ def _replay(trace: Trace, setting: Setting) -> _Counts:
     )
 
 
-def _replay_with_prior(trace: Trace, setting: Setting) -> _Counts:
+def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _Counts:
     pool, arrays = _memory(trace, setting)
     routes = trace.runner_ups
     assert routes is not None  # noqa: S101 - `_check` has refused the trace otherwise
@@ -190,13 +192,23 @@ def _replay_with_prior(trace: Trace, setting: Setting) -> _Counts:
     may_swap = (trace.phases == DECODE) & ~np.isin(trace.layers, exact)
     largest = int(np.diff(trace.rows).max()) * trace.top_k
     out = np.zeros((trace.num_events, 3), dtype=np.int64)
-    replay_with_prior(
-        KINDS[DEFAULT_POLICY], trace.rows, trace.layers, may_swap[event_of_token].astype(np.uint8),
-        trace.experts.copy(), routes.scores, routes.others, routes.other_scores,
-        routes.spread * np.float32(setting.bonus), keep, np.full(len(pool.candidates), -1, dtype=np.int32),
-        np.zeros(largest, dtype=np.int32), np.zeros(largest, dtype=np.float32),
-        np.zeros(largest, dtype=np.uint8), *arrays, pool, out,
-    )  # fmt: skip
+    events = PriorEvents(
+        rows=trace.rows,
+        layers=trace.layers,
+        may_swap=may_swap[event_of_token].astype(np.uint8),
+        experts=trace.experts.copy(),
+        scores=routes.scores,
+        others=routes.others,
+        other_scores=routes.other_scores,
+        limits=routes.spread * np.float32(setting.bonus),
+    )
+    scratch = EventScratch(
+        seen=np.full(len(pool.candidates), -1, dtype=np.int32),
+        keys=np.zeros(largest, dtype=np.int32),
+        tokens=np.zeros(largest, dtype=np.float32),
+        fetched=np.zeros(largest, dtype=np.uint8),
+    )
+    replay_with_prior(KINDS[DEFAULT_POLICY], events, keep, scratch, *arrays, pool, out)
     return _Counts(
         distinct=out[:, 0],
         fetched=out[:, 1],
@@ -205,7 +217,7 @@ def _replay_with_prior(trace: Trace, setting: Setting) -> _Counts:
     )
 
 
-def _report(trace: Trace, setting: Setting, counts: _Counts) -> Report:
+def _report(trace: Trace, setting: ReplaySetting, counts: _Counts) -> ReplayReport:
     logical, decode = trace.logical, trace.phases == DECODE
     read = counts.fetched * trace.expert_bytes[trace.layers]
     share = setting.memory_bytes / trace.total_bytes
@@ -216,7 +228,7 @@ def _report(trace: Trace, setting: Setting, counts: _Counts) -> Report:
     decode_passes = max(
         (int(tokens[decode & (trace.layers == layer)].sum()) for layer in np.unique(trace.layers)), default=0
     )
-    return Report(
+    return ReplayReport(
         policy=setting.policy,
         memory_bytes=setting.memory_bytes,
         peak_bytes=counts.peak_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
@@ -182,7 +183,8 @@ def test_refusals(load: Load) -> None:
 @pytest.mark.parametrize("depth", [100, 990, 20_000])
 def test_deeply_nested_arguments_are_an_error_at_worst(shown: ChatTemplate, depth: int) -> None:
     arguments = '{"a":' * depth + "1" + "}" * depth
-    with pytest.raises(BadRequest) if depth > 100 else contextlib.nullcontext():
+    refused = depth > (900 if sys.version_info < (3, 12) else 1000)  # 3.11 counts calls in C with others
+    with pytest.raises(BadRequest) if refused else contextlib.nullcontext():
         call = {"function": {"name": "f", "arguments": arguments}}
         shown.render(turns([{"role": "assistant", "tool_calls": [call]}]), now=NOW, template="glm4")
     assert shown.render(turns(TALK[2:3]), now=NOW, template="parts") == "Hello!."

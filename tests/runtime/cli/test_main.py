@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,8 +18,11 @@ from click.testing import CliRunner
 from sterna import __version__
 from sterna.runtime.cli import main, private_daemon, render
 from sterna.runtime.cli.commands import status as commands
+from sterna.runtime.client.results import Result
 from sterna.runtime.config import SETTINGS, flag_of
+from sterna.runtime.daemon.announcement import Announcement
 from sterna.runtime.protocol import messages as m
+from sterna.runtime.protocol.sockets import default_socket_url
 from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
 
 from ..client.peer import Peer
@@ -114,6 +118,15 @@ def test_generate_from_stdin(peer: Peer) -> None:
     assert error_line(err) == "stdin: expected UTF-8 text, found the byte 0xff at 2"
 
 
+def test_several_words_are_one_prompt(peer: Peer) -> None:
+    assert sterna("generate", "ab", "c", "--no-stats", "d", "--socket", peer.url)[:2] == (0, "ab c d!\n")
+
+
+def test_nothing_on_stdin_is_no_prompt(peer: Peer) -> None:
+    code, out, err = sterna("generate", "-", "--socket", peer.url)
+    assert (code, out, error_line(err)) == (64, "", "stdin: expected a prompt, found nothing")
+
+
 def test_generate_json(peer: Peer) -> None:
     code, out, _ = sterna("generate", "ab", "--socket", peer.url, "--json")
     assert code == 0
@@ -145,6 +158,7 @@ def test_generate_ended_by_sigterm(peer: Peer) -> None:
         peer.wait_for(m.Generate)
         child.terminate()
         assert child.wait(10) == 143
+    peer.wait_for(m.Cancel)
     assert len(peer.messages(m.Cancel)) == 1
 
 
@@ -196,6 +210,18 @@ def test_no_daemon(tmp_path: Path) -> None:
     assert sterna("generate", "a", STERNA_SOCKET=url)[0] == 69
 
 
+def test_a_named_socket_without_a_daemon_and_a_model(tmp_path: Path) -> None:
+    """With a model a daemon is started for the call: here it finds no file."""
+    url, missing = f"ipc://{tmp_path}/none.sock", f"{tmp_path}/none.gguf"
+    for arguments, env in ((["--socket", url], {}), ([], {"STERNA_SOCKET": url})):
+        code, out, err = sterna("generate", "a", "-m", missing, *arguments, **env)
+        assert (code, out) == (66, "")
+        assert err.startswith(
+            f"sterna: no daemon at {url}: there is no such socket; starting one for this call"
+        )
+        assert f"{missing}: no such model file" in err.splitlines()[-1]
+
+
 def test_other_model_than_the_one_that_is_served(peer: Peer) -> None:
     code, _, err = sterna("generate", "a", "--socket", peer.url, "--model", "/models/other.gguf")
     assert code == 64
@@ -211,6 +237,11 @@ def test_other_model_than_the_one_that_is_served(peer: Peer) -> None:
         (["serv"], 64, "No such command 'serv'"),
         (["serve", "--wrokers", "1"], 64, "No such option"),
         (["serve", "a.gguf", "-m", "b.gguf"], 64, "the model is given twice"),
+        (["generate", "a", "-t", "9"], 64, "9 is not in the range 0 to 5"),
+        (["memory", "10"], 78, "SIZE: 10 is 10 bytes, too small for any model: give a unit, such as 10MiB"),
+        (["serve", "--memory", "10"], 78, "--memory: 10 is 10 bytes, too small"),
+        (["validate", "a.gguf", "b.gguf"], 64, "unexpected extra argument"),
+        (["perplexity", "a.gguf", "b.txt", "c"], 64, "expected MODEL and TEXT, or TEXT alone, found 3"),
         (["serve", "--workers", "x"], 78, "--workers: expected an integer from 0 to 256, found 'x'"),
         (["serve", "--config", "/none.toml"], 78, "config file /none.toml: No such file or directory"),
         (["serve", "--socket", "tcp://*:1"], 78, "CURVE"),
@@ -335,6 +366,52 @@ def test_private_daemon_whose_command_is_gone() -> None:
 
 def test_model_output_cannot_command_a_terminal() -> None:
     assert render.for_terminal("a\x1b[2Jb\tc\n\r\x9b1m\x07ä") == "a\ufffd[2Jb\tc\n\ufffd\ufffd1m\ufffdä"
+
+
+def result(prompt: int, answer: int, reason: m.FinishReason, queue_s: float, seed: int) -> Result:
+    return Result(
+        text="",
+        token_ids=(),
+        logprobs=None,
+        prompt_token_ids=(),
+        prompt_logprobs=None,
+        routing=None,
+        finish_reason=reason,
+        usage=m.Usage(prompt_tokens=prompt, completion_tokens=answer),
+        timings=m.Timings(queue_s=queue_s, prefill_s=7.6, decode_s=1.36),
+        seed=seed,
+    )
+
+
+def test_statistics_fit_a_line() -> None:
+    line = render.statistics(result(1024, 256, "length", 12.34, 2**63 - 1))
+    assert line == (
+        "prompt 1024 tokens (135 tok/s), answer 256 tokens (188 tok/s), waited 12.3 s, length, "
+        "seed 9223372036854775807"
+    )
+    assert len(render.statistics(result(4096, 1024, "length", 0.0, 2**63 - 1))) <= 100
+
+
+def test_an_answer_that_was_cut_is_told() -> None:
+    whole = result(10, 20, "stop", 0.0, 1)
+    assert render.cut_line(whole, None, 512) == ""
+    cut = result(10, 256, "length", 0.0, 1)
+    assert render.cut_line(cut, None, 512) == "sterna: the answer is cut at 256 tokens; -n sets how many"
+    full = result(12, 500, "length", 0.0, 1)
+    assert render.cut_line(full, 800, 512) == "sterna: the answer is cut at the context of 512 tokens"
+    assert render.cut_line(full, 500, 512) == "sterna: the answer is cut at 500 tokens; -n sets how many"
+
+
+def test_ready_line_says_what_to_try_and_what_is_short() -> None:
+    whole = Announcement(socket="ipc:///none/s", name="tiny", context=512, wished_context=512)
+    assert render.ready_line(whole) == (
+        "sterna: ready: tiny, context 512 tokens; try in another terminal: "
+        "sterna generate --socket ipc:///none/s "
+        '"Once upon a time"; Ctrl-C stops'
+    )
+    short = dataclasses.replace(whole, wished_context=4096, socket=default_socket_url())
+    assert "context 512 tokens instead of 4096, for want of memory; try" in render.ready_line(short)
+    assert "--socket" not in render.ready_line(short)
 
 
 def test_table() -> None:

@@ -64,7 +64,7 @@ class Bench:
         MEMORIES.append(self.memory)
         self.sent: list[m.Message] = []
         self.service = Service(
-            Config(max_num_seqs=2, ctx_size=64),
+            Config(max_num_seqs=2, ctx_size=model.context),
             model,
             self.memory,
             cast(EngineLink, self.engine),

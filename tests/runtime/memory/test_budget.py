@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from math import prod
 from pathlib import Path
 
-import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
@@ -14,19 +12,12 @@ from hypothesis import strategies as st
 
 from sterna.runtime.config import embedded_model
 from sterna.runtime.memory.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
-from sterna.runtime.memory.buffers import context_nbytes
-from sterna.scheduler.decoder import rotary
-from sterna.scheduler.kv import StreamMemory, StreamShape
-from sterna.scheduler.model.hyper import LatentAttention
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
 from sterna.shm.slots import arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.kernels.layers.attention import scratch_shapes
 
-from ...families.tiny_files import write
-from ...families.tiny_models import tiny_model
 from ..examine.sparse_model import write_flash
 
 MIB = 2**20
@@ -64,20 +55,6 @@ def check(plan: ModelPlan, decision: SlotDecision, most: list[tuple[int, int]]) 
     for (count, nbytes), (limit, same), low in zip(decision.classes, most, least, strict=True):
         assert nbytes == same
         assert low <= count <= limit
-
-
-@pytest.mark.parametrize("name", ["deepseek2-lite", "gpt-oss"])
-def test_what_a_context_takes_is_what_is_allocated(name: str, tmp_path: Path) -> None:
-    with GgufFile.open(write(tiny_model(name), tmp_path / "m.gguf")) as file:
-        plan = read_plan(file)
-    shape = StreamShape(layers=1, width=plan.hyper.cache_width, streams=3, context=1000)
-    a, threads = plan.hyper.attention, 2
-    sizes = (a.kv_rank, a.cache_width) if isinstance(a, LatentAttention) else (a.head, a.head)
-    scratch, places = scratch_shapes(threads, shape.context, *sizes)
-    tables = rotary.tables(plan.hyper.rotation, shape.context)
-    found = context_nbytes(plan, shape, threads)
-    expected = sum(each.nbytes for each in tables) + 4 * prod(scratch) + 8 * prod(places)
-    assert found == expected + StreamMemory(shape, np.zeros(shape.layout().nbytes, np.uint8)).tokens.nbytes
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -176,8 +176,8 @@ def test_what_the_command_refuses(source: Path, out: Path, capsys: pytest.Captur
 def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["quantize", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"--type TYPE Of the matrices: {', '.join(TYPES)}." in text
-    assert "--calibrate FILE Text to run" in text
+    assert f"--type TYPE Type of the matrices: {', '.join(TYPES)}." in text
+    assert "--calibrate FILE Run this text" in text
     assert "<=" not in text
     assert ">=" not in text
 

@@ -15,7 +15,7 @@ from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.kernels.layers import shared_dense
 from sterna.workers.kernels.layers.activations import QuantizedRows
-from sterna.workers.kernels.products import table as products
+from sterna.workers.kernels.scratch import product_nbytes
 
 from ..local_engine import LocalEngine
 
@@ -51,7 +51,7 @@ def product(crew: Crew, name: str, form: Format, heads: int, groups: int, count:
     shared_dense.multiply_heads(
         crew.board, crew.heads_job, address, number, arena, codes_at, scales_at, head.codes_nbytes,
         head.scales_nbytes, heads, groups, columns, x, q.q, q.scales, q.sums, np.ascontiguousarray(index),
-        count, np.zeros(crew.threads * products.scratch_nbytes(columns, count), np.uint8), out,
+        count, np.zeros(crew.threads * product_nbytes(columns, count), np.uint8), out,
     )  # fmt: skip
     assert np.isfinite(out).all()
     return out.tobytes()

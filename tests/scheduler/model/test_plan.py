@@ -12,8 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Kind
 
 from sterna.runtime.config import embedded_model
+from sterna.scheduler.model.attention import LatentAttention
 from sterna.scheduler.model.families.family import read_hyperparameters
-from sterna.scheduler.model.hyper import Hyperparameters, LatentAttention
+from sterna.scheduler.model.hyper import Hyperparameters
 from sterna.scheduler.model.plan import DENSE_HEADER_NBYTES, ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ModelFileError

@@ -13,6 +13,7 @@ from sterna.workers.kernels.layers.activations import quantize_rows
 from sterna.workers.kernels.packing import repack
 from sterna.workers.kernels.products import floating, q8, ternary
 from sterna.workers.kernels.products import table as products
+from sterna.workers.kernels.scratch import product_nbytes
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -141,7 +142,7 @@ class Scratch:
     """Scratch of exactly the size that is asked for, poisoned within and behind."""
 
     def __init__(self, columns: int, tokens: int) -> None:
-        size = products.scratch_nbytes(columns, tokens)
+        size = product_nbytes(columns, tokens)
         self._all = np.full(size + 64, POISON)
         self.array = self._all[:size]
 

@@ -27,7 +27,7 @@ from sterna.workers.checkpoint.held.packing import matrix_entry, pack_matrix
 from sterna.workers.checkpoint.types.table import TENSOR_TYPES, TYPES_BY_NAME, dequantize
 from sterna.workers.kernels.cache import cache_dir
 from sterna.workers.kernels.layers import ffn
-from sterna.workers.kernels.products import table as products
+from sterna.workers.kernels.scratch import product_nbytes
 from sterna.workers.kernels.target import TARGETS
 
 from ... import oracles
@@ -223,7 +223,7 @@ def test_an_expert_of_mixed_formats(wide: str, down: str) -> None:
         np.zeros((1, 1), np.float32), tokens.q, tokens.scales, tokens.sums, scratch[0], scratch[1],
         np.zeros((count, d_ff), np.int8), np.zeros((count, d_ff // 32), np.float32),
         np.zeros((count, d_ff // 32), np.int32),
-        np.arange(count, dtype=np.int32), np.zeros(products.scratch_nbytes(d_ff, count), np.uint8), out,
+        np.arange(count, dtype=np.int32), np.zeros(product_nbytes(d_ff, count), np.uint8), out,
     )  # fmt: skip
     gate, up, low = (part.values.astype(np.float64) for part in parts)
     middle = oracles.silu(tokens.values @ gate.T) * (tokens.values @ up.T)

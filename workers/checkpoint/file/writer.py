@@ -26,7 +26,7 @@ _UINT32: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class GgufLayout:
     """A file of `nbytes`: `header` (with the padding behind it), then `tensors`, offsets absolute."""
 
     header: bytes
@@ -48,7 +48,7 @@ def lay_out(
     keys: Iterable[tuple[str, bytes]],
     tensors: Iterable[tuple[str, tuple[int, ...], TensorType]],
     alignment: int,
-) -> Layout:
+) -> GgufLayout:
     """Return the layout of a file with these keys (name, value with its type) and tensors (numpy shapes).
 
     Tensors lie in that order, each at the next multiple of `alignment`, as llama.cpp demands; a type whose
@@ -68,7 +68,7 @@ def lay_out(
     parts += [_described(info) for info in placed]
     header = b"".join(parts)
     start = align(len(header), alignment)
-    return Layout(
+    return GgufLayout(
         header=header.ljust(start, b"\0"),
         tensors=tuple(
             TensorInfo(

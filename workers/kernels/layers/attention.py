@@ -6,6 +6,8 @@ ties between experts then fall the same way. A cache of float32 rounds nothing.
 Each token reads the positions 0..p of its own stream (or the last of them, in a window) in order, so that
 its bits do not depend on who else is in the batch, how its prompt was cut into chunks or how many threads
 there are. Four heads at a time share each row that is read.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from numba import types
 from ..calls import borrower, lend
 from ..crew import ARGUMENTS, run, threads_for
 from ..kernel import kernel
+from ..scratch import HEADS
 from ..simd.mathematics import exp_f32
 from ..simd.ops import (
     add_f32,
@@ -32,7 +35,6 @@ from ..simd.ops import (
 )
 from .kv_values import as_cached, load_cached, value_nbytes
 
-_HEADS = 4  # at a time
 # Positions whose values are summed for all columns before the next ones are read: they then come from the
 # cache. Rows of a power of two bytes would otherwise push each other out of it.
 _SPAN = 128
@@ -174,9 +176,9 @@ def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale,
     lies at byte places[p] + keys, a value of `rank` elements at places[p] + values. sinks: empty, or one for
     each head. One or two heads are computed one by one, three as four of which the last is repeated.
     """
-    here = min(last - first + 1, _HEADS)
+    here = min(last - first + 1, HEADS)
     together = here > 2
-    for j in range(_HEADS if together else here):
+    for j in range(HEADS if together else here):
         h = min(first + j, last)
         for i in range(0, rank, 16):
             v = as_cached(cache, load_f32(q, 4 * ((t * heads + h) * rank + i)))
@@ -184,17 +186,17 @@ def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale,
         for i in range(0, width - rank, 16):
             v = as_cached(cache, load_f32(q_more, 4 * (more_at + h * more_step + i)))
             store_f32(scratch, 4 * (j * width + rank + i), v)
-    scores = scratch[_HEADS * width :]
-    sums = scores[_HEADS * context :]
+    scores = scratch[HEADS * width :]
+    sums = scores[HEADS * context :]
     if together:
         _scores(scratch, width, cache, places, keys, length, scale, scores, context)
     else:
         for j in range(here):
             _scores_alone(scratch, j * width, width, cache, places, keys, length, scale, scores, j * context)
-    for j in range(_HEADS if together else here):
+    for j in range(HEADS if together else here):
         h = min(first + j, last)
         softmax(scores, j * context, length, sinks[h] if len(sinks) else np.float32(-np.inf), cache)
-    for i in range(0, _HEADS * rank, 16):
+    for i in range(0, HEADS * rank, 16):
         store_f32(sums, 4 * i, zero_f32())
     for begin in range(0, length, _SPAN):
         # Sliced: an index that counts from 0 needs no test for below 0, which cost a quarter of the time.
@@ -230,11 +232,11 @@ def _latent_chunk(board, chunk, thread, cache):
     n = board[ARGUMENTS + 10 :]
     rope_at, rope_step, rope_head_step, heads, rank, width = n[0], n[1], n[2], n[3], n[4], n[5]
     cache_at, block, count, chunks, context = n[6], n[7], n[8], n[9], n[10]
-    tiles = (heads + _HEADS - 1) // _HEADS
+    tiles = (heads + HEADS - 1) // HEADS
     known = -1
     length = 0
     for item in range(count * tiles * chunk // chunks, count * tiles * (chunk + 1) // chunks):
-        t, first = item // tiles, item % tiles * _HEADS
+        t, first = item // tiles, item % tiles * HEADS
         if t != known:
             known = t
             length = positions[t] + 1
@@ -257,16 +259,6 @@ def latent_chunk_f32(board, chunk, thread):
     _latent_chunk(board, chunk, thread, _floats(board, ARGUMENTS + 2))
 
 
-def scratch_shapes(
-    threads: int, context: int, rank: int, width: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of `scratch` (float32) and `places` (int64) for up to `context` positions.
-
-    rank, width: elements of a value and of a key; in grouped attention both are a head's.
-    """
-    return (threads, _HEADS * (width + context + 16 + rank)), (threads, context + 16)
-
-
 @kernel
 def latent_attention(
     board, job, q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
@@ -278,12 +270,12 @@ def latent_attention(
     q_latent, out: float32, head h of token t at element (t * heads + h) * rank; q_rope: float32 flat, head h
     of row t at rope_at + t * rope_step + h * rope_head_step; cache: see `cached`, rows of `width` = rank +
     rope, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
-    (count,); scratch, places: see scratch_shapes. rank % 16 == 0, rope % 16 == 0.
+    (count,); scratch, places: see `scratch.attention_shapes`. rank % 16 == 0, rope % 16 == 0.
     """
     total = 0
     for t in range(count):
         total += positions[t] + 1
-    tiles = (heads + _HEADS - 1) // _HEADS
+    tiles = (heads + HEADS - 1) // HEADS
     threads = threads_for(board, total * heads * (width + rank) * 4, 2)
     chunks = min(threads * 4, count * tiles) if threads > 1 else 1
     lend(board, ARGUMENTS, q_latent)
@@ -320,7 +312,7 @@ def _grouped_chunk(board, chunk, thread, cache):
     heads, shared, width, cache_at, block = n[0], n[1], n[2], n[3], n[4]
     count, chunks, context, window = n[5], n[6], n[7], n[8]
     group = heads // shared
-    tiles = (group + _HEADS - 1) // _HEADS
+    tiles = (group + HEADS - 1) // HEADS
     items = count * shared * tiles
     flat = q.reshape(q.size)
     known = -1
@@ -332,7 +324,7 @@ def _grouped_chunk(board, chunk, thread, cache):
             length = _seen(positions[t], window)
             start = positions[t] + 1 - length
             _find_rows(tables, slots[t], block, start, length, cache_at, 2 * size * shared * width, places)
-        first = head * group + tile * _HEADS
+        first = head * group + tile * HEADS
         _tile(
             q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, places,
             size * head * width, size * (shared + head) * width, length, scratch, context, out, t,
@@ -369,7 +361,7 @@ def grouped_attention(
     total = 0
     for t in range(count):
         total += _seen(positions[t], window)
-    tiles = (heads // shared + _HEADS - 1) // _HEADS
+    tiles = (heads // shared + HEADS - 1) // HEADS
     threads = threads_for(board, total * heads * width * 8, 2)
     chunks = min(threads * 4, count * shared * tiles) if threads > 1 else 1
     lend(board, ARGUMENTS, q)

@@ -3,6 +3,8 @@
 Matrices lie in a uint8 arena and are named by (product, format, codes_at, scales_at, block): `product` is
 the address of the format's kernel in this process, see `products`; `block` is how many activations share
 a scale, 0 where the kernel reads floats.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def feed_forward(
     biases: int64 (experts, 3): the byte in w where a float32 vector begins that is added to what the matrix
     gives, -1: none; activation: an int, see `gated`;
     gate, up: float32 scratch (count, d_ff); hq, h_scales, h_sums: scratch for the quantised middle;
-    identity: int32 0, 1, 2, ...; scratch: uint8, see scratch_nbytes. d_model and d_ff are multiples of 16.
+    identity: int32 0, 1, 2, ...; scratch: uint8, see `scratch.product_nbytes`. d_model and d_ff are
+    multiples of 16.
     """
     groups = d_ff // 16
     for half, middle in ((0, gate), (1, up)):

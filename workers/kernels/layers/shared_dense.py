@@ -2,6 +2,8 @@
 
 A chunk is a range of pairs of row groups, so that each thread streams weights of its own; every output
 element is computed by one thread as it is by a single one: the bits do not depend on how many there are.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import inner, merged
+from ..scratch import areas_nbytes
 from ..simd.groups import GROUPS, SPREAD, TOKENS, load_codes
 from ..simd.ops import address, load_f32, mul_f32, splat_f32, store_f32, zero_f32
 from ..simd.tile import copy_column, copy_panel, start_tile, tile_dot, tile_finish, tokens_of, zero_tile
@@ -30,8 +31,7 @@ _zeros = zero_tile(TOKENS)
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch for up to `tokens` tokens in up to four areas, of blocks of 256."""
-    a_token = columns + 8 * (columns // BLOCK) + 64 * GROUPS
-    return 64 + AREAS_AT + 4 * 64 + (tokens + 1) * a_token
+    return areas_nbytes(columns, tokens, GROUPS)
 
 
 @merged

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import kernel, piece
+from ..scratch import base3_nbytes
 from ..simd.groups import GROUPS, SPREAD, TOKENS, load_scales
 from ..simd.ops import (
     fma_f32,
@@ -43,7 +44,7 @@ from ..simd.trits import (
     zero_codes,
     zero_sums,
 )
-from . import areas, ternary
+from . import ternary
 from .areas import AREAS_AT, BLOCK, aligned, clear, fill_area, tile_spread, totals_at, write
 
 B3 = 5
@@ -54,7 +55,7 @@ BLOCK_NBYTES = PACKETS * 64  # of 16 rows
 _TWO_BIT_NBYTES = 16 * 64
 _SCALES_NBYTES = 32
 _LEFT = BLOCK - (PACKETS - 1) * 4 * DIGITS  # columns in the last packet
-# From so many tokens on a tile, filled up with copies, is faster than one token at a time.
+# From this number of tokens on a tile, filled up with copies, is faster than one token at a time.
 _WORTH_A_TILE = TOKENS // 2 + 1
 
 _add = add_packet(DIGITS)
@@ -78,8 +79,7 @@ def scales_nbytes(rows: int, columns: int) -> int:
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
-    tiled = -(-tokens // TOKENS) * TOKENS
-    return areas.scratch_nbytes(columns, tiled) + 4 * tiled
+    return base3_nbytes(columns, tokens, GROUPS, TOKENS)
 
 
 @kernel

@@ -15,6 +15,7 @@ import numpy as np
 from numba import literally
 
 from ..kernel import inner, kernel, merged, named
+from ..scratch import K_SIDE, kquants_nbytes
 from ..simd.codes import store_dword
 from ..simd.groups import GROUPS, SPREAD, TOKENS, load_codes, load_scales
 from ..simd.ops import splat_f32, store_f32, zero_f32, zero_i32
@@ -47,7 +48,7 @@ _QUADS_OF_SUM = (4, 4, 8, 4, 2) if PAIRS else (4, 4, 8, 8, 4)
 # of -offset * sum of 16 columns each; then, for formats with minima, the negated sums of the subs as
 # 64 * high + low, which fits two signed bytes: dwords of four highs (two or four), then of lows; or with
 # PAIRS for those with an offset, the negated sums of 16 columns, two int16 in a dword.
-_SIDE = 24
+_SIDE = K_SIDE
 _LOWEST = 16
 
 # Scratch, from `aligned`: a block's codes of GROUPS groups, one byte each, SPREAD apart; their scales as
@@ -63,8 +64,7 @@ _AREA_AT = _SUMS_AT + TOKENS * GROUPS * 64
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch that `gemm` needs for up to `tokens` tokens."""
-    blocks = -(-columns // BLOCK)
-    return 64 + _AREA_AT + 64 + tokens * (blocks * (BLOCK + 8 + 4 * _SIDE) + 64 * GROUPS)
+    return kquants_nbytes(columns, tokens, GROUPS, TOKENS)
 
 
 @kernel

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernel import inner, merged
+from ..scratch import panels_nbytes
 from ..simd.dot import WEIGHT_OFFSET
 from ..simd.groups import GROUPS, TOKENS, load_codes
 from ..simd.tile import copy_column, copy_half_panel, start_tile, tile_dot_weights, tile_finish, zero_tile
-from .areas import AREAS_AT
 
 SPAN = 32
 _START = np.int32(-WEIGHT_OFFSET)
@@ -21,7 +21,7 @@ _zeros = zero_tile(TOKENS)
 
 def scratch_nbytes(columns: int, tokens: int) -> int:
     """Return the size of the scratch for up to `tokens` tokens, in bytes."""
-    return 64 + AREAS_AT + 64 + tokens * (columns + 8 * (columns // SPAN) + 64 * GROUPS)
+    return panels_nbytes(columns, tokens, GROUPS)
 
 
 @inner

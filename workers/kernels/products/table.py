@@ -59,12 +59,6 @@ def product(form: int) -> int:
     return address_of(_KERNELS[form], ARGUMENT_TYPES)
 
 
-def scratch_nbytes(columns: int, tokens: int) -> int:
-    """Return the size of the scratch for products over up to `columns` columns and `tokens` tokens."""
-    modules = (ternary, base3, q8, nibbles, kquants)
-    return int(max(module.scratch_nbytes(columns, tokens) for module in modules))
-
-
 @intrinsic
 def multiply(
     typing, address, form, w, codes_at, scales_at, groups, columns, x, q, scales, sums, rows, count, scratch,

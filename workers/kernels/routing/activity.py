@@ -7,7 +7,7 @@ import numpy as np
 from ..kernel import kernel, merged
 
 # Places in `rates`, float32: what each token multiplies, adds and may not exceed, and whether an expert
-# that a token names twice is lifted twice (the reference) or once. What falls below FLOOR becomes 0: a
+# that a token names twice is lifted twice (ruvllm, ADR-092) or once. What falls below FLOOR becomes 0: a
 # float that fades through the subnormals costs 100 times the arithmetic, and never quite arrives.
 DECAY, GAIN, MAX_SCORE, REPEATS, FLOOR = 0, 1, 2, 3, 4
 NUM_RATES = 5

@@ -80,7 +80,7 @@ def _bias(logits, t, settings, cell, adjusted, bits, resident, raw, keys):
 
 @merged
 def _bias_compat(logits, t, settings, adjusted, bits, resident, keys):
-    """Fill the keys of token t as the reference does: its bonus on raw scores, its rule for NaN."""
+    """Fill the keys of token t as ruvllm (ADR-092) does: its bonus on raw scores, its rule for NaN."""
     experts = keys.shape[0]
     aware = settings[MEMORY_AWARE] != 0
     for e in range(experts):
@@ -146,7 +146,7 @@ def route_residents(logits, scores, totals, state, selected):
             _bias(logits, t, settings, cell, adjusted, bits, resident, raw, keys)
         _select(t, settings, raw, keys, ids, selected)
         if compat and selected.shape[1] == 2:
-            # The reference's scan for two maxima: what it did not find is expert 0, even twice.
+            # ruvllm's scan for two maxima: what it did not find is expert 0, even twice.
             for rank in range(2):
                 if adjusted[selected[t, rank]] == -np.inf:
                     selected[t, rank] = 0

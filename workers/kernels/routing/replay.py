@@ -113,31 +113,58 @@ def prefer_residents(chosen, scores, others, other_scores, limit, keep, base, re
     return swapped
 
 
-@kernel
-def replay_with_prior(
-    kind, rows, layers, may_swap, experts, scores, others, other_scores, limits, keep,
-    seen, keys, tokens, fetched, scalars, table, resident, pool, out,
-):  # fmt: skip
-    """Replay all events with routing that prefers what is resident (expert-memory.md 5.1 without its budget).
+class PriorEvents(NamedTuple):
+    """Events whose routing may prefer what is resident."""
 
-    rows: int64 (events + 1,), first token of each event; layers: int32 (events,); may_swap: uint8 (tokens,);
-    experts, others: int32 (tokens, k), ranks 0..k-1 and k..2k-1, -1 for none, `experts` becomes what was
-    used; scores, other_scores: float32 (tokens, k); limits: float32 (tokens,), the largest loss of score.
-    seen: int32 (keys,) of -1; keys, tokens, fetched: scratch for the largest event. out: int64 (events, 3)
-    becomes distinct experts, fetched ones and swapped slots.
+    rows: NDArray[np.int64]
+    """(events + 1,): the first token of each event."""
+    layers: NDArray[np.int32]
+    """(events,)"""
+    may_swap: NDArray[np.uint8]
+    """(tokens,)"""
+    experts: NDArray[np.int32]
+    """(tokens, k): ranks 0..k-1, -1 for none; becomes what was used."""
+    scores: NDArray[np.float32]
+    """(tokens, k)"""
+    others: NDArray[np.int32]
+    """(tokens, k): ranks k..2k-1, -1 for none."""
+    other_scores: NDArray[np.float32]
+    """(tokens, k)"""
+    limits: NDArray[np.float32]
+    """(tokens,): the largest loss of score."""
+
+
+class EventScratch(NamedTuple):
+    """Room for the largest event."""
+
+    seen: NDArray[np.int32]
+    """(keys,) of -1"""
+    keys: NDArray[np.int32]
+    tokens: NDArray[np.float32]
+    fetched: NDArray[np.uint8]
+
+
+@kernel
+def replay_with_prior(kind, events, keep, scratch, scalars, table, resident, pool, out):
+    """Replay `events`, a PriorEvents, with routing that prefers what is resident.
+
+    As docs/expert-memory.md has it, without its budget. keep: ranks that are never swapped; scratch: an
+    EventScratch; out: int64 (events, 3) becomes distinct experts, fetched ones and swapped slots.
     """
-    for event in range(rows.shape[0] - 1):
-        base, n, swapped = layers[event] * pool.experts, 0, 0
-        for row in range(rows[event], rows[event + 1]):
-            if may_swap[row]:
+    seen, keys, tokens, fetched = scratch.seen, scratch.keys, scratch.tokens, scratch.fetched
+    for event in range(events.rows.shape[0] - 1):
+        base, n, swapped = events.layers[event] * pool.experts, 0, 0
+        for row in range(events.rows[event], events.rows[event + 1]):
+            experts = events.experts[row]
+            if events.may_swap[row]:
                 swapped += prefer_residents(
-                    experts[row], scores[row], others[row], other_scores[row], limits[row], keep, base,
-                    resident,
+                    experts, events.scores[row], events.others[row], events.other_scores[row],
+                    events.limits[row], keep, base, resident,
                 )  # fmt: skip
-            for rank in range(experts.shape[1]):
-                if experts[row, rank] < 0:
+            for rank in range(experts.shape[0]):
+                if experts[rank] < 0:
                     continue
-                key = base + experts[row, rank]
+                key = base + experts[rank]
                 if seen[key] < 0:
                     seen[key] = n
                     keys[n] = key

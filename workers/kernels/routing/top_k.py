@@ -1,4 +1,7 @@
-"""Top-k routing, grouping of tokens by expert, and the sum of the experts' outputs."""
+"""Top-k routing, grouping of tokens by expert, and the sum of the experts' outputs.
+
+Called in every layer, with flat arguments: see `kernel.kernel`.
+"""
 
 from __future__ import annotations
 
@@ -110,9 +113,9 @@ def route_top_k(
     """Select the best experts of `count` tokens; return the first token without enough, or -1.
 
     logits: float32 (tokens, >= experts); bias: float32 (experts,) added for selection only; gating: see
-    `workers.gating`; groups: experts lie in so many groups of one size, and only those of the best
+    `workers.gating`; groups: experts lie in `groups` groups of one size, and only those of the best
     `groups_used` count: a group is as good as its best score (sigmoid: the sum of its two best), ties to the
-    lower (DeepSeek-V2, -V3; see the reference's section 4.4); work: float32 scratch (3, experts);
+    lower (DeepSeek-V3, arXiv:2412.19437, section 2.1.2); work: float32 scratch (3, experts);
     ranked: int32 (tokens, m >= k), the best m, best first, ties to the lower id, -1 where none is
     left; selected: int32 (tokens, k), the first of them; weights: float32 (tokens, k) from the unbiased p,
     divided by their sum if `normalise`, times `scale`. An expert with a non-finite logit or score is never

@@ -17,7 +17,7 @@ from .vector import F16, F32, I8, I16, LANES, constant, llvm_type, pointer
 GROUPS = 2 if TARGET == "avx512vnni" else 1
 TOKENS = 8 if TARGET == "avx512vnni" else 4
 PACKET = 4 * LANES
-SPREAD = 64 * PACKET
+SPREAD = 64 * PACKET  # as scratch.SPREAD
 """Bytes between the groups' unpacked codes in scratch: a block of 256 columns, one byte a code."""
 
 

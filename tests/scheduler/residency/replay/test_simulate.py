@@ -11,7 +11,13 @@ import pytest
 from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.scheduler.residency.replay import simulate as s
-from sterna.scheduler.residency.replay.simulate import POLICIES, Report, Setting, compare, simulate
+from sterna.scheduler.residency.replay.simulate import (
+    POLICIES,
+    ReplayReport,
+    ReplaySetting,
+    compare,
+    simulate,
+)
 from sterna.scheduler.residency.replay.trace import DECODE, Routes, Trace, read_trace
 from sterna.shm.errors import UsageError
 from sterna.workers.kernels.routing import eviction
@@ -85,7 +91,7 @@ def naive_lru(trace: Trace, memory_bytes: int) -> list[int]:
 def test_replay_is_that_of_a_naive_lru() -> None:
     trace = random_trace(1, 400)
     for memory in (900, 12_345, 40_000):
-        report = simulate(trace, Setting(policy="lru", memory_bytes=memory))
+        report = simulate(trace, ReplaySetting(policy="lru", memory_bytes=memory))
         expected = naive_lru(trace, memory)
         assert report.misses_per_logical == pytest.approx(sum(expected) / trace.logical.sum())
         decode = trace.phases == DECODE
@@ -100,7 +106,7 @@ def test_replay_is_that_of_a_naive_lru() -> None:
 def test_what_is_resident_is_what_was_counted(policy: str, floor: int) -> None:
     """INV-3 from outside: after every ten of 10^5 random events the residents' bytes are summed."""
     trace = random_trace(9, 100_000, tokens=1)
-    pool, arrays = s._memory(trace, Setting(policy=policy, memory_bytes=30_000, floor=floor))
+    pool, arrays = s._memory(trace, ReplaySetting(policy=policy, memory_bytes=30_000, floor=floor))
     starts, keys, tokens = trace.uses()
     following, fetched = s.next_uses(starts, keys), np.zeros(len(keys), dtype=np.uint8)
     kind = KINDS.get(policy, eviction.BELADY)
@@ -120,17 +126,17 @@ def test_bytes_stay_within_the_budget(policy: str) -> None:
     trace = random_trace(7, 100_000, tokens=1)
     least = {"belady": 0.5, "belady-bypass": 0.5}.get(policy, 0.4)
     for per_layer in (False, True):
-        report = simulate(trace, Setting(policy=policy, memory_bytes=30_000, per_layer=per_layer))
+        report = simulate(trace, ReplaySetting(policy=policy, memory_bytes=30_000, per_layer=per_layer))
         assert 25_000 < report.peak_bytes <= 30_000
         assert least < report.hit_rate < 0.99
-    assert simulate(trace, Setting(policy=policy, memory_bytes=0)).hit_rate == 0.0
-    assert simulate(trace, Setting(policy=policy, memory_bytes=trace.total_bytes)).hit_rate > 0.99
+    assert simulate(trace, ReplaySetting(policy=policy, memory_bytes=0)).hit_rate == 0.0
+    assert simulate(trace, ReplaySetting(policy=policy, memory_bytes=trace.total_bytes)).hit_rate > 0.99
 
 
 @needs_published
 def test_published_trace_gives_the_published_rates(published: Trace) -> None:
     """Global LRU of 4000 MiB: 74.9 % overall; the table of expert-memory 3a counts decode."""
-    report = simulate(published, Setting(policy="lru", memory_bytes=4000 << 20))
+    report = simulate(published, ReplaySetting(policy="lru", memory_bytes=4000 << 20))
     assert report.hit_rate == pytest.approx(0.749, abs=0.001)
     table = {
         1000: (62.7, 37.7, 40.2),
@@ -139,9 +145,9 @@ def test_published_trace_gives_the_published_rates(published: Trace) -> None:
     }
     for mib, rates in table.items():
         for policy, rate in zip(("belady", "lru", "lfu"), rates, strict=True):
-            report = simulate(published, Setting(policy=policy, memory_bytes=mib << 20))
+            report = simulate(published, ReplaySetting(policy=policy, memory_bytes=mib << 20))
             assert 100 * report.decode_hit_rate == pytest.approx(rate, abs=0.06)
-    too_small = simulate(published, Setting(policy="lru", memory_bytes=500 << 20))
+    too_small = simulate(published, ReplaySetting(policy="lru", memory_bytes=500 << 20))
     assert too_small.cycle_ratio < 1.0
     assert too_small.hit_rate == 0.0
 
@@ -156,7 +162,7 @@ def test_default_policy_beats_lru(
         lru, ours, bound = compare(
             published,
             [
-                Setting(policy=policy, memory_bytes=memory, per_layer=per_layer)
+                ReplaySetting(policy=policy, memory_bytes=memory, per_layer=per_layer)
                 for policy in ("lru", DEFAULT_POLICY, "belady")
             ],
         )
@@ -188,7 +194,7 @@ def test_synthetic_traces_give_the_numbers_of_the_reference(name: str) -> None:
     trace = synthetic.one_by_one(accesses)
 
     def rate(**options: object) -> float:
-        return 100 * simulate(trace, Setting(memory_bytes=4, **options)).hit_rate
+        return 100 * simulate(trace, ReplaySetting(memory_bytes=4, **options)).hit_rate
 
     found: list[float | None] = []
     for policy in ("lru", "lfu", "adaptive"):
@@ -207,7 +213,7 @@ def test_a_cycle_that_does_not_fit() -> None:
     """The cliff: an LRU smaller than a cycle never hits, whatever is kept in each layer."""
     accesses = list(range(8)) * 50
     trace = synthetic.one_by_one(accesses)
-    lru, bound = compare(trace, [Setting(policy=p, memory_bytes=7) for p in ("lru", "belady-bypass")])
+    lru, bound = compare(trace, [ReplaySetting(policy=p, memory_bytes=7) for p in ("lru", "belady-bypass")])
     assert lru.hit_rate == 0.0
     assert bound.hit_rate == pytest.approx(49 * 7 / 400)
     assert lru.recoverable is not None
@@ -223,7 +229,9 @@ def test_a_floor_protects_every_layer() -> None:
         layers=layers,
         expert_bytes=np.ones(2, dtype=np.int64),
     )
-    bare, kept = (simulate(trace, Setting(policy="lru", memory_bytes=4, floor=floor)) for floor in (0, 1))
+    bare, kept = (
+        simulate(trace, ReplaySetting(policy="lru", memory_bytes=4, floor=floor)) for floor in (0, 1)
+    )
     assert bare.hit_rate == 0.0
     assert kept.hit_rate == pytest.approx(39 / 200)
 
@@ -232,10 +240,10 @@ def test_routing_that_prefers_residents() -> None:
     trace = random_trace(3, 4000)
     memory = trace.total_bytes // 3
 
-    def prior(**options: object) -> Report:
-        return compare(trace, [Setting(policy="cache-prior", memory_bytes=memory, **options)])[0]
+    def prior(**options: object) -> ReplayReport:
+        return compare(trace, [ReplaySetting(policy="cache-prior", memory_bytes=memory, **options)])[0]
 
-    exact = simulate(trace, Setting(memory_bytes=memory))
+    exact = simulate(trace, ReplaySetting(memory_bytes=memory))
     none = prior(bonus=0.0)
     assert none.swapped == 0.0
     assert none.hit_rate == exact.hit_rate
@@ -247,7 +255,7 @@ def test_routing_that_prefers_residents() -> None:
     assert more.recoverable is not None
     assert exact.misses_per_logical > more.misses_per_logical
     with pytest.raises(UsageError, match="runner-ups"):
-        simulate(replace(trace, runner_ups=None), Setting(policy="cache-prior", memory_bytes=memory))
+        simulate(replace(trace, runner_ups=None), ReplaySetting(policy="cache-prior", memory_bytes=memory))
 
 
 def test_a_swap_takes_the_best_resident_and_no_more_than_the_bonus() -> None:
@@ -267,7 +275,9 @@ def test_a_swap_takes_the_best_resident_and_no_more_than_the_bonus() -> None:
     )
     before = trace.experts.copy()
     reports = [
-        simulate(trace, Setting(policy="cache-prior", memory_bytes=4, bonus=bonus, keep=keep, exact_layers=0))
+        simulate(
+            trace, ReplaySetting(policy="cache-prior", memory_bytes=4, bonus=bonus, keep=keep, exact_layers=0)
+        )
         for bonus, keep in ((0.24, 1), (0.25, 1), (0.6, 0))
     ]
     assert [round(6 * (report.swapped or 0)) for report in reports] == [0, 1, 1]
@@ -284,15 +294,15 @@ def test_next_uses() -> None:
 def test_sample_and_unknown_settings() -> None:
     trace = read_trace(SAMPLE)
     reports = compare(
-        trace, [Setting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*KINDS, "belady")]
+        trace, [ReplaySetting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*KINDS, "belady")]
     )
     assert all(0.5 < report.hit_rate < 0.63 for report in reports)
     assert all(report.recoverable is not None and report.recoverable >= 0 for report in reports)
     for bad in (
-        Setting(policy="fifo", memory_bytes=1),
-        Setting(memory_bytes=-1),
-        Setting(memory_bytes=1 << 20, floor=1),
-        Setting(memory_bytes=1 << 30, floor=1, per_layer=True),
+        ReplaySetting(policy="fifo", memory_bytes=1),
+        ReplaySetting(memory_bytes=-1),
+        ReplaySetting(memory_bytes=1 << 20, floor=1),
+        ReplaySetting(memory_bytes=1 << 30, floor=1, per_layer=True),
     ):
         with pytest.raises(UsageError):
             simulate(trace, bad)

@@ -11,13 +11,13 @@ import pytest
 from sterna.runtime.config import embedded_model
 from sterna.shm.errors import ModelFileError
 from sterna.workers.checkpoint.file.gguf import GgufFile
-from sterna.workers.checkpoint.file.writer import Layout, lay_out, string_value, uint32_value
+from sterna.workers.checkpoint.file.writer import GgufLayout, lay_out, string_value, uint32_value
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 
 F32, TQ2_0 = TYPES_BY_NAME["F32"], TYPES_BY_NAME["TQ2_0"]
 
 
-def write(path: Path, layout: Layout, seed: int = 1) -> list[bytes]:
+def write(path: Path, layout: GgufLayout, seed: int = 1) -> list[bytes]:
     """Write a layout with random data; return the bytes of each tensor."""
     random = np.random.default_rng(seed)
     data = [random.bytes(info.nbytes) for info in layout.tensors]

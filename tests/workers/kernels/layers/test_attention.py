@@ -15,8 +15,8 @@ from sterna.workers.kernels.layers.attention import (
     grouped_chunk,
     latent_attention,
     latent_chunk,
-    scratch_shapes,
 )
+from sterna.workers.kernels.scratch import attention_shapes
 
 from .... import oracles
 from ..packed import F32, same_bits
@@ -55,7 +55,7 @@ class Cache:
         """Run the kernel for rows of q_latent (T, HEADS * RANK) and q (T, HEADS * HEAD)."""
         count = len(streams)
         out = np.full((count + 1, HEADS * RANK), np.float32(7.0))
-        scratch, places = scratch_shapes(crew.threads, max(positions) + 1, RANK, WIDTH)
+        scratch, places = attention_shapes(crew.threads, max(positions) + 1, RANK, WIDTH)
         latent_attention(
             crew.board, job_address(latent_chunk), q_latent, q.reshape(-1), HEAD - ROPE, HEADS * HEAD,
             HEAD, HEADS, RANK, WIDTH, np.float32(SCALE), self.memory, LAYER_AT, self.tables,
@@ -171,7 +171,7 @@ class Grouped:
         crew = Crew(threads, least_work=0)
         longest = max(self.positions) + 1
         context = min(longest, self.window or longest)
-        scratch, places = scratch_shapes(threads, context, self.width, self.width)
+        scratch, places = attention_shapes(threads, context, self.width, self.width)
         try:
             grouped_attention(
                 crew.board, job_address(grouped_chunk), self.q[streams], self.heads, self.shared, self.width,

@@ -15,6 +15,7 @@ from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.checkpoint.types.table import TYPES_BY_NAME
 from sterna.workers.kernels.layers.activations import quantize_rows
 from sterna.workers.kernels.products import table as products
+from sterna.workers.kernels.scratch import product_nbytes
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -147,7 +148,7 @@ class Matrix:
         """Return W @ x[rows[t]] as (len(rows), N); checks padding rows and the surroundings."""
         wide, gap, start = self.shape.groups * 16, 5, 3
         out = np.full((1, start + len(rows) * (wide + gap) + 16), np.float32(7.0))
-        scratch = np.full(products.scratch_nbytes(self.shape.columns, len(rows)) + 64, POISON)
+        scratch = np.full(product_nbytes(self.shape.columns, len(rows)) + 64, POISON)
         codes_at, scales_at = self.shape.place(self.at)
         products.kernel_of(self.shape.form)(
             int(self.shape.form), self.arena, codes_at, scales_at, self.shape.groups, self.shape.columns,
