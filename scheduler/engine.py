@@ -29,16 +29,16 @@ from .state import Work
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _LogitRow:
     """One row of logits: `row` of the batch; what follows is `token`, or is to be sampled."""
 
     row: int
-    part: _Part
+    part: _SequencePart
     token: int | None
 
 
 @dataclass(slots=True)
-class _Part:
+class _SequencePart:
     """One sequence's part of a step, and what has come of it so far."""
 
     work: Work
@@ -132,12 +132,12 @@ class Engine:
             positions.append(np.arange(s.start, end, dtype=np.int32))
         return TokenBatch(np.concatenate(ids), np.concatenate(streams), np.concatenate(positions))
 
-    def _parts(self, work: Sequence[Work]) -> list[_Part]:
+    def _parts(self, work: Sequence[Work]) -> list[_SequencePart]:
         """Return the sequences with their rows and what the step adds to the vector of a prompt."""
-        parts: list[_Part] = []
+        parts: list[_SequencePart] = []
         row = 0
         for w in work:
-            part = _Part(w, row)
+            part = _SequencePart(w, row)
             if w.request.pooling is not None:
                 length = w.request.prompt_length
                 part.pooled = step_part(w.request.pooling, w.segment, row, length, self._model.normed)
@@ -145,19 +145,19 @@ class Engine:
             row += w.segment.count
         return parts
 
-    def _wanted(self, part: _Part) -> list[_Wanted]:
+    def _wanted(self, part: _SequencePart) -> list[_LogitRow]:
         """List the rows whose logits are needed: the last of a sampling segment, or a whole prompt's."""
         s, request, row = part.work.segment, part.work.request, part.first_row
-        wanted: list[_Wanted] = []
+        wanted: list[_LogitRow] = []
         if request.prompt_logprobs:
             known = min(part.end, request.prompt_length - 1)
             tokens = self._tokens[s.stream, s.start + 1 : known + 1].tolist()
-            wanted.extend(_Wanted(row + i, part, token) for i, token in enumerate(tokens))
+            wanted.extend(_LogitRow(row + i, part, token) for i, token in enumerate(tokens))
         if s.sample:
-            wanted.append(_Wanted(row + s.count - 1, part, None))
+            wanted.append(_LogitRow(row + s.count - 1, part, None))
         return wanted
 
-    def _score(self, wanted: Sequence[_Wanted], batch: TokenBatch) -> None:
+    def _score(self, wanted: Sequence[_LogitRow], batch: TokenBatch) -> None:
         """Compute at most LOGIT_ROWS rows of logits and what is wanted of each."""
         self._model.logits(np.array([w.row for w in wanted], np.int32), self._logits)
         if (row := first_bad_row(self._logits, len(wanted), self._model.padded_vocabulary)) >= 0:
@@ -168,7 +168,7 @@ class Engine:
             else:
                 w.part.sampled = self._sample(w.part, logits)
 
-    def _sample(self, part: _Part, logits: npt.NDArray[np.float32]) -> StreamStep:
+    def _sample(self, part: _SequencePart, logits: npt.NDArray[np.float32]) -> StreamStep:
         segment, request = part.work.segment, part.work.request
         token = choose(logits, request.sampling, part.end)
         if part.end < self._streams.shape.context:

@@ -131,7 +131,7 @@ Instruction = GrantBlocks | RunStep | Finish | Fail
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Running:
     request: Submit
     known: int
     computed: int
@@ -173,7 +173,7 @@ class SchedulerState:
         self._max_batch_tokens = max_batch_tokens
         self._expected = frozenset(workers)
         self._present: set[int] = set()
-        self._streams: dict[int, _Stream] = {}  # in order of arrival
+        self._streams: dict[int, _Running] = {}  # in order of arrival
         self._running: tuple[Segment, ...] = ()
         self._failed_steps = 0
         self.blocks = BlockPool(num_blocks)
@@ -235,7 +235,9 @@ class SchedulerState:
         request = event.request
         if request.stream in self._streams:
             self._remove(request.stream)
-        self._streams[request.stream] = _Stream(request, known=request.committed, computed=request.computed)
+        self._streams[request.stream] = _Running(
+            request, known=request.committed, computed=request.computed
+        )
         if not request.computed:
             self.blocks.release(request.stream)  # of a stream that was cancelled meanwhile
         return self._plan()
@@ -270,7 +272,7 @@ class SchedulerState:
                 done.append(Finish(stream=segment.stream, serial=stream.request.serial, reason=reason))
         return done + self._plan()
 
-    def _finished(self, stream: _Stream, token: int) -> str | None:
+    def _finished(self, stream: _Running, token: int) -> str | None:
         if token in stream.request.stop_ids:
             return "stop"
         return "length" if stream.known >= stream.request.max_length else None

@@ -103,7 +103,7 @@ class ChatProcess:
                 raise ShuttingDown("chat templates are closed")
             if process is None:
                 raise InternalError("the process for chat templates is not there")
-            return _Exchange(process, frame).reply(time.monotonic() + WALL_S)
+            return _RoundTrip(process, frame).reply(time.monotonic() + WALL_S)
         except (RenderDiedError, SternaError):
             self._end()
             if self._closed:
@@ -126,7 +126,7 @@ class ChatProcess:
                     pipe.close()
 
 
-class _Exchange:
+class _RoundTrip:
     """One request and its reply: writing and reading wait together, so that neither outlasts the deadline."""
 
     def __init__(self, process: subprocess.Popen[bytes], frame: bytes) -> None:

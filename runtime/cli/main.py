@@ -35,7 +35,7 @@ class _ClosedPipeError(Exception):
     """Who read our output has gone."""
 
 
-class _Group(click.Group):
+class _CommandGroup(click.Group):
     """Keeps click from its own way with a closed pipe, which is exit code 1."""
 
     def invoke(self, ctx: click.Context) -> object:
@@ -55,7 +55,7 @@ class _Group(click.Group):
                 formatter.write_dl([(name.ljust(longest), text) for name, text in rows])
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sterna", message="%(prog)s %(version)s")
 def cli() -> None:
     """Serve and use ternary Mixture-of-Experts language models on small machines."""

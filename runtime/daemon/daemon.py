@@ -32,12 +32,12 @@ from ..processes.placement import NurseryPlacement
 from ..processes.supervisor import Supervisor, WarmProgress
 from ..protocol.sockets import ipc_path
 from .announcement import Announcement, wished_context
-from .engine_link import EngineLink
-from .engine_processes import EngineProcesses
-from .engine_recipes import EngineRecipes
-from .model_memory import ModelMemory
+from .engine.link import EngineLink
+from .engine.processes import EngineProcesses
+from .engine.recipes import EngineRecipes
+from .model.model_memory import ModelMemory
+from .model.served_model import ServedModel
 from .notify import notify
-from .served_model import ServedModel
 from .serving_phase import LINGER_S, ServingPhase
 from .socket_files import hold_lock, run_folder
 

@@ -17,9 +17,9 @@ from ..memory.budget import BudgetTooSmall, SlotDecision, least_slots, spread
 from ..memory.pressure import Governor, Pressure, read_pressure
 from ..memory.room import Room, read_room
 from ..sizes import format_size
-from .engine_link import EngineLink
-from .model_memory import ModelMemory
-from .served_model import ServedModel
+from .engine.link import EngineLink
+from .model.model_memory import ModelMemory
+from .model.served_model import ServedModel
 
 log = logging.getLogger("sterna.memory")
 

@@ -6,7 +6,7 @@ from ...shm.errors import BadRequest, TooLong
 from ..config import Config
 from ..protocol.messages import Embed, Generate
 from .announcement import context_shortage
-from .served_model import ServedModel
+from .model.served_model import ServedModel
 
 
 class Prompts:

@@ -39,10 +39,10 @@ from ..protocol.messages import (
 from ..protocol.report import QualityReport
 from ..quality.calibration import Allowance, Calibration
 from .answers import Answer
-from .engine_link import EngineLink
-from .model_memory import ModelMemory
+from .engine.link import EngineLink
+from .model.model_memory import ModelMemory
+from .model.served_model import ServedModel
 from .prompts import Prompts
-from .served_model import ServedModel
 from .totals import Totals
 
 Key = tuple[str, str]  # client, request id

@@ -19,11 +19,11 @@ from ..protocol import codec
 from ..protocol.messages import Limits, Welcome
 from .connections import Connections
 from .endpoint import Controls, Endpoint
-from .engine_link import EngineLink
-from .engine_processes import EngineProcesses
+from .engine.link import EngineLink
+from .engine.processes import EngineProcesses
 from .memory_control import MemoryControl
-from .model_memory import ModelMemory
-from .served_model import ServedModel
+from .model.model_memory import ModelMemory
+from .model.served_model import ServedModel
 from .service import Service
 from .socket_files import bind_clients
 from .status import report

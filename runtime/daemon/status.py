@@ -31,9 +31,9 @@ from ..protocol.report import (
     TotalsReport,
 )
 from .endpoint import DoorFigures
-from .model_memory import ModelMemory
-from .presence import EnginePresence
-from .served_model import ServedModel
+from .engine.presence import EnginePresence
+from .model.model_memory import ModelMemory
+from .model.served_model import ServedModel
 from .service import Service
 
 

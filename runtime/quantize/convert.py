@@ -88,7 +88,7 @@ def quantize(
     with PartFile(out, _identity(file, wanted, calibration), restart=restart) as part:
         _check_room(part, layout)
         resumed = set(part.done)
-        conversion = _Conversion(file, part, wanted, weights(), threads, progress)
+        conversion = _ConversionRun(file, part, wanted, weights(), threads, progress)
         began = time.monotonic()
         conversion.run(choices, layout)
         part.sync(layout.nbytes)
@@ -149,7 +149,7 @@ def _named(file: GgufFile, info: TensorInfo) -> Iterator[None]:
         raise ModelFileError(f"{file.label_of(info)}: tensor {info.name!r}: {error}") from None
 
 
-class _Conversion:
+class _ConversionRun:
     """One run: writes every tensor that is not done yet."""
 
     def __init__(

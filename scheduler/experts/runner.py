@@ -66,7 +66,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class _Event:
+class _LayerEvent:
     """One layer of one step; an ordinal is an expert's in its `ExpertOrder`."""
 
     layer: int
@@ -113,7 +113,7 @@ class ExpertRunner:
         self.counts = Counts(np.zeros((len(h.moe_layers), 2), np.int64))
         self.latency = LatencyHistogram()
         self._unreadable: set[int] = set()  # keys whose last read failed: said once in the log
-        self._event: _Event | None = None
+        self._event: _LayerEvent | None = None
         keys = {layer: [plan.key_of(layer, expert) for expert in range(h.experts)] for layer in h.moe_layers}
         self.orders = {
             layer: ExpertOrder(
@@ -136,7 +136,7 @@ class ExpertRunner:
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
         reading an expert met (UnreadableExpert, ModelFileError); `y` is then not to be used.
         """
-        event = self._event = _Event(layer, rows, count, groups, groups.ends.tolist(), y)
+        event = self._event = _LayerEvent(layer, rows, count, groups, groups.ends.tolist(), y)
         ordinals: list[int] = groups.experts.tolist()
         keys = [self._key(event, ordinal) for ordinal in ordinals]
         tokens = np.diff(groups.ends)[ordinals].astype(np.float32)
@@ -153,10 +153,10 @@ class ExpertRunner:
             self._event = None
             self.memory.end()
 
-    def _key(self, event: _Event, ordinal: int) -> int:
+    def _key(self, event: _LayerEvent, ordinal: int) -> int:
         return self.plan.key_of(event.layer, self.orders[event.layer].experts[ordinal])
 
-    def _start(self, event: _Event, ordinals: list[int], keys: list[int]) -> None:
+    def _start(self, event: _LayerEvent, ordinals: list[int], keys: list[int]) -> None:
         here: list[int] = []
         missing: list[int] = []
         for ordinal, key in zip(ordinals, keys, strict=True):
@@ -182,7 +182,7 @@ class ExpertRunner:
                 self._compute(event, here[first:i])
                 first = i
 
-    def _find_slots(self, event: _Event, missing: list[int], here: list[int]) -> None:
+    def _find_slots(self, event: _LayerEvent, missing: list[int], here: list[int]) -> None:
         """Decide which slot each missing expert gets, now or later, whatever comes first in time.
 
         The first ones get those that the policy gives up. Of a long batch the others take over, in turn, the
@@ -209,7 +209,7 @@ class ExpertRunner:
                 raise InternalError(f"layer {event.layer}: no slot is left for {len(later)} experts")
             event.after.update(zip([*givers, *later], later, strict=False))
 
-    def _claim(self, event: _Event, ordinal: int) -> bool:
+    def _claim(self, event: _LayerEvent, ordinal: int) -> bool:
         """Have an expert read into a free slot or the policy's victim's; return whether there is one."""
         key = self._key(event, ordinal)
         slot = self.memory.free_slot(key)
@@ -226,10 +226,10 @@ class ExpertRunner:
         self._read_for(event, ordinal, slot)
         return True
 
-    def _read_for(self, event: _Event, ordinal: int, slot: int) -> None:
+    def _read_for(self, event: _LayerEvent, ordinal: int, slot: int) -> None:
         event.loading[self.read(self._key(event, ordinal), slot, urgent=True)] = ordinal
 
-    def _continue(self, event: _Event) -> None:
+    def _continue(self, event: _LayerEvent) -> None:
         """Wait for one answer and do what it makes possible."""
         loading = [*event.loading, *event.held]
         if not event.computing and not loading:
@@ -240,14 +240,14 @@ class ExpertRunner:
         else:
             self._loaded(event, answer)
 
-    def _computed(self, event: _Event, answer: Computed) -> None:
+    def _computed(self, event: _LayerEvent, answer: Computed) -> None:
         ordinals, tokens, ranks = event.computing.pop(answer.seq)
         scatter_pairs(answer.rows, tokens, ranks, 0, len(tokens), event.y)
         for ordinal in ordinals:
             if (following := event.after.pop(ordinal, None)) is not None:
                 self._read_for(event, following, self.memory.take(self._key(event, ordinal)))
 
-    def _loaded(self, event: _Event, answer: Loaded) -> None:
+    def _loaded(self, event: _LayerEvent, answer: Loaded) -> None:
         load = self.take_loaded(answer)
         if (ordinal := event.loading.pop(answer.seq, None)) is not None:
             if answer.error is not None:
@@ -259,7 +259,7 @@ class ExpertRunner:
                 raise InternalError(f"layer {event.layer}: the slot of a failed read is gone")
             self._read_for(event, ordinal, slot)
 
-    def _unreadable_for(self, event: _Event, ordinal: int, error: SternaError) -> SternaError:
+    def _unreadable_for(self, event: _LayerEvent, ordinal: int, error: SternaError) -> SternaError:
         if not isinstance(error, ModelReadError):
             return error
         first, last = event.ends[ordinal], event.ends[ordinal + 1]
@@ -331,7 +331,7 @@ class ExpertRunner:
         first, precision = self.plan.hyper.dense_layers, self.plan.precision_of(key)
         return self.plan.expert_page(self._file, layer + first, expert, slot, precision)
 
-    def _compute(self, event: _Event, ordinals: list[int]) -> None:
+    def _compute(self, event: _LayerEvent, ordinals: list[int]) -> None:
         """Send the experts at `ordinals`, all of one worker and precision, as one batch."""
         ends, groups = event.ends, event.groups
         first, last = ends[ordinals[0]], ends[ordinals[-1] + 1]

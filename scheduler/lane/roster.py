@@ -117,7 +117,7 @@ Change = FillSlots | Join | Leave
 
 
 @dataclass(slots=True)
-class _Member:
+class _Incarnation:
     """One worker's present incarnation, and how far it has come."""
 
     peer: int
@@ -138,7 +138,7 @@ class Roster:
     """All workers that are there, and what they owe. See the module."""
 
     def __init__(self) -> None:
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, _Incarnation] = {}
         self._owed = _Owed()
 
     @property
@@ -156,7 +156,7 @@ class Roster:
         match event:
             case HelloSaid(worker=worker, peer=peer):
                 before = self._leave(worker, "its successor has come")
-                self._members[worker] = _Member(peer)
+                self._members[worker] = _Incarnation(peer)
                 return [*before, SendShapes(worker=worker, peer=peer)]
             case ShapesSent(peer=peer):
                 return self._shapes_sent(peer)

@@ -33,7 +33,7 @@ TOKENS = 8192
 LARGE_ERROR = 0.3  # of a ternary tensor: what was trained as ternary has next to none
 
 
-class _TensorType(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
+class _TensorTypeOption(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
     """One of TYPES, in any case of its letters."""
 
     name = "type"
@@ -55,7 +55,7 @@ class _TensorType(click.ParamType):  # type: ignore[type-arg]  # generic in new 
     "--type",
     "type_name",
     required=True,
-    type=_TensorType(),
+    type=_TensorTypeOption(),
     metavar="TYPE",
     help=f"Type of the matrices: {', '.join(TYPES)}.",
 )

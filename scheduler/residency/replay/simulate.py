@@ -73,7 +73,7 @@ class ReplayReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Counts:
+class _ReplayCounts:
     """Per event, int64 (events,): distinct experts and fetched; then swapped slots and bytes at the peak."""
 
     distinct: NDArray[np.int64]
@@ -165,7 +165,7 @@ def _memory(trace: Trace, setting: ReplaySetting) -> tuple[Pool, PolicyArrays]:
     )
 
 
-def _replay(trace: Trace, setting: ReplaySetting) -> _Counts:
+def _replay(trace: Trace, setting: ReplaySetting) -> _ReplayCounts:
     pool, arrays = _memory(trace, setting)
     starts, keys, tokens = trace.uses()
     exact = setting.policy in (BELADY, BELADY_BYPASS)
@@ -174,7 +174,7 @@ def _replay(trace: Trace, setting: ReplaySetting) -> _Counts:
     fetched = np.zeros(len(keys), dtype=np.uint8)
     replay(kind, starts, keys, tokens, following, fetched, *arrays, pool)
     sums = np.concatenate(([0], np.cumsum(fetched, dtype=np.int64)))
-    return _Counts(
+    return _ReplayCounts(
         distinct=np.diff(starts),
         fetched=np.diff(sums[starts]),
         swapped=0,
@@ -182,7 +182,7 @@ def _replay(trace: Trace, setting: ReplaySetting) -> _Counts:
     )
 
 
-def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _Counts:
+def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _ReplayCounts:
     pool, arrays = _memory(trace, setting)
     routes = trace.runner_ups
     assert routes is not None  # noqa: S101 - `_check` has refused the trace otherwise
@@ -209,7 +209,7 @@ def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _Counts:
         fetched=np.zeros(largest, dtype=np.uint8),
     )
     replay_with_prior(KINDS[DEFAULT_POLICY], events, keep, scratch, *arrays, pool, out)
-    return _Counts(
+    return _ReplayCounts(
         distinct=out[:, 0],
         fetched=out[:, 1],
         swapped=int(out[:, 2].sum()),
@@ -217,7 +217,7 @@ def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _Counts:
     )
 
 
-def _report(trace: Trace, setting: ReplaySetting, counts: _Counts) -> ReplayReport:
+def _report(trace: Trace, setting: ReplaySetting, counts: _ReplayCounts) -> ReplayReport:
     logical, decode = trace.logical, trace.phases == DECODE
     read = counts.fetched * trace.expert_bytes[trace.layers]
     share = setting.memory_bytes / trace.total_bytes
@@ -248,6 +248,6 @@ def _report(trace: Trace, setting: ReplaySetting, counts: _Counts) -> ReplayRepo
     )
 
 
-def _rate(counts: _Counts, among: NDArray[np.bool_]) -> float:
+def _rate(counts: _ReplayCounts, among: NDArray[np.bool_]) -> float:
     distinct = int(counts.distinct[among].sum())
     return 1.0 - int(counts.fetched[among].sum()) / distinct if distinct else float("nan")

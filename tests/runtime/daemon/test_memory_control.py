@@ -13,8 +13,8 @@ import pytest
 from sterna.runtime.config import Config
 from sterna.runtime.daemon import memory_control
 from sterna.runtime.daemon.memory_control import MemoryControl
-from sterna.runtime.daemon.model_memory import ModelMemory
-from sterna.runtime.daemon.served_model import ServedModel
+from sterna.runtime.daemon.model.model_memory import ModelMemory
+from sterna.runtime.daemon.model.served_model import ServedModel
 from sterna.runtime.memory import pressure
 from sterna.scheduler.messages import Resize, Resized
 from sterna.scheduler.residency.expert_memory import ExpertMemory

@@ -13,9 +13,9 @@ import pytest
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
 from sterna.runtime.config import Config, embedded_model
-from sterna.runtime.daemon.engine_link import EngineLink
-from sterna.runtime.daemon.model_memory import ModelMemory
-from sterna.runtime.daemon.served_model import ServedModel
+from sterna.runtime.daemon.engine.link import EngineLink
+from sterna.runtime.daemon.model.model_memory import ModelMemory
+from sterna.runtime.daemon.model.served_model import ServedModel
 from sterna.runtime.daemon.service import Service
 from sterna.runtime.daemon.totals import Totals
 from sterna.runtime.protocol import messages as m

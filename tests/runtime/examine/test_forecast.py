@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, embedded_model
-from sterna.runtime.daemon.served_model import ServedModel
+from sterna.runtime.daemon.model.served_model import ServedModel
 from sterna.runtime.examine.forecast import HIGH, LOW, Rates, describe_plan, hit_rate, probe
 from sterna.runtime.sizes import format_size
 

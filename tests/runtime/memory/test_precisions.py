@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 from sterna.runtime.cli.main import cli
 from sterna.runtime.config import Config, Precision
-from sterna.runtime.daemon.served_model import ServedModel
+from sterna.runtime.daemon.model.served_model import ServedModel
 from sterna.runtime.memory.budget import Wants, least_slots
 from sterna.runtime.memory.choice import UNLIMITED, Choices, known_counts
 from sterna.scheduler.residency.policies import new_policy

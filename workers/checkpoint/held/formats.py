@@ -93,7 +93,7 @@ _FLOAT_WIDTH = {Format.F32: 4, Format.F16: 2, Format.BF16: 2}
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class _RowGroupLayout:
     """Bytes of 16 rows: codes per 32 columns, scales per block of activations, scales of whole rows."""
 
     reads: ActivationKind
@@ -103,20 +103,20 @@ class _Layout:
 
 
 _LAYOUTS = {
-    Format.Q8: _Layout(ActivationKind.Q8_32, 512, 32),
-    Format.TL1: _Layout(ActivationKind.Q8_256, 128, 32),
+    Format.Q8: _RowGroupLayout(ActivationKind.Q8_32, 512, 32),
+    Format.TL1: _RowGroupLayout(ActivationKind.Q8_256, 128, 32),
     # 13 packets of 64 bytes hold 16 rows of 256 columns.
-    Format.B3: _Layout(ActivationKind.Q8_256, 104, 32),
-    Format.TL1_ROW: _Layout(ActivationKind.Q8_256, 128, 0, 64),
-    Format.TL1_TOKEN: _Layout(ActivationKind.TOKEN, 128, 0, 64),
-    Format.Q2_K: _Layout(ActivationKind.Q8_256, 128, 320),
-    Format.Q3_K: _Layout(ActivationKind.Q8_256, 192, 288),
-    Format.Q4_K: _Layout(ActivationKind.Q8_256, 256, 320),
-    Format.Q5_K: _Layout(ActivationKind.Q8_256, 320, 320),
-    Format.Q6_K: _Layout(ActivationKind.Q8_256, 384, 288),
-    Format.Q4_0: _Layout(ActivationKind.Q8_32, 256, 32),
-    Format.IQ4_NL: _Layout(ActivationKind.Q8_32, 256, 32),
-    Format.MXFP4: _Layout(ActivationKind.Q8_32, 256, 16),
+    Format.B3: _RowGroupLayout(ActivationKind.Q8_256, 104, 32),
+    Format.TL1_ROW: _RowGroupLayout(ActivationKind.Q8_256, 128, 0, 64),
+    Format.TL1_TOKEN: _RowGroupLayout(ActivationKind.TOKEN, 128, 0, 64),
+    Format.Q2_K: _RowGroupLayout(ActivationKind.Q8_256, 128, 320),
+    Format.Q3_K: _RowGroupLayout(ActivationKind.Q8_256, 192, 288),
+    Format.Q4_K: _RowGroupLayout(ActivationKind.Q8_256, 256, 320),
+    Format.Q5_K: _RowGroupLayout(ActivationKind.Q8_256, 320, 320),
+    Format.Q6_K: _RowGroupLayout(ActivationKind.Q8_256, 384, 288),
+    Format.Q4_0: _RowGroupLayout(ActivationKind.Q8_32, 256, 32),
+    Format.IQ4_NL: _RowGroupLayout(ActivationKind.Q8_32, 256, 32),
+    Format.MXFP4: _RowGroupLayout(ActivationKind.Q8_32, 256, 16),
 }
 
 

@@ -1,7 +1,7 @@
 """Who of the engine is started when, and when it is given up: events in, instructions out.
 
 In here: the decisions, without a clock, a process or a socket. Not in here: carrying them out
-(`engine_processes.py`) and the means to start a process (`processes/placement.py`).
+(`processes.py`) and the means to start a process (`processes/placement.py`).
 
 A worker that ends alone is started again. When the scheduler ends, everything is ended and started anew, in a
 new generation with a lane of its own:
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ...shm.errors import EngineLost, StartFailed, SternaError
+from ....shm.errors import EngineLost, StartFailed, SternaError
 
 BACKOFF_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 """Delay of the next start, by how many starts in a row failed before it."""

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sterna.runtime.daemon.restarts import (
+from sterna.runtime.daemon.engine.restarts import (
     BACKOFF_S,
     MAX_FAILED_STARTS,
     MAX_SCHEDULER_DEATHS,

@@ -14,9 +14,9 @@ import pytest
 from sterna import Client
 from sterna.shm.errors import OutOfResources
 
-from .conftest import Serve
-from .daemon_process import COMMAND, Daemon, wait_until
-from .requests import essence, run_alone, run_while, sampled
+from ..conftest import Serve
+from ..daemon_process import COMMAND, Daemon, wait_until
+from ..requests import essence, run_alone, run_while, sampled
 
 REQUESTS = [sampled(number, max_tokens=40) for number in range(3)]
 

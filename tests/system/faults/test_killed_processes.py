@@ -18,9 +18,9 @@ import pytest
 from sterna.runtime.config import embedded_model
 from sterna.shm.errors import DaemonUnreachable, ModelReadError, SternaError
 
-from .conftest import Serve, is_idle
-from .daemon_process import Daemon, processes_in, wait_until
-from .requests import Request, essence, run_alone, run_together, run_while, sampled
+from ..conftest import Serve, is_idle
+from ..daemon_process import Daemon, processes_in, wait_until
+from ..requests import Request, essence, run_alone, run_together, run_while, sampled
 
 BLOCK_TOKENS = 16  # of the KV cache
 # A prompt of several chunks: kills also hit prefill, with log-probabilities that must not get lost.

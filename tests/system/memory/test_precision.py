@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from . import gguf_copy as gc
-from .conftest import Serve
-from .daemon_process import COMMAND, Daemon
-from .requests import essence, run_alone, run_together, run_while, sampled
-from .test_killed_processes import killer, restarts
+from .. import gguf_copy as gc
+from ..conftest import Serve
+from ..daemon_process import COMMAND, Daemon
+from ..faults.test_killed_processes import killer, restarts
+from ..requests import essence, run_alone, run_together, run_while, sampled
 
 REQUESTS = [sampled(number, max_tokens=40) for number in range(2)]
 SETTINGS = ("--workers", "2", "--max-num-seqs", "3", "--ctx-size", "256", "--max-batch-tokens", "64")

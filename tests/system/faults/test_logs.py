@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .conftest import Serve
-from .requests import run_alone, sampled
+from ..conftest import Serve
+from ..requests import run_alone, sampled
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\w+) sterna\.\w+ [a-z]+\.[a-z_]+(?: |$)")
 

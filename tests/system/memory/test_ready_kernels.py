@@ -8,10 +8,10 @@ import pytest
 
 from sterna import Client
 
-from ..families.tiny_files import write
-from ..families.tiny_models import NAMES, tiny_model
-from .conftest import Serve
-from .daemon_process import Daemon
+from ...families.tiny_files import write
+from ...families.tiny_models import NAMES, tiny_model
+from ..conftest import Serve
+from ..daemon_process import Daemon
 
 TIGHT = ("--workers", "1", "--resident-experts", "25%")
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 
-from ...scheduler.kv import StreamMemory
-from ...shm.arena import Arena
-from ...shm.slots import arena_nbytes
-from ..memory.budget import SlotDecision
+from ....scheduler.kv import StreamMemory
+from ....shm.arena import Arena
+from ....shm.slots import arena_nbytes
+from ...memory.budget import SlotDecision
 from .served_model import ServedModel
 
 

@@ -15,10 +15,10 @@ import pytest
 from sterna.runtime.client.results import Result
 from sterna.runtime.quality.calibration import Stored
 
-from .conftest import Serve
-from .daemon_process import COMMAND, Daemon, clean_env, wait_until
-from .requests import Request, essence, run_alone, run_while, sampled
-from .test_killed_processes import killer
+from ..conftest import Serve
+from ..daemon_process import COMMAND, Daemon, clean_env, wait_until
+from ..faults.test_killed_processes import killer
+from ..requests import Request, essence, run_alone, run_while, sampled
 
 TALE = (
     "There was once a king who had three daughters, and the youngest of them was so fair that the sun "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from .conftest import Serve
-from .daemon_process import Daemon, processes_in
-from .requests import Request, essence, run_together, sampled
+from ..conftest import Serve
+from ..daemon_process import Daemon, processes_in
+from ..requests import Request, essence, run_together, sampled
 
 
 def requests() -> list[Request]:

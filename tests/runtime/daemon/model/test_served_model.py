@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from sterna.runtime.config import Config
-from sterna.runtime.daemon.model_memory import ModelMemory
-from sterna.runtime.daemon.served_model import ServedModel
+from sterna.runtime.daemon.model.model_memory import ModelMemory
+from sterna.runtime.daemon.model.served_model import ServedModel
 from sterna.shm.errors import ConfigError
 
-from ...system import gguf_copy as gc
+from ....system import gguf_copy as gc
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -16,9 +16,9 @@ import pytest
 from sterna.runtime.client.results import Result
 from sterna.shm.errors import DaemonUnreachable, ShuttingDown, SternaError
 
-from .conftest import Serve
-from .daemon_process import Daemon, wait_until
-from .requests import Request, run_alone, run_together, run_while, sampled
+from ..conftest import Serve
+from ..daemon_process import Daemon, wait_until
+from ..requests import Request, run_alone, run_together, run_while, sampled
 
 REQUESTS = [sampled(number, 100) for number in range(3)]
 ENDLESS: Request = sampled(0, 500)

@@ -6,14 +6,14 @@ import os
 import re
 import signal
 
-from .conftest import Serve
-from .daemon_process import wait_until
-from .requests import essence, run_alone, run_while, sampled
+from ..conftest import Serve
+from ..daemon_process import wait_until
+from ..requests import essence, run_alone, run_while, sampled
 
 # The function in which a process waits while nothing is to be done.
 IDLE_IN = {
-    "daemon": "daemon.py",
-    "nursery": "nursery.py",
+    "daemon": "runtime/daemon/daemon.py",
+    "nursery": "runtime/processes/nursery.py",
     "scheduler": "scheduler/process.py",
     "worker": "workers/process.py",
 }

@@ -11,10 +11,10 @@ import pytest
 
 from sterna.shm.errors import BadRequest, NotFound, Overloaded, TooLong
 
-from .conftest import Serve
-from .daemon_process import Daemon, wait_until
-from .raw_client import frame, raw_client
-from .requests import run_alone, run_while, sampled
+from ..conftest import Serve
+from ..daemon_process import Daemon, wait_until
+from ..raw_client import frame, raw_client
+from ..requests import run_alone, run_while, sampled
 
 NUM_GARBAGE_FRAMES = 2000
 

@@ -11,22 +11,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from ...shm.errors import StartFailed, SternaError
-from ..processes.placement import Placed, Placement
-from .engine_link import EngineLink
-from .engine_recipes import EngineRecipes
+from ....shm.errors import StartFailed, SternaError
+from ...processes.placement import Placed, Placement
+from ..tasks import TaskSet
+from .link import EngineLink
 from .presence import EnginePresence
-from .restarts import (
-    SCHEDULER,
-    BeginGeneration,
-    EndAll,
-    GiveUp,
-    Member,
-    Order,
-    Restarts,
-    StartMember,
-)
-from .tasks import TaskSet
+from .recipes import EngineRecipes
+from .restarts import SCHEDULER, BeginGeneration, EndAll, GiveUp, Member, Order, Restarts, StartMember
 
 log = logging.getLogger("sterna.engine")
 

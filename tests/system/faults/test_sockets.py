@@ -11,9 +11,9 @@ import pytest
 
 from sterna.shm.errors import DaemonUnreachable
 
-from .conftest import Serve
-from .daemon_process import Daemon
-from .requests import run_alone, run_while, sampled
+from ..conftest import Serve
+from ..daemon_process import Daemon
+from ..requests import run_alone, run_while, sampled
 
 
 def second_on(first: Daemon) -> Daemon:

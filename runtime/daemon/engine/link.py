@@ -12,9 +12,9 @@ from pathlib import Path
 
 import zmq
 
-from ...scheduler import messages as wire
-from ...shm.errors import EngineLost, OutOfResources, SternaError, error_of
-from .socket_reader import SocketReader
+from ....scheduler import messages as wire
+from ....shm.errors import EngineLost, OutOfResources, SternaError, error_of
+from ..socket_reader import SocketReader
 
 log = logging.getLogger("sterna.engine")
 

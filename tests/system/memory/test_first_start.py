@@ -13,9 +13,9 @@ import pytest
 
 from sterna import Client
 
-from . import daemon_process
-from .conftest import Serve
-from .daemon_process import COMMAND, Daemon, clean_env
+from .. import daemon_process
+from ..conftest import Serve
+from ..daemon_process import COMMAND, Daemon, clean_env
 
 TIGHT = ("--workers", "1", "--resident-experts", "25%")
 COLD_TIMEOUT_S = 280.0  # it compiles, perhaps beside other tests

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from ...scheduler.kv import StreamShape
-from ...scheduler.messages import Pooling
-from ...scheduler.model.plan import ModelPlan
-from ...scheduler.pooling import FILE_POOLINGS
-from ...scheduler.spec import model_id
-from ...shm.errors import BadRequest, OutOfResources
-from ...workers.checkpoint.file.gguf import GgufFile
-from ..chat.template import ChatTemplate, token_texts
-from ..config import Config, embedded_model
-from ..memory.budget import SlotDecision, Wants, decide
-from ..memory.choice import ModelChoice, choose, known_counts, wants_of
-from ..memory.room import Budget, choose_budget, own_nbytes, read_room
-from ..protocol.messages import ModelFacts
-from ..sizes import format_size
-from ..text.tokenizer import Tokenizer
+from ....scheduler.kv import StreamShape
+from ....scheduler.messages import Pooling
+from ....scheduler.model.plan import ModelPlan
+from ....scheduler.pooling import FILE_POOLINGS
+from ....scheduler.spec import model_id
+from ....shm.errors import BadRequest, OutOfResources
+from ....workers.checkpoint.file.gguf import GgufFile
+from ...chat.template import ChatTemplate, token_texts
+from ...config import Config, embedded_model
+from ...memory.budget import SlotDecision, Wants, decide
+from ...memory.choice import ModelChoice, choose, known_counts, wants_of
+from ...memory.room import Budget, choose_budget, own_nbytes, read_room
+from ...protocol.messages import ModelFacts
+from ...sizes import format_size
+from ...text.tokenizer import Tokenizer
 
 log = logging.getLogger("sterna.model")
 

@@ -11,9 +11,9 @@ import pytest
 
 from sterna.runtime.config import embedded_model
 
-from . import gguf_copy as gc
-from .conftest import Serve
-from .daemon_process import Daemon, left_behind, processes_in, wait_until
+from .. import gguf_copy as gc
+from ..conftest import Serve
+from ..daemon_process import Daemon, left_behind, processes_in, wait_until
 
 
 def error_of(daemon: Daemon, code: int) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import msgspec
 
-from ...scheduler.spec import SchedulerSpec
-from ...workers.spec import WorkerSpec
-from ...workers.user_cache import user_cache
-from ..config import Config
-from ..processes.placement import Launch
-from .model_memory import ModelMemory
+from ....scheduler.spec import SchedulerSpec
+from ....workers.spec import WorkerSpec
+from ....workers.user_cache import user_cache
+from ...config import Config
+from ...processes.placement import Launch
+from ..model.model_memory import ModelMemory
+from ..model.served_model import ServedModel
 from .restarts import StartMember
-from .served_model import ServedModel
 
 
 class EngineRecipes:
