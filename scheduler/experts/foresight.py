@@ -57,7 +57,7 @@ class Foresight:
         self._issued: dict[int, list[int]] = {}  # layer: keys
 
     def step_took(self, tokens: int, busy_ns: int) -> None:
-        """Note how long a step of so many tokens took."""
+        """Note that a step of `tokens` tokens took `busy_ns`."""
         if self._mode == "auto" and tokens <= LOOK_AHEAD_TOKENS and not self._runner.memory.holds_all:
             self._trial.step(busy_ns)
 

@@ -22,7 +22,8 @@ from .router import Router, RouterConfig
 from .routing_log import RoutingLog
 from .runner import ExpertRunner
 
-# The first of so many layers is always exact: there reuse is low and harm is high in deep models.
+# One layer in this number, the first ones, is always exact: there reuse is low and harm is high in deep
+# models.
 EXACT_LAYERS = 16
 
 

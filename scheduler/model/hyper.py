@@ -39,44 +39,48 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Sizes and constants of one model; all lengths in elements.
-
-    dense_layers: the first layers, without experts, `layers` of a dense model; experts and all about them 0
-    then. d_ff_shared: width of the shared experts together, 0 without; shared_gated: their sum is scaled by
-    the sigmoid of a product of its own; groups, groups_used: experts are chosen from so many of so many
-    groups; expert_biased, router_biased: biases of expert matrices and of the router; selection_biased: one
-    that counts for the choice of experts alone (`exp_probs_b`); ffn_norm: role of the norm in front of the
-    feed-forward; ffn_sub_norm: RMS norm of its middle; the scales are factors of embeddings, of what a layer
-    adds, and of logits.
-    """
+    """Sizes and constants of one model; all lengths in elements."""
 
     architecture: str
     layers: int
     d_model: int
     eps: float
+    """Of the RMS norms."""
     context_length: int
     attention: Attention
     rotation: Rotation
     d_ff_dense: int
+    """Width of the feed-forward of dense layers."""
     dense_layers: int
+    """The first layers, without experts: all of a dense model, which has 0 for all about experts."""
     experts: int = 0
     experts_used: int = 0
     d_ff_expert: int = 0
     d_ff_shared: int = 0
+    """Width of the shared experts together, 0 without."""
     shared_gated: bool = False
+    """The sum of the shared experts is scaled by the sigmoid of a product of its own."""
     weights_scale: float = 1.0
     weights_norm: bool = False
     gating: int = SOFTMAX
+    """See `workers.gating`."""
     groups: int = 1
+    """Experts lie in groups of one size."""
     groups_used: int = 1
+    """Groups that a token's experts are chosen from."""
     expert_biased: bool = False
+    """The experts' matrices have biases."""
     router_biased: bool = False
     selection_biased: bool = False
+    """A bias counts for the choice of experts alone (`exp_probs_b`)."""
     activation: Activation = Activation.SILU
     ffn_norm: str = "ffn_norm"
+    """Role of the norm in front of the feed-forward."""
     ffn_sub_norm: bool = False
+    """RMS norm of the feed-forward's middle."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    """Factor of what a layer adds."""
     logit_scale: float = 1.0
 
     @property

@@ -23,7 +23,7 @@ from .families.family import read_hyperparameters
 F32 = npt.NDArray[np.float32]
 
 MAX_RATIO = 2.0
-"""One scale a token is taken if its error is at most so many times that of blocks (3 dB)."""
+"""One scale a token is taken if its error is at most twice that of blocks (3 dB)."""
 
 _TOKENS, _ROWS, _MATRICES, _BLOCK = 32, 64, 8, 256
 

@@ -127,7 +127,7 @@ class RouterMetrics:
         self.paging.reset()
 
     def record_accesses(self, hits: int, misses: int) -> None:
-        """Add so many experts that were resident when selected, and so many that were not."""
+        """Add `hits` experts that were resident when selected, and `misses` that were not."""
         self.hits += hits
         self.misses += misses
 

@@ -44,7 +44,7 @@ class PrefetchMeter:
         return self._useful_in_window / self._in_window if self._in_window else 1.0
 
     def record(self, issued: int = 0, useful: int = 0, late: int = 0) -> None:
-        """Add an event: so many prefetched for it, of which so many were used and so many came too late.
+        """Add an event: what was prefetched for it, how much of that was used, how much came too late.
 
         What came late but was used is useful and late. Raises ConfigError if more were used than issued.
         """

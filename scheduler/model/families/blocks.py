@@ -98,7 +98,7 @@ def dense(
     *,
     leading: int | None = None,
 ) -> Hyperparameters:
-    """Return a model of dense layers; leading: so many, the others get theirs from `with_experts`."""
+    """Return a model whose first `leading` layers are dense; the others get theirs from `with_experts`."""
     if not keys.flag("attention.causal", True):
         raise keys.refuse("attention.causal", False, "true: only causal attention is supported")
     layers = main_layers(keys)

@@ -38,7 +38,7 @@ class MemoryRouterConfig:
     """How much being resident counts; the `with_` methods clamp, the fields do not.
 
     cache_bonus: added to a resident's score, as a share of the spread (highest - lowest) of the token's
-    finite scores; in compat the number itself. keep_top: so many of the true best are always selected,
+    finite scores; in compat the number itself. keep_top: this number of the true best is always selected,
     before any bonus (not in compat). prefetch_threshold: only experts with at least this share of the
     layer's highest affinity are prefetched (compat: all). memory_aware False is plain top-k.
     """

@@ -21,7 +21,7 @@ from .metadata import GgufArray
 from .shard import MAX_TENSORS, Shard, TensorInfo
 from .source import quoted, refusal
 
-MAX_SHARDS: Final = 120  # each is a descriptor in every process, and so many fit into one message of them
+MAX_SHARDS: Final = 120  # each is a descriptor in every process, and one message carries at most 128
 _NAME: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 

@@ -87,5 +87,5 @@ class Recoder:
 
 
 def chunks_of(rows: int, columns: int) -> int:
-    """Return into how many chunks `recode` divides so many rows."""
+    """Return into how many chunks `recode` divides `rows` rows."""
     return -(-rows // max(1, _CHUNK_ELEMENTS // columns))
