@@ -1,6 +1,6 @@
 """Starting and stopping the processes of an engine: what its keeper relies on, and the one way that there is.
 
-A `Placement` decides where a process runs and by which means. The keeper (`daemon/engine_processes.py`) knows
+A `Placement` decides where a process runs and by which means. The keeper (`daemon/engine/processes.py`) knows
 neither pidfds nor sockets: it starts, hears of the end, kills.
 """
 
