@@ -133,7 +133,7 @@ class MemoryCgroup:
         return int(pages) * mmap.PAGESIZE
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         until_s = time.monotonic() + _PATIENCE_S
         while True:

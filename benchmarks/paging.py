@@ -80,7 +80,7 @@ def of_file(path: Path) -> Model:
 
 def written(folder: Path) -> Model:
     """Write stacked tensors of ternary experts, at an offset of 32 bytes as in real files."""
-    kind = TYPES_BY_NAME["TQ2_0"]
+    file_type = TYPES_BY_NAME["TQ2_0"]
     sizes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
     handle, name = tempfile.mkstemp(prefix="sterna-paging-", suffix=".bin", dir=folder)
     os.unlink(name)  # noqa: PTH108 - goes with this process
@@ -90,7 +90,7 @@ def written(folder: Path) -> Model:
     for layer in range(LAYERS):
         for projection, (rows, columns) in enumerate(sizes):
             starts[layer, projection] = offset
-            raw = sample(kind, rows, columns, choice, worst=False)
+            raw = sample(file_type, rows, columns, choice, worst=False)
             for expert in range(EXPERTS):
                 offset += os.pwrite(handle, np.roll(raw.reshape(-1, 66), expert, 0).tobytes(), offset)
     os.fsync(handle)
@@ -98,11 +98,14 @@ def written(folder: Path) -> Model:
     for rows, columns in sizes:
         matrices.append((int(Format.TL1), rows, columns, at))
         at += MatrixShape(form=Format.TL1, rows=rows, columns=columns).nbytes
-    nbytes = kind.nbytes((INNER, HIDDEN))
+    nbytes = file_type.nbytes((INNER, HIDDEN))
     pages = [
         ExpertPage(
             layer, e, 0, 0,
-            [FileSlab(starts[layer, p] + e * nbytes, nbytes, kind.id, f"blk.{layer}.{p}") for p in range(3)],
+            [
+                FileSlab(starts[layer, p] + e * nbytes, nbytes, file_type.id, f"blk.{layer}.{p}")
+                for p in range(3)
+            ],
         )
         for layer in range(LAYERS) for e in range(EXPERTS)
     ]  # fmt: skip

@@ -51,7 +51,7 @@ class Compute(LaneMessage, frozen=True, kw_only=True):
     layer: int
     precision: int
     """Which of the layer's, that of all these experts."""
-    kind: int
+    activation_kind: int
     """0: float32 rows follow; else the block of the int8 rows that follow (q, scales, sums)."""
     tokens: int
     """Number of rows."""

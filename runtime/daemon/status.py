@@ -56,7 +56,7 @@ def report(
     """
     prompt_rate, generated_rate = service.totals.rates(now_s)
     processes, measured_mib = _processes({**own_pids, **presence.pids})
-    sizes = {kind: round(nbytes / MIB, 1) for kind, nbytes in memory.memory_bytes.items()}
+    sizes = {name: round(nbytes / MIB, 1) for name, nbytes in memory.memory_bytes.items()}
     return StatusReport(
         version=sterna.__version__,
         uptime_s=round(now_s - started_s, 1),

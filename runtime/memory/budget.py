@@ -310,9 +310,9 @@ def _distribute(most: Sequence[tuple[int, int]], least: Sequence[int], room: int
         low, high = (middle, high) if nbytes_of(counts_at(middle)) <= room else (low, middle - 1)
     counts = counts_at(low) if steps else []
     left = room - nbytes_of(counts)
-    for kind, (count, nbytes) in enumerate(most):  # what is left is less than a slot of each class
-        more = min(count - counts[kind], left // nbytes)
-        counts[kind] += more
+    for slot_class, (count, nbytes) in enumerate(most):  # what is left is less than a slot of each class
+        more = min(count - counts[slot_class], left // nbytes)
+        counts[slot_class] += more
         left -= more * nbytes
     return counts
 

@@ -150,8 +150,8 @@ def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M
     except ConnectionResetError:
         return None
     fds: list[int] = []
-    for level, kind, data in beside:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+    for level, cmsg_type, data in beside:
+        if (level, cmsg_type) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.extend(memoryview(data[: len(data) // _FD_BYTES * _FD_BYTES]).cast("i"))
     if not frame:
         close_all(fds)

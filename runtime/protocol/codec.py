@@ -206,8 +206,8 @@ def _value_at(body: object, path: str) -> object:
 def _shown(value: object) -> str:
     """Return a value for an error text: one line, at most about 60 characters whatever it is."""
     if isinstance(value, (list, tuple, dict)):
-        kind = "map" if isinstance(value, dict) else "array"
-        return f"{kind} of {len(value)}"
+        container = "map" if isinstance(value, dict) else "array"
+        return f"{container} of {len(value)}"
     if isinstance(value, str) and len(value) > 40:
         return f"{value[:40]!r}... ({len(value)} characters)"
     return ascii(value)[:60]

@@ -263,11 +263,13 @@ class _ConversionRun:
 
     def _values(self, info: TensorInfo, start: int, rows: int, columns: int) -> Bytes:
         """Return float32 values of a matrix whose type is decoded as a whole, as read-only bytes."""
-        kind, shape = info.type, (rows, columns)
+        file_type, shape = info.type, (rows, columns)
         raw = self._read(info, start, info.nbytes * rows // math.prod(info.shape[:-1]))
         with _named(self._file, info):
-            tiling = find_tiling(self._file, kind.name, rows, columns) if kind.name in TILED else None
-            values = ternary_matrix(kind, raw, shape, tiling).values().reshape(-1).view(np.uint8)
+            tiling = (
+                find_tiling(self._file, file_type.name, rows, columns) if file_type.name in TILED else None
+            )
+            values = ternary_matrix(file_type, raw, shape, tiling).values().reshape(-1).view(np.uint8)
         values.flags.writeable = False
         return values
 

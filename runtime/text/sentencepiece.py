@@ -3,7 +3,7 @@
 In here: `ScoredPieces`. Its rules are those of llama.cpp's SPM tokenizer: spaces are written as U+2581, one
 is put before each text, neighbours that form a token merge, best score first, and characters without a token
 become one byte token per byte. Text is not normalised and no space removed; `remove_extra_whitespaces` is
-for another kind. Not in here: special tokens (`special_tokens.py`).
+for another model. Not in here: special tokens (`special_tokens.py`).
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ class ExpertRunner:
             worker=worker,
             layer=event.layer,
             precision=precision,
-            kind=int(kind),
+            activation_kind=int(kind),
             experts=[order.experts[ordinal] for ordinal in ordinals],
             slots=[int(self.memory.slot_of[self._key(event, ordinal)]) for ordinal in ordinals],
             starts=starts,
@@ -374,5 +374,5 @@ def _take(
     """Return the `needed` rows in the form that `kind` asks for."""
     if kind is ActivationKind.FLOAT:
         return (rows.x[needed],)
-    q = rows.as_kind(kind, count)
+    q = rows.quantized(kind, count)
     return q.q[needed], q.scales[needed], q.sums[needed]

@@ -146,8 +146,8 @@ class Hyperparameters:
         width = self.d_ff_expert
         yield "expert_feed_forward_length", width, multiple(width, 16), "a positive multiple of 16"
         yield "expert_shared_feed_forward_length", self.d_ff_shared, self.d_ff_shared % 16 == 0, "16 times"
-        kinds = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
-        yield "expert_gating_func", self.gating, self.gating in kinds, "1, 2 or 3"
+        functions = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
+        yield "expert_gating_func", self.gating, self.gating in functions, "1, 2 or 3"
         fits = self.groups >= 1 and self.experts % self.groups == 0
         yield "expert_group_count", self.groups, fits, f"a divisor of {self.experts} experts"
         enough = 1 <= self.groups_used <= self.groups

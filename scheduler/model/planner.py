@@ -201,16 +201,16 @@ class _Planner:
 
         types: of the file, None where experts differ (they share a format, but are not converted).
         """
-        held, kinds = list(own), {}
+        held, types_held = list(own), {}
         for i, (shape, file_type) in enumerate(zip(own, types, strict=True)):
-            kind = file_type and held_type(file_type, precision, shape.rows, shape.columns)
-            if kind is not None and kind is not file_type:
-                form = format_of(kind, shape.columns, self._file.label, self._plan.storage)
-                held[i], kinds[i] = replace(shape, form=form), (kernel_type(kind), form)
+            tensor_type = file_type and held_type(file_type, precision, shape.rows, shape.columns)
+            if tensor_type is not None and tensor_type is not file_type:
+                form = format_of(tensor_type, shape.columns, self._file.label, self._plan.storage)
+                held[i], types_held[i] = replace(shape, form=form), (kernel_type(tensor_type), form)
         if activation_kind(held[0].form) is not activation_kind(held[1].form):
             held[:2] = own[:2]  # they are multiplied with the same activations
-            kinds = {i: kind for i, kind in kinds.items() if i == 2}
-        self._plan.kinds.update(kinds.values())
+            types_held = {i: tensor_type for i, tensor_type in types_held.items() if i == 2}
+        self._plan.matrix_types.update(types_held.values())
         return held
 
     def _go_together(self, gate_and_up: list[Format]) -> bool:
@@ -219,7 +219,7 @@ class _Planner:
         return gate is up
 
     def _decoded(self) -> Format:
-        self._plan.kinds.add(("F16", Format.F16))
+        self._plan.matrix_types.add(("F16", Format.F16))
         return Format.F16
 
     def _matrix(
@@ -240,7 +240,7 @@ class _Planner:
 
     def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
         form = format_of(file_type, columns, f"{self._file.label}: {tensor}", self._plan.storage)
-        self._plan.kinds.add((kernel_type(file_type), form))
+        self._plan.matrix_types.add((kernel_type(file_type), form))
         return form
 
     def _vector(self, key: str, length: int, layer: int | None = None, role: str | None = None) -> None:

@@ -37,8 +37,8 @@ def tensors() -> dict[str, Tensor]:
 
 def values(name: str) -> npt.NDArray[np.float32]:
     """Return the numbers of a tensor of the embedded model."""
-    data, kind = tensors()[name]
-    return np.asarray(dequantize(data, kind), np.float32)
+    data, tensor_type = tensors()[name]
+    return np.asarray(dequantize(data, tensor_type), np.float32)
 
 
 def write(
@@ -78,10 +78,10 @@ def write(
 
 
 def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
-    data, kind = tensor
-    if data.dtype != np.uint8 and kind not in (Type.F32, Type.F16):
-        data = quantize(np.asarray(data, np.float32), kind)
-    writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+    data, tensor_type = tensor
+    if data.dtype != np.uint8 and tensor_type not in (Type.F32, Type.F16):
+        data = quantize(np.asarray(data, np.float32), tensor_type)
+    writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=tensor_type)
 
 
 def only(name: str, replacement: Tensor | None) -> Callable[[str, Tensor], Tensor | None]:

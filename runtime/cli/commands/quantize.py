@@ -243,7 +243,7 @@ def _warn(report: Conversion) -> None:
     ]
     if lost:
         worst = max(lost, key=lambda group: group.error or 0.0)
-        more = f", so do {len(lost) - 1} other kinds of tensors" if len(lost) > 1 else ""
+        more = f", so do {len(lost) - 1} other groups of tensors" if len(lost) > 1 else ""
         click.echo(
             f"sterna: warning: {one_line(worst.name)} has an error of {worst.error:.0%} as {worst.after}"
             f"{more}: ternary types are for weights that were trained as ternary; --type Q4_K is for others",

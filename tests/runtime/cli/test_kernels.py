@@ -251,16 +251,16 @@ def test_bench_without_a_command() -> None:
 @pytest.mark.parametrize("form", list(Format), ids=lambda form: form.name)
 def test_random_matrices_are_valid_and_sane(form: Format) -> None:
     """Each format has one; no weight is zero by chance of its scale, denormal or infinite, and it packs."""
-    kind = TYPES_BY_NAME[file_type_of(form)]
-    raw = sample(kind, 32, 512, np.random.default_rng(5))
-    values = dequantize(kind, raw, (32, 512))
+    file_type = TYPES_BY_NAME[file_type_of(form)]
+    raw = sample(file_type, 32, 512, np.random.default_rng(5))
+    values = dequantize(file_type, raw, (32, 512))
     sizes = np.abs(values[values != 0])
     assert np.isfinite(values).all()
     assert 1e-5 < sizes.min() <= sizes.max() <= 8 * 127
     assert len(sizes) > values.size // 2
     shape = MatrixShape(form=form, rows=32, columns=512)
     packed = np.zeros(shape.nbytes, np.uint8)
-    pack_matrix(raw, kind, shape, packed, 0)
+    pack_matrix(raw, file_type, shape, packed, 0)
     assert packed.any()
 
 

@@ -148,8 +148,8 @@ def _read_i2_s(data: Bytes, rows: int, columns: int, tiling: Tiling | None) -> T
     return TernaryMatrix(codes=codes.reshape(rows, columns), scales=scale.reshape(1, 1), group=PER_TENSOR)
 
 
-def _row_matrix(codes: Bytes, scales: Bytes, kind: str) -> TernaryMatrix:
-    stored = np.ascontiguousarray(scales).view(kind).astype(np.float32)
+def _row_matrix(codes: Bytes, scales: Bytes, dtype: str) -> TernaryMatrix:
+    stored = np.ascontiguousarray(scales).view(dtype).astype(np.float32)
     return TernaryMatrix(codes=codes, scales=stored, group=codes.shape[1])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.policies import DEFAULT_POLICY, POLICY_IDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.shm.errors import ConfigError
 
@@ -192,7 +192,7 @@ def test_default_corrects_limits() -> None:
         ExpertCache(8, 2, "lrfu", compat=True)
 
 
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize("policy", POLICY_IDS)
 @pytest.mark.parametrize("bypass", [False, True])
 def test_a_batch_is_the_same_as_one_by_one(policy: str, bypass: bool) -> None:
     rng = random.Random(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.policies import DEFAULT_POLICY, POLICY_IDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.scheduler.residency.replay import simulate as s
 from sterna.scheduler.residency.replay.simulate import (
@@ -101,7 +101,7 @@ def test_replay_is_that_of_a_naive_lru() -> None:
         )
 
 
-@pytest.mark.parametrize("policy", [*KINDS, "belady", "belady-bypass"])
+@pytest.mark.parametrize("policy", [*POLICY_IDS, "belady", "belady-bypass"])
 @pytest.mark.parametrize("floor", [0, 3])
 def test_what_is_resident_is_what_was_counted(policy: str, floor: int) -> None:
     """INV-3 from outside: after every ten of 10^5 random events the residents' bytes are summed."""
@@ -109,9 +109,9 @@ def test_what_is_resident_is_what_was_counted(policy: str, floor: int) -> None:
     pool, arrays = s._memory(trace, ReplaySetting(policy=policy, memory_bytes=30_000, floor=floor))
     starts, keys, tokens = trace.uses()
     following, fetched = s.next_uses(starts, keys), np.zeros(len(keys), dtype=np.uint8)
-    kind = KINDS.get(policy, eviction.BELADY)
+    policy_id = POLICY_IDS.get(policy, eviction.BELADY)
     for first in range(0, trace.num_events, 10):
-        replay(kind, starts[first : first + 11], keys, tokens, following, fetched, *arrays, pool)
+        replay(policy_id, starts[first : first + 11], keys, tokens, following, fetched, *arrays, pool)
         held = arrays.resident.reshape(trace.num_layers, -1).sum(axis=1, dtype=np.int64)
         assert int(held @ trace.expert_bytes) == pool.used[0] <= 30_000
         assert (held == pool.layer_counts).all()
@@ -294,7 +294,7 @@ def test_next_uses() -> None:
 def test_sample_and_unknown_settings() -> None:
     trace = read_trace(SAMPLE)
     reports = compare(
-        trace, [ReplaySetting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*KINDS, "belady")]
+        trace, [ReplaySetting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*POLICY_IDS, "belady")]
     )
     assert all(0.5 < report.hit_rate < 0.63 for report in reports)
     assert all(report.recoverable is not None and report.recoverable >= 0 for report in reports)

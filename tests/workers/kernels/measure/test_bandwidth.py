@@ -117,10 +117,15 @@ def test_available_memory_is_known_and_allocated_memory_is_there() -> None:
 
 
 def test_all_last_level_caches_count_once(tmp_path: Path) -> None:
-    def cache(cpu: int, index: int, level: int, kind: str, size: str, shared: str) -> None:
+    def cache(cpu: int, index: int, level: int, cache_type: str, size: str, shared: str) -> None:
         place = tmp_path / f"cpu{cpu}/cache/index{index}"
         place.mkdir(parents=True)
-        for name, text in (("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared)):
+        for name, text in (
+            ("level", level),
+            ("type", cache_type),
+            ("size", size),
+            ("shared_cpu_list", shared),
+        ):
             (place / name).write_text(f"{text}\n")
 
     for cpu in range(4):
