@@ -144,17 +144,17 @@ def _attention(cache: Cache) -> None:
     if cache.dtype == np.float32:
         latent, grouped = attention.latent_chunk_f32, attention.grouped_chunk_f32
     q, flat = np.zeros((1, 32), np.float32), np.zeros(48, np.float32)
-    scratch, places = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 48))
+    scratch, offsets = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 48))
     attention.latent_attention(
         Crew(1).board, job_address(latent), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
         cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
-        places.astype(np.int64), np.zeros((1, 32), np.float32),
+        offsets.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
-    scratch, places = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 32))
+    scratch, offsets = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 32))
     attention.grouped_attention(
         Crew(1).board, job_address(grouped), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
         cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
-        places.astype(np.int64), np.zeros((1, 32), np.float32),
+        offsets.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 
 

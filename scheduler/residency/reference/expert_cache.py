@@ -55,7 +55,7 @@ class _Hot(NamedTuple):
     """What is hot; `workers/kernels/routing/eviction.py` says what is in it."""
 
     listed: NDArray[np.int32]
-    place: NDArray[np.int32]
+    position: NDArray[np.int32]
     prefetched: NDArray[np.uint8]
     pinned: NDArray[np.uint8]
     totals: NDArray[np.int64]
@@ -93,7 +93,7 @@ class ExpertCache:
         slots = max(1, max_hot) if compat else min(max_hot, keys)
         self._hot = _Hot(
             listed=np.zeros(slots, dtype=np.int32),
-            place=np.full(keys, -1, dtype=np.int32),
+            position=np.full(keys, -1, dtype=np.int32),
             prefetched=np.zeros(keys, dtype=np.uint8),
             pinned=np.zeros(keys, dtype=np.uint8),
             totals=np.zeros(5, dtype=np.int64),
@@ -117,7 +117,7 @@ class ExpertCache:
 
     def is_hot(self, key: int) -> bool:
         """Whether `key` is hot."""
-        return bool(self._hot.place[self._checked(key)] >= 0)
+        return bool(self._hot.position[self._checked(key)] >= 0)
 
     @property
     def stats(self) -> CacheStats:
@@ -161,7 +161,7 @@ class ExpertCache:
         was_hot = self.is_hot(key)
         if was_hot:
             policy, hot = self._policy, self._hot
-            arrays = (*policy.arrays, policy.span, hot.listed, hot.place, hot.prefetched, hot.totals)
+            arrays = (*policy.arrays, policy.span, hot.listed, hot.position, hot.prefetched, hot.totals)
             eviction.cache_evict(policy.policy_id, self.compat, key, *arrays)
         return was_hot
 
