@@ -135,9 +135,9 @@ class Draw:
 
 def timed(what: str, threads: int, waiting: int, run: Callable[[], tuple[int, list[int]]]) -> Row:
     """Return the row of `run`, which returns bytes and the ns of each expert."""
-    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    before, began_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     nbytes, times = run()
-    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    seconds, after = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     p50, p99 = np.percentile(np.array(times) / 1e6, [50, 99]).tolist()
     return Row(
@@ -157,10 +157,10 @@ def plain(model: Model, threads: int, seconds: float) -> Row:
 
         def read(index: int) -> None:
             staging = Staging()
-            while (begin := time.perf_counter_ns()) < end * 1e9:
+            while (began_ns := time.perf_counter_ns()) < end * 1e9:
                 for slab in draw.next().slabs:
                     done[index] += file.read(slab, staging).nbytes
-                times.append(time.perf_counter_ns() - begin)
+                times.append(time.perf_counter_ns() - began_ns)
 
         readers = [threading.Thread(target=read, args=(i,)) for i in range(threads)]
         for reader in readers:

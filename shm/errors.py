@@ -131,7 +131,7 @@ class TooLong(RequestError):
 class Overloaded(RequestError):
     """The queue is full, or memory is short for the moment.
 
-    `retry_after_s`: mean time in which a place in the queue became free lately; None if that is not known.
+    `retry_after_s`: mean time in which a position in the queue became free lately; None if that is not known.
     """
 
     code = "overloaded"

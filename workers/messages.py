@@ -96,7 +96,7 @@ class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PageIn(LaneMessage, frozen=True, kw_only=True):
-    """Read an expert into its slot, beside what is computed; answered by `paged` or `trouble`."""
+    """Read an expert into its slot while others are computed; answered by `paged` or `trouble`."""
 
     seq: int
     page: ExpertPage

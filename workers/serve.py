@@ -1,7 +1,7 @@
 """What a worker does with a message: compute experts from slots.
 
-No sockets here: `process` feeds messages and sends what comes back. Reading experts in beside that is
-`paging`.
+No sockets here: `process` feeds messages and sends what comes back. Reading experts while
+others are computed is in `paging`.
 """
 
 from __future__ import annotations

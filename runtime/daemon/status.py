@@ -51,7 +51,7 @@ def report(
 ) -> StatusReport:
     """Return the daemon's state.
 
-    engine: None while the scheduler does not answer; own_pids: processes beside the engine's, by their names;
+    engine: None while the scheduler does not answer; own_pids: processes other than the engine's, by name;
     started_s, now_s: on the clock of `time.monotonic`.
     """
     prompt_rate, generated_rate = service.totals.rates(now_s)

@@ -103,7 +103,7 @@ class Calibration:
 
     @classmethod
     def load(cls, model: Path) -> Calibration:
-        """Read what there is about the file `model`; a file that is damaged or of another model has none."""
+        """Read the tables of the file `model`; tables that are damaged or of another model are left out."""
         tables: dict[float, BudgetTable] = {}
         for path in (beside(model), cache_path(model)):
             tables |= {table.resident_share: table for table in _read(path, model)}
@@ -159,7 +159,7 @@ def cache_path(model: Path) -> Path:
 
 
 def store(path: Path, model: Path, table: BudgetTable) -> None:
-    """Add a table to the file at `path`, in the place of one with the same share; raises NotPermitted."""
+    """Add a table to the file at `path`, replacing one with the same share; raises NotPermitted."""
     kept = [old for old in _read(path, model) if old.resident_share != table.resident_share]
     tables = sorted([*kept, table], key=lambda table: table.resident_share)
     whole = Stored(model=model.name, file_bytes=model.stat().st_size, tables=tables)

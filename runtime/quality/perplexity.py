@@ -170,7 +170,7 @@ def _counts(client: Client) -> tuple[int, int] | None:
 
 
 def resident_share(client: Client) -> float:
-    """Return the share of the routed experts that have a place in memory."""
+    """Return the share of the routed experts that fit into memory."""
     status = client.status()
     experts, model = status.get("experts") or {}, status["model"]
     if "share" in experts:

@@ -42,7 +42,7 @@ class Done:
     whole: float
 
 
-def check_place(sources: Sequence[str], out: Path, *, force: bool) -> None:
+def check_output(sources: Sequence[str], out: Path, *, force: bool) -> None:
     """Raise UsageError if something lies at `out` that must not be replaced.
 
     sources: files that are read, of which none may be `out` or a file that a run keeps beside it.

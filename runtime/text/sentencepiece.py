@@ -115,8 +115,8 @@ class ScoredPieces:
 def _merges(id_of: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Return every way to make a piece of two, best score first.
 
-    Two ways to make the same piece: first the one whose left part is longer. (The rule is the leftmost place,
-    which no order of merges can say; it matters only where a piece overlaps itself.)
+    Two ways to make the same piece: first the one whose left part is longer. (The rule is the leftmost
+    position, which no order of merges can say; it matters only where a piece overlaps itself.)
     """
     found: list[tuple[float, int, str, str]] = []
     for piece, token_id in id_of.items():

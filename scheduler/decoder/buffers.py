@@ -21,7 +21,7 @@ LOGIT_ROWS = 32
 """Rows of logits that are computed at once."""
 
 STATE_READERS = ("ffn_gate", "ffn_gate_shexp", "ffn_gate_inp", "ffn_gate_inp_shexp", "output")
-"""Roles of the matrices that read the normed state, beside attention's."""
+"""Roles of the matrices that read the normed state, other than attention's."""
 
 
 def quantized(capacity: int, width: int, block: int) -> Fields:

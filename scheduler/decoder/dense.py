@@ -160,7 +160,7 @@ class Linear:
 
 
 class FeedForwardBuffers:
-    """What a feed-forward network of one width needs beside its weights; networks take turns with it."""
+    """What a feed-forward network of one width needs, without its weights; networks take turns with it."""
 
     def __init__(self, capacity: int, d_model: int, d_ff: int, block: int, threads: int) -> None:
         made = zeros(buffers.feed_forward(capacity, d_model, d_ff, block, threads))

@@ -30,7 +30,7 @@ log = logging.getLogger("sterna.scheduler")
 
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4
-# Of a batch that needs more experts than its layer's share of the slots, at least so many are read at a time.
+# The fewest experts read at a time for a batch that needs more than its layer's share of the slots.
 LEAST_READING = 8
 
 Indices = npt.NDArray[np.int32]

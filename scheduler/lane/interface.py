@@ -1,6 +1,6 @@
 """The lane: how a batch of experts reaches the workers. The interfaces and what they carry.
 
-`Lane` is what a step needs, `ServedLane` what the scheduler process needs beside it. Who is there and who
+`Lane` is what a step needs, `ServedLane` what the scheduler process needs in addition. Who is there and who
 owes what is decided in `roster`, how a worker's end is noticed in `presence`.
 """
 

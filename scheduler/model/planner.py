@@ -127,10 +127,10 @@ class _Planner:
         shape = MatrixShape(
             form=self._format(decoded, cut.nope, tensor.name), rows=cut.heads * cut.rank, columns=cut.nope
         )
-        self._place(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape, cut)
+        self._add_dense(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape, cut)
         form = self._format(tensor.type, cut.rank, tensor.name)
         shape = MatrixShape(form=form, rows=cut.heads * cut.v_dim, columns=cut.rank)
-        self._place(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape, cut)
+        self._add_dense(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape, cut)
 
     def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
         d_model = self._plan.hyper.d_model
@@ -235,7 +235,7 @@ class _Planner:
         rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
         form = self._decoded() if decoded else self._format(tensor.type, shape[-1], tensor.name)
         packed = MatrixShape(form=form, rows=rows, columns=shape[-1])
-        self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
+        self._add_dense(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
         return packed
 
     def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
@@ -245,19 +245,19 @@ class _Planner:
 
     def _vector(self, key: str, length: int, layer: int | None = None, role: str | None = None) -> None:
         tensor = self._found(role or key, (length,), layer)
-        self._place(_key(key, layer), tensor, "vector", 4 * length, None)
+        self._add_dense(_key(key, layer), tensor, "vector", 4 * length, None)
 
     def _raw(self, key: str, shape: tuple[int, ...]) -> None:
         tensor = self._found(key, shape)
         format_of(tensor.type, shape[-1], f"{self._file.label}: {tensor.name}")
-        self._place(key, tensor, "raw", tensor.nbytes, None)
+        self._add_dense(key, tensor, "raw", tensor.nbytes, None)
 
     def _found(self, role: str, shape: tuple[int, ...], layer: int | None = None) -> TensorInfo:
         tensor = names.require(self._file, role, shape, layer)
         self._used.add(tensor.name)
         return tensor
 
-    def _place(
+    def _add_dense(
         self,
         key: str,
         tensor: TensorInfo,

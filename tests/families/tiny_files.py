@@ -79,7 +79,7 @@ def byte_letters() -> list[str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [letters[byte] for byte in range(256)]
 
 

@@ -26,7 +26,7 @@ SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 @cache
 def original() -> GGUFReader:
-    """Return the embedded model as the reference package reads it."""
+    """Return the embedded model as the gguf package reads it."""
     return GGUFReader(embedded_model())
 
 
@@ -108,7 +108,7 @@ def exact_q8(name: str) -> Tensor:
 def retyped(path: Path, columns: Mapping[str, int], type_id: int) -> Path:
     """Give 2-D tensors written as bytes the type `type_id` and their true row length; return the path.
 
-    For types that the reference package does not know.
+    For types that the gguf package does not know.
     """
     content = bytearray(path.read_bytes())
     for name, length in columns.items():

@@ -307,7 +307,7 @@ def test_base_3_gives_the_same_bits_as_two_bits() -> None:
 def row_scaled(tmp_path: Path) -> Path:
     """Write the embedded model with attention output and shared experts as IQ2_BN, one scale a row.
 
-    The reference package has no such type: the tensors are written as bytes, and their ids put in after.
+    The gguf package has no such type: the tensors are written as bytes, and their ids put in after.
     """
     names = [name for name in altered.tensors() if name.endswith(("attn_output.weight", "_shexp.weight"))]
 

@@ -1,4 +1,4 @@
-"""Whole models with tensors of each type that the reference package cannot write, by the same numbers.
+"""Whole models with tensors of each type that the gguf package cannot write, by the same numbers.
 
 The other types are in `test_engine.py` and `tests/system/test_weight_types.py`.
 """

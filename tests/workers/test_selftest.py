@@ -59,7 +59,7 @@ def test_a_wrong_scale_of_the_last_row_is_seen(
     monkeypatch: pytest.MonkeyPatch, name: str, form: Format
 ) -> None:
     shape = MatrixShape(form=form, rows=selftest.ROWS, columns=selftest.COLUMNS)
-    end = shape.place(0)[1] + shape.scales_nbytes
+    end = shape.offsets(0)[1] + shape.scales_nbytes
     # The last area of every format holds one number for each of 16 rows, float16 but for these.
     width = {Format.MXFP4: 1, Format.TL1_ROW: 4, Format.TL1_TOKEN: 4}.get(form, 2)
     damage(monkeypatch, end - (16 - ROW_39) * width + width - 1, 0x04)

@@ -135,9 +135,9 @@ def quantize(
     with GgufFile.open(model_path(source)) as file:
         if dry_run:
             return _show_choices(file, wanted, as_json)
-        from ...quantize.journal import check_place
+        from ...quantize.journal import check_output
 
-        check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
+        check_output([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
         with _stoppable(calibrates=text is not None) as progress:
             from ...processes.kernel_environment import prepare
 

@@ -91,7 +91,7 @@ def simulate(trace: Trace, setting: ReplaySetting) -> ReplayReport:
 
 
 def compare(trace: Trace, settings: Iterable[ReplaySetting]) -> list[ReplayReport]:
-    """Replay every setting and Belady beside it, so that `recoverable` is known."""
+    """Replay every setting, and Belady for comparison, so that `recoverable` is known."""
     bounds: dict[ReplaySetting, ReplayReport] = {}
     reports = []
     for setting in settings:

@@ -303,11 +303,11 @@ def test_their_names() -> None:
     assert [their_name(name) for name in ("TQ2_0", "Q4_K", "IQ4_NL")] == ["tq2_0", "q4_K", "iq4_nl"]
 
 
-@pytest.mark.parametrize("place", ["", "bin", "build/bin"])
-def test_a_build_is_found_in_three_places(tmp_path: Path, place: str) -> None:
-    program(tmp_path / place, "echo '  --type TYPE  set test type as f16 tq2_0 q4_K (all)'; exit 1")
+@pytest.mark.parametrize("subfolder", ["", "bin", "build/bin"])
+def test_a_build_is_found_in_three_folders(tmp_path: Path, subfolder: str) -> None:
+    program(tmp_path / subfolder, "echo '  --type TYPE  set test type as f16 tq2_0 q4_K (all)'; exit 1")
     peer = LlamaCpp.find(tmp_path)
-    assert peer.program == tmp_path / place / "test-quantize-perf"
+    assert peer.program == tmp_path / subfolder / "test-quantize-perf"
     assert peer.measures("Q4_K")
     assert not peer.measures("F32")
 

@@ -194,13 +194,14 @@ def test_eighteen_gigabytes_take_a_moment(tmp_path: Path, monkeypatch: pytest.Mo
     """As large as GLM-4.7-Flash in Q4_K; the tensors' bytes are not touched at all."""
     path = write_flash(tmp_path / "flash.gguf", layers=47, expert_type=Type.Q4_K)
     monkeypatch.delattr(GgufFile, "data")
-    begin = time.perf_counter()
+    began_s = time.perf_counter()
     told = validate(path)
     middle = time.perf_counter()
     facts = describe(path)
     end = time.perf_counter()
     print(
-        f"\n{path.stat().st_size / 1e9:.1f} GB: validate {middle - begin:.2f} s, inspect {end - middle:.2f} s"
+        f"\n{path.stat().st_size / 1e9:.1f} GB: validate {middle - began_s:.2f} s,"
+        f" inspect {end - middle:.2f} s"
     )
     assert told["loads"]
     (experts,) = (row for row in facts["groups"] if row["group"] == "experts")

@@ -46,7 +46,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
 
 
 def check(plan: ModelPlan, decision: SlotDecision, most: list[tuple[int, int]]) -> None:
-    """INV-3: the rows are all there is, and their sum is within the budget."""
+    """INV-3: the rows name all memory that is used, and their sum is within the budget."""
     assert decision.total == sum(decision.rows.values()) <= decision.budget
     assert decision.rows["slots"] + decision.rows["headers"] >= arena_nbytes(decision.classes)
     streams = decision.rows["kv"] + decision.rows["streams"]

@@ -131,7 +131,7 @@ def test_workers_are_told_what_they_need(plan: ModelPlan) -> None:
 
 # ---- keys ----
 
-# What the error says beside the file: the key with its value, or the first tensor it contradicts.
+# What the error says besides the file: the key with its value, or the first tensor it contradicts.
 KEYS = {
     "attention.head_count": ((5, ValueType.UINT32), "blk.0.attn_q_b.weight"),
     "embedding_length": ((255, ValueType.UINT32), "deepseek2.embedding_length is 255"),

@@ -127,8 +127,8 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(
     matrix = Matrix.random(name, 40, 512, seed=seed)
     tokens = quantized(Format[name], 12, 512, seed=seed)
     together = matrix.multiply(tokens, rows)
-    for place, row in enumerate(rows):
-        assert (together[place].view(np.uint32) == matrix.multiply(tokens, [row])[0].view(np.uint32)).all()
+    for i, row in enumerate(rows):
+        assert (together[i].view(np.uint32) == matrix.multiply(tokens, [row])[0].view(np.uint32)).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -147,9 +147,9 @@ class GgufArray(Sequence["MetadataValue"]):
             return values
         bad = np.flatnonzero(values > 1)
         if bad.size:
-            place = f"key {quoted(self._key)}[{first + bad[0]}]"
+            element = f"key {quoted(self._key)}[{first + bad[0]}]"
             found = int(values[bad[0]])
-            raise refusal(self._source.label, start + int(bad[0]), place, "a bool of 0 or 1", found)
+            raise refusal(self._source.label, start + int(bad[0]), element, "a bool of 0 or 1", found)
         return values.astype(np.bool_)
 
     def _wrong_elements(self, expected: str) -> Exception:

@@ -1,7 +1,7 @@
 """One file of a model: header, tensor table, tensor bytes (`Shard`, `TensorInfo`); bounded.
 
 Reads GGUF versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
-that names the place or gives tensors that lie inside the file and do not overlap; every count is
+that names the offset or gives tensors that lie inside the file and do not overlap; every count is
 limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
 (`checkpoint/types/`), models of several files (`gguf.py`, `split.py`).
 """
@@ -181,7 +181,7 @@ def _settle_types(
 ) -> dict[str, _Declared]:
     """Choose by size among the types that an id may mean, for all tensors of that id alike.
 
-    ggml's own meaning stands if its sizes fit; another must fill the place of each tensor, and so must
+    ggml's own meaning stands if its sizes fit; another must fill the room of each tensor, and so must
     the one that is left of an id which has had two. How far the last tensor reaches proves nothing for
     another type: the file may be cut short.
     """

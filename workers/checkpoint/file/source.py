@@ -43,8 +43,8 @@ def quoted(text: str | bytes) -> str:
 
 def refusal(label: str, at: int | None, what: str, expected: str, found: object) -> ModelFileError:
     """Return the one-line error: file, byte offset, the part, what was expected and what was found."""
-    place = "" if at is None else f"byte {at}: "
-    return ModelFileError(f"{label}: {place}{what}: expected {expected}, found {found}")
+    where = "" if at is None else f"byte {at}: "
+    return ModelFileError(f"{label}: {where}{what}: expected {expected}, found {found}")
 
 
 def _open_error(label: str, error: OSError) -> SternaError:

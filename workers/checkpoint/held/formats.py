@@ -194,6 +194,6 @@ class MatrixShape:
         """Bytes of both areas, each rounded up to 64."""
         return align(self.codes_nbytes) + align(self.scales_nbytes)
 
-    def place(self, at: int) -> tuple[int, int]:
+    def offsets(self, at: int) -> tuple[int, int]:
         """Return (codes_at, scales_at) of this matrix when it starts at byte `at`."""
         return at, at + align(self.codes_nbytes)

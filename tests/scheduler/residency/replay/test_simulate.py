@@ -1,4 +1,4 @@
-"""Replays: a naive twin, the published trace, the reference's table, bytes, and cache-prior routing."""
+"""Replays: a naive twin, the published trace, ruvllm's table, bytes, and cache-prior routing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def random_trace(seed: int, events: int, layers: int = 4, experts: int = 24, tok
 
 
 def naive_lru(trace: Trace, memory_bytes: int) -> list[int]:
-    """Return what an event-atomic global LRU of so many bytes fetches in each event."""
+    """Return what an event-atomic global LRU of `memory_bytes` fetches in each event."""
     last: dict[int, int] = {}
     resident: set[int] = set()
     fetched = []
@@ -175,7 +175,7 @@ def test_default_policy_beats_lru(
             print(f"\n{share:.1%} {'per layer' if per_layer else 'pool'}: {rates}")
 
 
-# name: LRU, LFU, Adaptive, best LRFU, bypass, Belady forced, Belady with bypass (reference 2.5)
+# name: LRU, LFU, Adaptive, best LRFU, bypass, Belady forced, Belady with bypass
 TABLE = {
     "realistic": (95.25, 96.80, 96.80, 96.80, 95.4, 97.10, 97.20),
     "skewed": (43.30, 69.75, 56.55, 69.80, 78.05, 69.90, 78.15),

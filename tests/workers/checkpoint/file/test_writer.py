@@ -1,4 +1,4 @@
-"""Files laid out by us, read by the reference package and by our own reader."""
+"""Files laid out by us, read by the gguf package and by our own reader."""
 
 from __future__ import annotations
 

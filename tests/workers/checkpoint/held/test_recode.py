@@ -1,4 +1,4 @@
-"""Rows from one file type to another: the reference package's bytes, no needless loss, bad values."""
+"""Rows from one file type to another: the gguf package's bytes, no needless loss, bad values."""
 
 from __future__ import annotations
 

@@ -63,14 +63,14 @@ def test_a_value_comes_back_within_half_a_step(block: int, bound: float) -> None
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 15, 16, 255])
-def test_what_is_not_finite_makes_its_scale_nan_and_no_other(block: int, bad: float, place: int) -> None:
+@pytest.mark.parametrize("column", [0, 15, 16, 255])
+def test_what_is_not_finite_makes_its_scale_nan_and_no_other(block: int, bad: float, column: int) -> None:
     x = np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
     clean = Tokens.quantized(x, block)
-    x[1, place] = bad
+    x[1, column] = bad
     scales = Tokens.quantized(x, block).scales
-    assert np.isnan(scales[1, place // block])
-    clean.scales[1, place // block] = scales[1, place // block]
+    assert np.isnan(scales[1, column // block])
+    clean.scales[1, column // block] = scales[1, column // block]
     assert same_bits(scales, clean.scales)
 
 

@@ -24,7 +24,7 @@ def encoded(name: str, values: F32, weights: F32 | None = None) -> U8:
 
 
 def decoded(name: str, blocks: U8) -> F32:
-    """Return the values as the reference package reads them."""
+    """Return the values as the gguf package reads them."""
     return np.asarray(dequantize(blocks, GGMLQuantizationType[name]), np.float32)
 
 

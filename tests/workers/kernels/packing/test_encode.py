@@ -1,4 +1,4 @@
-"""Encoders against the reference package's decoders and against naive searches for the best scales."""
+"""Encoders against the gguf package's decoders and against naive searches for the best scales."""
 
 from __future__ import annotations
 

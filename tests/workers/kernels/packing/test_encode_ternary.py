@@ -48,7 +48,7 @@ def test_rules_with_a_formula(rule: str, weighted: bool) -> None:
 
 
 def test_a_value_just_on_the_threshold_counts() -> None:
-    """The reference rounds |x| / mean half away from zero; sums here are exact."""
+    """The rule's source rounds |x| / mean half away from zero; sums here are exact."""
     values = np.zeros((1, 256), np.float32)
     values[0, :128], values[0, 128:] = 1.5, 0.5  # the mean is 1, but for the 1e-8 that float32 drops
     codes, _ = fit("absmean", values)

@@ -117,7 +117,7 @@ def quantized(form: Format, count: int, columns: int, seed: int) -> Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix in an arena at an odd place, and its values as the gguf package reads them."""
+    """A matrix in an arena at an odd offset, and its values as the gguf package reads them."""
 
     shape: MatrixShape
     arena: U8
@@ -126,7 +126,7 @@ class Matrix:
 
     @classmethod
     def pack(cls, name: str, raw: U8, rows: int, columns: int, at: int = 64) -> Matrix:
-        """Pack the file's bytes; checks that nothing beside the matrix's place is written."""
+        """Pack the file's bytes; checks that nothing outside the matrix is written."""
         shape = MatrixShape(form=Format[name], rows=rows, columns=columns)
         arena = np.full(at + shape.nbytes + 64, POISON)
         contents = np.frombuffer(raw.tobytes(), np.uint8)
@@ -149,7 +149,7 @@ class Matrix:
         wide, gap, start = self.shape.groups * 16, 5, 3
         out = np.full((1, start + len(rows) * (wide + gap) + 16), np.float32(7.0))
         scratch = np.full(product_nbytes(self.shape.columns, len(rows)) + 64, POISON)
-        codes_at, scales_at = self.shape.place(self.at)
+        codes_at, scales_at = self.shape.offsets(self.at)
         products.kernel_of(self.shape.form)(
             int(self.shape.form), self.arena, codes_at, scales_at, self.shape.groups, self.shape.columns,
             np.zeros((1, 1), np.float32), tokens.q, tokens.scales, tokens.sums, np.array(rows, np.int32),
