@@ -43,32 +43,34 @@ class Allowance:
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """What one epsilon did to a text, against exact routing with the same memory.
-
-    delta: rise of perplexity as a fraction, with its standard error; misses: experts read, as a share of
-    those that exact routing read (None: not known); swap_share, lost_mass: of `messages.RoutingFacts`.
-    """
+    """What one epsilon did to a text, against exact routing with the same memory."""
 
     epsilon: float
     delta: float
+    """Rise of perplexity, as a fraction."""
     error: float
+    """Standard error of `delta`."""
     misses: float | None
+    """Experts read, as a share of those that exact routing read; None: not known."""
     swap_share: float
+    """See `messages.RoutingFacts`."""
     lost_mass: float
+    """See `messages.RoutingFacts`."""
 
 
 class BudgetTable(msgspec.Struct, frozen=True, kw_only=True):
-    """Points measured with `resident_share` of the routed experts in memory, in rising order of epsilon.
-
-    margin: whether a budget must hold for delta plus its standard error; date: ISO 8601, UTC.
-    """
+    """Points measured with a share of the experts in memory."""
 
     resident_share: float
+    """Share of the routed experts that was in memory."""
     tokens: int
     date: str
+    """ISO 8601, UTC."""
     perplexity: float
     margin: bool
+    """Whether a budget must hold for delta plus its standard error."""
     points: list[Point]
+    """In rising order of epsilon."""
 
     def epsilon(self, budget: float) -> float:
         """Return the largest epsilon whose cost is within `budget`, none beyond the largest measured.

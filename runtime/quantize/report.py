@@ -11,19 +11,18 @@ from .plan import Choice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Tensors of one group that became the same; `kept` says why they stayed as they were, if so.
-
-    error: root of the mean square error as a share of that of the weights, None where nothing is known.
-    """
+    """Tensors of one group that became the same type."""
 
     name: str
     tensors: int
     before: str
     after: str
     kept: str
+    """Why they stayed as they were; "" if they did not."""
     nbytes_before: int
     nbytes_after: int
     error: float | None
+    """Root of the mean square error, as a share of that of the weights; None where nothing is known."""
 
 
 def groups(choices: Sequence[Choice], done: Mapping[str, Done] | None = None) -> tuple[Group, ...]:

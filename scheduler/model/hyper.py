@@ -18,23 +18,24 @@ from .attention import Attention, Rule, multiple
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """Rotary embedding of the first or last `dims` values of a head (RoFormer; scaling as in YaRN).
-
-    halves: pairs are (i, i + dims / 2), not neighbours; factor: how much longer than `original_context` the
-    context was made, 1 for none; yarn: scale slow pairs only, between the two betas, whose pairs are rounded
-    to whole ones if `whole`; magnitude: factor of cosine and sine.
-    """
+    """Rotary embedding of some values of a head (RoFormer; scaling as in YaRN)."""
 
     dims: int
+    """How many values are rotated: the first or the last of a head."""
     base: float
     halves: bool
+    """Pairs are (i, i + dims / 2), not neighbours."""
     factor: float = 1.0
+    """How much longer than `original_context` the context was made; 1: not at all."""
     yarn: bool = False
+    """Scale slow pairs only, between the two betas."""
     original_context: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     whole: bool = True
+    """Round the pairs at the betas to whole ones."""
     magnitude: float = 1.0
+    """Factor of cosine and sine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

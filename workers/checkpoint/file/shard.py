@@ -37,18 +37,18 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a model: its `nbytes` lie at absolute byte `offset` of its file number `file`.
-
-    `shape` is in numpy order (outermost first, rows of the last axis contiguous); `ne` is the same
-    reversed, as GGUF stores it.
-    """
+    """One tensor of a model."""
 
     name: str
     shape: tuple[int, ...]
+    """In numpy order: outermost first, rows of the last axis contiguous. `ne` is the same reversed, as
+    GGUF stores it."""
     type: TensorType
     offset: int
+    """First byte, counted from the start of its file."""
     nbytes: int
     file: int = 0
+    """Number of its file."""
 
     @property
     def ne(self) -> tuple[int, ...]:

@@ -32,15 +32,13 @@ TL1_BLOCK: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TernaryMatrix:
-    """A ternary matrix as its file holds it; a weight is (code - 1) * scale.
-
-    codes: uint8 (rows, columns) of 0, 1, 2. scales, as stored: float16 (rows, columns / group) where
-    `group` columns share one; float32 (rows, 1) where group is the number of columns; float32 (1, 1)
-    where group is PER_TENSOR.
-    """
+    """A ternary matrix as its file holds it; a weight is (code - 1) * scale."""
 
     codes: Bytes
+    """uint8 (rows, columns) of 0, 1, 2."""
     scales: Scales
+    """As stored: float16 (rows, columns / group) where `group` columns share one; float32 (rows, 1) where
+    group is the number of columns; float32 (1, 1) where group is PER_TENSOR."""
     group: int
 
     def block_scales(self) -> npt.NDArray[np.float16] | None:
