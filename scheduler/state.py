@@ -235,9 +235,7 @@ class SchedulerState:
         request = event.request
         if request.stream in self._streams:
             self._remove(request.stream)
-        self._streams[request.stream] = _Running(
-            request, known=request.committed, computed=request.computed
-        )
+        self._streams[request.stream] = _Running(request, known=request.committed, computed=request.computed)
         if not request.computed:
             self.blocks.release(request.stream)  # of a stream that was cancelled meanwhile
         return self._plan()
