@@ -1,7 +1,7 @@
 """What the kernel benchmark multiplies: packed matrices, rings of copies, tokens; and how it times a call.
 
 A call goes over several matrices, so that what Python costs per call (some 3 us) does not count.
-Not in here: what is measured (`bench_kernels`), clocks.
+Not in here: what is measured (`kernels.py`), clocks.
 """
 
 from __future__ import annotations

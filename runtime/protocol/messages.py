@@ -1,7 +1,7 @@
 """The messages between clients and the daemon, as typed structures, and nothing else.
 
 In here: one frozen `msgspec.Struct` per message with its ranges, and a registry per direction. Not in here:
-bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/daemon.py`).
+bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/endpoint.py`).
 
     client -> daemon                 daemon -> client
     hello                            welcome | failed
@@ -264,16 +264,12 @@ class Timings(Message, frozen=True, kw_only=True):
 
 
 class RoutingFacts(Message, frozen=True, kw_only=True):
-    """What a quality budget did to one answer.
-
-    An event is one token in one layer.
-    """
+    """What a quality budget did to one answer; an event is one token in one layer."""
 
     epsilon: float
     """Mean share of the gate mass that might be lost."""
     basis: Basis
-    """Where epsilon came from: a budget, by way of a calibration or of the rule for models without
-    one, or the request itself."""
+    """Where epsilon came from: a budget through a calibration or the rule without one, or the request."""
     events: Count
     changed: Count
     """Events whose selection differs from the exact one."""
