@@ -39,10 +39,23 @@ def parse_share(text: str) -> float:
 
 def format_size(size: int) -> str:
     """Return a size with the largest binary unit of which it is one or more: "700 MiB", "1.5 GiB"."""
+    return _in_units(size, 1024, ("KiB", "MiB", "GiB", "TiB"))
+
+
+def format_given(size: int) -> str:
+    """Return a size that somebody may have given, as `format_size`, or in decimal units: "10 MB".
+
+    Decimal ones are taken where they give the size exactly and binary ones do not.
+    """
+    binary, decimal = format_size(size), _in_units(size, 1000, ("kB", "MB", "GB", "TB"))
+    return decimal if parse_size(binary) != size == parse_size(decimal) else binary
+
+
+def _in_units(size: int, base: int, units: tuple[str, ...]) -> str:
     value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024:
+    for larger in units:
+        if abs(value) < base:
             break
-        value, unit = value / 1024, larger
+        value, unit = value / base, larger
     digits = f"{value:.1f}".removesuffix(".0") if abs(value) < 100 else f"{value:.0f}"
     return f"{digits} {unit}"

@@ -19,7 +19,7 @@ from . import state as st
 from .assembly import Assembly
 from .experts.figures import expert_stats
 from .experts.routing_log import RoutingLog
-from .experts.runner import UnreadableExpert
+from .experts.runner import SpoiledExpert, UnreadableExpert
 from .filling import SlotFiller
 from .lane.interface import Loaded, ServedLane
 from .lane.roster import AnswersOverdue, Change, FillSlots, Join, Leave, SlotsFilled
@@ -251,7 +251,7 @@ class Serving:
     def _failed(self, work: Sequence[st.Work], error: SternaError) -> None:
         """Say that a step broke off; who left in it is no longer there when the next one is planned."""
         hit = None
-        if isinstance(error, UnreadableExpert):
+        if isinstance(error, (UnreadableExpert, SpoiledExpert)):
             of_row = np.repeat([w.segment.stream for w in work], [w.segment.count for w in work])
             hit = frozenset(of_row[error.rows].tolist())
         self._lane.receive()

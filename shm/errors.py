@@ -198,10 +198,10 @@ REQUEST_ERRORS: dict[str, type[SternaError]] = {
     cls.code: cls
     for cls in (
         BadRequest, NoChatTemplate, TooLong, Overloaded, NotFound, Cancelled, WorkerLost,
-        EngineLost, ShuttingDown, InternalError, ProtocolError, ModelReadError,
+        EngineLost, ShuttingDown, InternalError, ProtocolError, ModelReadError, ModelFileError,
     )
 }  # fmt: skip
-"""What may end a request, by code: also ModelReadError, for one whose experts cannot be read any more."""
+"""What may end a request, by code: also the file's errors, for one whose experts cannot be had from it."""
 
 
 def error_of(code: str, text: str) -> SternaError:

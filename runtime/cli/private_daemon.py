@@ -15,15 +15,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...shm.errors import StartFailed, SternaError, error_of_exit
+from .render import for_terminal
+
+if TYPE_CHECKING:
+    from ..daemon.announcement import Announcement
 
 STOP_TIMEOUT_S = 15.0
 _READY = b"ready socket="
 _LOADING = "loading "
+_NOTE = "note "
 
 
 Progress = Callable[[str, int, int], None]
+
+
+def _ignore_note(text: str) -> None:
+    """Show nothing."""
 
 
 def _ignore(what: str, done: int, total: int) -> None:
@@ -35,13 +45,23 @@ def print_progress(what: str, done: int, total: int) -> None:
     print(f"{_LOADING}{what} {done} {total}", flush=True)
 
 
+def announce(announcement: Announcement) -> None:
+    """Print for the parent that the daemon is ready, and before that if memory made the context shorter."""
+    if announcement.shortage:
+        print(f"{_NOTE}the context is {announcement.context} tokens{announcement.shortage}", flush=True)
+    announcement.print_ready()
+
+
 @contextlib.contextmanager
 def private_daemon(
-    arguments: list[str], start_timeout_s: float, on_progress: Progress = _ignore
+    arguments: list[str],
+    start_timeout_s: float,
+    on_progress: Progress = _ignore,
+    on_note: Callable[[str], None] = _ignore_note,
 ) -> Iterator[str]:
     """Run `sterna serve ARGUMENTS` on a private socket and yield its URL; it is stopped on leaving.
 
-    `on_progress(what, done, total)` is called while it starts.
+    `on_progress(what, done, total)` is called while it starts, `on_note` with a line for the user.
 
     Raises what the daemon's exit code says, with its last words, if it ends before it is ready; StartFailed
     if it was killed or is not ready in time.
@@ -60,14 +80,18 @@ def private_daemon(
                 process_group=0,
             )
         try:
-            _await_ready(child, start_timeout_s, stderr_path, on_progress)
+            _await_ready(child, start_timeout_s, stderr_path, on_progress, on_note)
             yield url
         finally:
             _stop(child)
 
 
 def _await_ready(
-    child: subprocess.Popen[bytes], timeout_s: float, stderr_path: Path, on_progress: Progress
+    child: subprocess.Popen[bytes],
+    timeout_s: float,
+    stderr_path: Path,
+    on_progress: Progress,
+    on_note: Callable[[str], None],
 ) -> None:
     if child.stdout is None:
         raise StartFailed("the daemon was started without a pipe for its output")
@@ -78,6 +102,8 @@ def _await_ready(
         while True:
             *lines, seen = seen.split(b"\n")
             for line in lines:
+                if line.startswith(_NOTE.encode()):
+                    on_note(for_terminal(line.decode(errors="replace").removeprefix(_NOTE)))
                 _report(line, on_progress)
             if any(line.startswith(_READY) for line in lines):
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,11 @@ if TYPE_CHECKING:
     from ..client.results import Result, RoutingFacts
     from ..daemon.announcement import Announcement
 
+# Of a vector that a person looks at, and of the text that it stands for.
+SHOWN_VALUES = 4
+SHOWN_CHARS = 24
+# More columns of similarities do not fit a screen.
+MAX_COMPARED = 8
 # Everything that moves a cursor, sets a title or answers back; tab and newline stay.
 _CONTROLS = {c: "\ufffd" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
 
@@ -79,14 +85,35 @@ def cut_line(result: Result, max_tokens: int | None, context: int) -> str:
 
 def ready_line(announcement: Announcement) -> str:
     """Return the line that tells somebody at a terminal that the daemon serves, and what to try next."""
-    short = ""
-    if announcement.context < announcement.wished_context:
-        short = f" instead of {announcement.wished_context}, for want of memory"
     socket = "" if announcement.is_default_socket else f" --socket {announcement.socket}"
     return (
-        f"sterna: ready: {announcement.name}, context {announcement.context} tokens{short}; "
+        f"sterna: ready: {announcement.name}, context {announcement.context} tokens{announcement.shortage}; "
         f'try in another terminal: sterna generate{socket} "Once upon a time"; Ctrl-C stops'
     )
+
+
+def embeddings(texts: Sequence[str], vectors: Sequence[Sequence[float]]) -> str:
+    """Return what a person sees of vectors: first values of each, and cosine similarities of 2 to 8 texts."""
+    width = min(SHOWN_CHARS, max(len(text) for text in texts))
+    lines = []
+    for number, (text, vector) in enumerate(zip(texts, vectors, strict=True), 1):
+        first = " ".join(f"{value:+.4f}" for value in vector[:SHOWN_VALUES])
+        more = " ..." if len(vector) > SHOWN_VALUES else ""
+        lines.append(
+            f"{number}  {one_line(text)[:SHOWN_CHARS]:<{width}}  {len(vector)} values: {first}{more}"
+        )
+    if 2 <= len(texts) <= MAX_COMPARED:
+        cells = [
+            (str(i), *(f"{_cosine(one, other):.3f}" for other in vectors)) for i, one in enumerate(vectors, 1)
+        ]
+        head = ("", *(str(i) for i in range(1, len(texts) + 1)))
+        lines += ["", "cosine similarities", *columns(head, cells)]
+    return "\n".join(lines)
+
+
+def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    lengths = math.hypot(*one) * math.hypot(*other)
+    return sum(a * b for a, b in zip(one, other, strict=True)) / lengths if lengths else 0.0
 
 
 def routing_line(facts: RoutingFacts) -> str:

@@ -28,6 +28,13 @@ class Announcement:
         """Whether a client finds the daemon without being told where."""
         return self.socket == default_socket_url()
 
+    @property
+    def shortage(self) -> str:
+        """What is told after the number of tokens of a context that memory made shorter; "" for any other."""
+        if self.context >= self.wished_context:
+            return ""
+        return f" instead of {self.wished_context}, for want of memory"
+
     def print_ready(self) -> None:
         """Print the line that scripts wait for."""
         print(f"ready socket={self.socket}", flush=True)

@@ -14,7 +14,7 @@ from ...scheduler.model.plan import ModelPlan
 from ...shm.errors import ConfigError, OutOfResources
 from ...shm.slots import arena_nbytes, slots_at
 from ..config import resident_count
-from ..sizes import format_size
+from ..sizes import format_given, format_size
 from .buffers import scheduler_nbytes, step_nbytes, worker_nbytes
 
 _MIB = 2**20
@@ -345,10 +345,11 @@ def _refusal(
     lower += ["max_batch_tokens"] if wants.max_batch_tokens > BATCH_TOKENS[-1] else []
     lower += ["workers"] if wants.workers > 1 else []
     advice = f"lower {', '.join(lower)}, or " if lower else ""
+    fixed = format_size(sum(rows.values()))
+    without, experts = ("without experts ", f", and one token uses {cycle} experts") if cycle else ("", "")
     return (
-        f"a budget of {format_size(budget)} is too small: without experts {format_size(sum(rows.values()))} "
-        f"are needed ({spent}, ...), and one token uses {cycle} experts; at least {format_size(smallest)} "
-        f"({smallest} bytes) work",
+        f"a budget of {format_given(budget)} is too small: {without}{fixed} are needed "
+        f"({spent}, ...){experts}; at least {format_size(smallest)} ({smallest} bytes) work",
         f"{advice}raise memory",
     )
 

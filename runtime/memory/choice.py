@@ -19,10 +19,10 @@ from ...scheduler.spec import model_id
 from ...shm.errors import ConfigError, OutOfResources
 from ...shm.slots import arena_nbytes
 from ...workers.checkpoint.file.gguf import GgufFile
-from ...workers.checkpoint.held.formats import DEFAULT_STORAGE, Storage
+from ...workers.checkpoint.held.formats import DEFAULT_STORAGE, TERNARY, Storage
 from ...workers.user_cache import user_cache
 from ..config import Activations, Config, Precision, Ternary
-from ..sizes import format_size
+from ..sizes import format_given, format_size
 from .budget import SlotDecision, Wants, decide
 from .precisions import assign, can_convert
 
@@ -149,6 +149,8 @@ class Choices:
             why = f"{self._ternary} bits, as set"
         else:
             plan, decision, why = self._by_size(budget, wants, largest)
+        if not any(form in TERNARY for _, form in plan.matrix_types):
+            why = "no ternary weights"
         return ModelChoice(
             plan=plan,
             decision=decision,
@@ -172,7 +174,7 @@ class Choices:
         small = self._plan(small=True)
         needed = weights_nbytes(wide)
         if weights_nbytes(small) < needed:
-            why = f"1.6 bits: {format_size(needed)} at 2 bits do not fit in {format_size(budget)}"
+            why = f"1.6 bits: {format_size(needed)} at 2 bits do not fit in {format_given(budget)}"
             return *self._decide(small, wants, budget, largest), why
         if decision is None:
             raise refusal or OutOfResources("no plan fits")

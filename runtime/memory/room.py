@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...shm.errors import OutOfResources
-from ..sizes import format_size
+from ..sizes import format_given, format_size
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -90,7 +90,7 @@ def choose_budget(
     if memory is not None:
         if room.limited and memory > room.available + own:
             raise OutOfResources(
-                f"memory is {format_size(memory)}, but {format_size(room.available)} are {room.source}"
+                f"memory is {format_given(memory)}, but {format_size(room.available)} are {room.source}"
             )
         return Budget(nbytes=memory, why="as set")
     if preset == "auto" and _is_pi_5(root):

@@ -1,6 +1,6 @@
-"""A process that compiles kernels into the cache and ends: `python -m ... ARGUMENTS FIRST PARENT`.
+"""A process that compiles kernels into the cache and ends: `python -m ... ARGUMENTS NUMBERS PARENT`.
 
-ARGUMENTS: those of `scheduler.warm.steps`, as JSON; FIRST: the number of the step to begin with; PARENT: the
+ARGUMENTS: those of `scheduler.warm.steps`, as JSON; NUMBERS: of the steps to run, as JSON; PARENT: the
 nursery's process number. After each step it prints "done NUMBER"; for a step that fails, one line saying why.
 Its environment is the nursery's, which has set what numba reads; it ends with the nursery.
 """
@@ -20,10 +20,10 @@ def main() -> int:
     die_with_parent(int(sys.argv[3]))
     from ...scheduler import warm
 
-    steps, first = warm.steps(**json.loads(sys.argv[1])), int(sys.argv[2])
-    for number, (_, step) in enumerate(steps[first:], start=first):
+    steps = warm.steps(**json.loads(sys.argv[1]))
+    for number in json.loads(sys.argv[2]):
         try:
-            step()
+            steps[number][1]()
         except Exception as error:  # told to the nursery, whatever a step raised
             print(describe(error), flush=True)
             return EXIT_FAILED

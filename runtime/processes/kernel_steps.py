@@ -21,12 +21,15 @@ from functools import partial
 from ...scheduler import warm
 from ...shm.errors import StartFailed
 from ...workers.kernels import late
+from ..memory.room import read_room
 
 log = logging.getLogger("sterna.kernels")
 
 COMPILER = "sterna.runtime.processes.kernel_compiler"
 # A step takes some 10 s; a board without a fan, and busy, ten times that.
 STEP_TIMEOUT_S = 600.0
+MOST_COMPILERS = 2
+COMPILER_NBYTES = 256 * 2**20  # what each takes while it runs
 END_TIMEOUT_S = 10.0
 
 
@@ -44,30 +47,39 @@ def steps(**arguments: object) -> list[tuple[str, Callable[[], None]]]:
 
 
 class Loader:
-    """Runs steps without compiling; the first that cannot starts the compiler for it and all after it."""
+    """Runs steps without compiling; the first that cannot starts compilers for it and all after it."""
 
     def __init__(self, steps: list[Callable[[], None]], arguments: dict[str, object]) -> None:
         self._steps = steps
         self._arguments = arguments
-        self._compiler: Compiler | None = None
+        self._first = 0
+        self._compilers: list[Compiler] = []
 
     def run(self, number: int) -> None:
         """Run one step. Raises what it raises, or StartFailed when it cannot be compiled."""
-        if self._compiler is None:
+        if not self._compilers:
             if self._loaded(number):
                 return
-            self._compiler = Compiler(self._arguments, number)
-        self._compiler.wait_for(number)
+            self._start_compilers(number)
+        self._compilers[(number - self._first) % len(self._compilers)].wait_for(number)
         if not self._loaded(number):
             # The disk is full, say. The plan of the memory does not hold then: better than no answer at all.
             log.warning("kernel.not_kept step=%d", number)
             self._steps[number]()
 
     def finish(self) -> None:
-        """Wait until the compiler has ended, and say that nothing is missing."""
-        if self._compiler is not None:
-            self._compiler.close()
+        """Wait until the compilers have ended, and say that nothing is missing."""
+        for compiler in self._compilers:
+            compiler.close()
         late.seal()
+
+    def _start_compilers(self, first: int) -> None:
+        """Have the steps from `first` on compiled, in turn by as many compilers as cores and memory allow."""
+        numbers = list(range(first, len(self._steps)))
+        in_memory = max(1, read_room().usable // COMPILER_NBYTES)
+        count = min(MOST_COMPILERS, len(os.sched_getaffinity(0)), len(numbers), in_memory)
+        self._first = first
+        self._compilers = [Compiler(self._arguments, numbers[i::count]) for i in range(count)]
 
     def _loaded(self, number: int) -> bool:
         """Run a step unless something would have to be compiled; return whether it ran."""
@@ -82,12 +94,20 @@ class Loader:
 
 
 class Compiler:
-    """The process that compiles the steps from `first` on; it says when each is done. It ends with us."""
+    """A process that compiles steps; it says when each is done. It ends with us."""
 
-    def __init__(self, arguments: dict[str, object], first: int) -> None:
-        self._done = first - 1
+    def __init__(self, arguments: dict[str, object], numbers: list[int]) -> None:
+        self._done = -1
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", COMPILER, json.dumps(arguments), str(first), str(os.getpid())],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                COMPILER,
+                json.dumps(arguments),
+                json.dumps(numbers),
+                str(os.getpid()),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ...shm.errors import StartFailed
+from ...shm.errors import ConfigError, StartFailed
 from ...workers.kernels.cache import cache_dir, cache_root, sources_digest
 
 VARIABLE = "STERNA_KERNEL_TARGET"
@@ -29,15 +29,23 @@ selftest.run()
 
 
 def proven_target() -> str:
-    """Return the target to use; a forced one ($STERNA_KERNEL_TARGET) is taken as it is.
+    """Return the target to use; a forced one ($STERNA_KERNEL_TARGET) is taken without a proof.
 
-    Raises StartFailed when no target computes correctly, with what the last child said.
+    Raises ConfigError for a forced target whose instructions this machine does not have: LLVM aborts over
+    these. Raises StartFailed when no target computes correctly, with what the last child said.
     """
-    if os.environ.get(VARIABLE):
-        return os.environ[VARIABLE]
-    memory = cache_root() / f"target-{_machine_digest()}"
     from ...workers.kernels.features import TARGETS, candidates
 
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        # A name that is no target at all is refused by whoever imports the kernels.
+        if forced in TARGETS and forced not in candidates():
+            raise ConfigError(
+                f"{VARIABLE}={forced}: this machine has no such instructions; expected one of "
+                f"{', '.join(candidates())}"
+            )
+        return forced
+    memory = cache_root() / f"target-{_machine_digest()}"
     with contextlib.suppress(OSError):
         remembered = memory.read_text(errors="replace")
         if remembered in TARGETS:  # a crash of the machine may leave an empty file

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from ...shm.errors import InternalError, ModelReadError, SternaError
+from ...shm.errors import InternalError, ModelFileError, ModelReadError, SternaError
 from ...workers.checkpoint.file.gguf import GgufFile
 from ...workers.checkpoint.held.formats import ActivationKind
 from ...workers.kernels.routing.top_k import scatter_pairs
@@ -41,6 +41,14 @@ class UnreadableExpert(ModelReadError):
 
     rows: of the step's batch, those that were routed to the expert.
     """
+
+    def __init__(self, text: str, rows: Indices) -> None:
+        super().__init__(text)
+        self.rows = rows
+
+
+class SpoiledExpert(ModelFileError):
+    """An expert that a step needs was read, and its bytes are no weights; `rows` as of `UnreadableExpert`."""
 
     def __init__(self, text: str, rows: Indices) -> None:
         super().__init__(text)
@@ -134,7 +142,7 @@ class ExpertRunner:
         """Write the outputs of all pairs of `groups` (in the order of `orders`) to y[token, rank].
 
         `meanwhile` is called once, while workers compute and read. Raises WorkerLost, InternalError, or what
-        reading an expert met (UnreadableExpert, ModelFileError); `y` is then not to be used.
+        reading an expert met (UnreadableExpert, SpoiledExpert); `y` is then not to be used.
         """
         event = self._event = _LayerEvent(layer, rows, count, groups, groups.ends.tolist(), y)
         ordinals: list[int] = groups.experts.tolist()
@@ -260,10 +268,11 @@ class ExpertRunner:
             self._read_for(event, ordinal, slot)
 
     def _unreadable_for(self, event: _LayerEvent, ordinal: int, error: SternaError) -> SternaError:
-        if not isinstance(error, ModelReadError):
-            return error
         first, last = event.ends[ordinal], event.ends[ordinal + 1]
-        return UnreadableExpert(str(error), event.groups.tokens[first:last].copy())
+        rows = event.groups.tokens[first:last]
+        if isinstance(error, ModelReadError):
+            return UnreadableExpert(str(error), rows.copy())
+        return SpoiledExpert(str(error), rows.copy()) if isinstance(error, ModelFileError) else error
 
     def take_loaded(self, answer: Loaded) -> Load | None:
         """Note the end of a read, whoever asked for it; return what it was, None if nobody knows any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sterna.runtime.sizes import format_size, parse_share, parse_size
+from sterna.runtime.sizes import format_given, format_size, parse_share, parse_size
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,12 @@ def test_formatted() -> None:
     assert [format_size(size) for size in sizes] == [
         "0 B", "1023 B", "1 KiB", "700 MiB", "1.5 GiB", "5000 TiB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["10 MB", "9.5 MiB", "1.5 GiB", "2 GB", "700 MiB", "0 B", "999 B", "1 KiB"])
+def test_a_size_is_told_as_it_was_given(text: str) -> None:
+    assert format_given(parse_size(text)) == text
+
+
+def test_a_size_that_nobody_gave_is_told_in_binary_units() -> None:
+    assert format_given(219_938_169) == format_size(219_938_169) == "210 MiB"

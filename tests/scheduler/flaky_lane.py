@@ -20,7 +20,7 @@ from sterna.scheduler.lane.roster import (
     ShapesSent,
     SlotsFilled,
 )
-from sterna.shm.errors import ModelReadError, WorkerLost
+from sterna.shm.errors import ModelReadError, SternaError, WorkerLost
 from sterna.workers.messages import ExpertPage
 from sterna.workers.serve import ExpertWorker
 
@@ -36,6 +36,8 @@ class FlakyLane(LocalLane):
         self.at: Callable[[], None] = lambda: None
         self.unreadable: set[tuple[int, int]] = set()
         """(layer, expert) of which no read succeeds."""
+        self.met: SternaError = ModelReadError("for a test")
+        """What these reads end with."""
         self.computed: list[tuple[int, int]] = []
         """(layer, expert) of every batch."""
         self.peers = {worker: worker for worker in range(len(workers))}
@@ -81,7 +83,7 @@ class FlakyLane(LocalLane):
         if (page.layer, page.expert) in self.unreadable:
             self._seq += 1
             seq = self._seq
-            self._answers.append(Loaded(seq=seq, error=ModelReadError("for a test")))
+            self._answers.append(Loaded(seq=seq, error=self.met))
         else:
             seq = super().page_in(worker, page, urgent=urgent)
         self._roster.owe_read(seq, worker)

@@ -18,7 +18,7 @@ from sterna.scheduler.lane.local import local_workers
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.residency.saved_counts import SavedCounts
 from sterna.scheduler.serving import Serving, ServingLimits
-from sterna.shm.errors import ModelReadError, StartFailed
+from sterna.shm.errors import ModelFileError, ModelReadError, StartFailed, SternaError
 from sterna.shm.slots import SlotTable
 from sterna.workers.checkpoint.file.gguf import GgufFile
 from sterna.workers.messages import Configure
@@ -209,7 +209,10 @@ def test_what_was_met_inside_a_step_is_handled_before_the_next_wait(
     assert stage.tokens() == expected
 
 
-def test_an_expert_that_cannot_be_read_ends_only_who_needs_it(stage: Stage, expected: object) -> None:
+@pytest.mark.parametrize("met", [ModelReadError("for a test"), ModelFileError("for a test")])
+def test_an_expert_that_cannot_be_read_ends_only_who_needs_it(
+    stage: Stage, expected: object, met: SternaError
+) -> None:
     used: list[set[tuple[int, int]]] = []
     for prompt in PROMPTS:
         stage.begin()
@@ -222,11 +225,12 @@ def test_an_expert_that_cannot_be_read_ends_only_who_needs_it(stage: Stage, expe
             stage.made.slots.clear(slot)
     stage.begin()
     stage.lane.unreadable.add(bad)
+    stage.lane.met = met
     for stream, prompt in enumerate(PROMPTS):
         stage.submit(stream, prompt)
     stage.run()
     (failure,) = stage.failures()
-    assert (failure.streams, failure.code, failure.text) == ([(1, 1)], "model_read", "for a test")
+    assert (failure.streams, failure.code, failure.text) == ([(1, 1)], met.code, "for a test")
     assert isinstance(expected, dict)
     assert stage.tokens()[0] == expected[0]
     stage.lane.unreadable.clear()  # the card is back

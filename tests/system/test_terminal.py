@@ -17,7 +17,15 @@ import pytest
 
 from sterna.runtime.cli.progress import COMPILING
 
-from .daemon_process import COMMAND, START_TIMEOUT_S, STOP_TIMEOUT_S, clean_env, left_behind, wait_until
+from .daemon_process import (
+    COMMAND,
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    Daemon,
+    clean_env,
+    left_behind,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -70,6 +78,30 @@ def served(home: Path, *arguments: str) -> tuple[int, str, str]:
             child.kill()
     terminal.close()
     return child.returncode, out.decode(), terminal.text
+
+
+def test_vectors_on_a_terminal_are_for_people(home: Path, shared: Daemon) -> None:
+    command = [*COMMAND, "embed", "a king", "a queen", "--socket", shared.url]
+    terminal = Terminal()
+    child = subprocess.Popen(command, stdout=terminal.fd, env=clean_env(home, TERM="xterm", COLUMNS="200"))
+    os.close(terminal.fd)
+    try:
+        assert child.wait(START_TIMEOUT_S) == 0
+    finally:
+        child.kill()
+        child.wait()
+    terminal.close()
+    lines = terminal.text.splitlines()
+    assert len(lines) == 7
+    piped = subprocess.run(
+        command, capture_output=True, text=True, env=clean_env(home), timeout=START_TIMEOUT_S
+    )
+    whole = [[float(value) for value in line.split()] for line in piped.stdout.splitlines()]
+    assert [len(vector) for vector in whole] == [256, 256]
+    for name, shown, vector in zip(("1  a king ", "2  a queen"), lines, whole, strict=False):
+        assert shown == f"{name}  256 values: {' '.join(f'{value:+.4f}' for value in vector[:4])} ..."
+    alike = f"{sum(a * b for a, b in zip(*whole, strict=True)):.3f}"
+    assert [line.split() for line in lines[4:]] == [["1", "2"], ["1", "1.000", alike], ["2", alike, "1.000"]]
 
 
 def test_a_person_sees_bars_and_two_lines(home: Path) -> None:

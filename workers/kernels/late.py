@@ -8,7 +8,10 @@ where the cache had it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+from pathlib import Path
 from typing import Any
 
 from numba.core import config, event
@@ -61,6 +64,7 @@ def watched(dispatcher: Any) -> Any:
     """
     if config.DISABLE_JIT:
         return dispatcher
+    _save_alone(dispatcher._cache)
     find = dispatcher.compile
 
     def compile_or_load(signature: Any) -> Any:
@@ -75,6 +79,24 @@ def watched(dispatcher: Any) -> Any:
 
     dispatcher.compile = compile_or_load
     return dispatcher
+
+
+def _save_alone(cache: Any) -> None:
+    """Have no two processes write to a cache at once.
+
+    The library picks a file's number and writes index and file without a lock: of two processes that compile
+    different signatures of a kernel one may find the other's machine code under its own.
+    """
+    save = cache.save_overload
+
+    def save_locked(signature: Any, data: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # then `save` cannot write either, and says so
+                lock = stack.enter_context((Path(cache.cache_path) / "lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            save(signature, data)
+
+    cache.save_overload = save_locked
 
 
 def _signature(arguments: Any) -> str:

@@ -26,7 +26,7 @@ from ..options import (
     sampling_options,
 )
 from ..reading import read_text
-from ..render import cut_line, for_terminal, routing_line, statistics
+from ..render import cut_line, embeddings, for_terminal, routing_line, statistics
 from ..signals import exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -129,12 +129,16 @@ def embed(
 ) -> int:
     """Print a vector for each TEXT.
 
-    One line is one vector; `-` is what stdin holds. Which daemon computes it is decided as for `generate`.
+    One line is one vector; a terminal shows the first values of each, and how similar up to 8 texts are.
+    `-` is what stdin holds. Which daemon computes it is decided as for `generate`.
     """
     exit_on_sigterm()
     contents = [_read_stdin() if text == "-" else text for text in texts]
     with _daemon_for(socket, model, stats=True) as client:
         vectors = client.embed(contents, pooling=pooling, normalize=not raw)
+    if sys.stdout.isatty() and not as_json:
+        click.echo(embeddings(contents, vectors.tolist()))
+        return 0
     # The shortest figures that give the same float32 again.
     rows = [[str(value) for value in vector] for vector in vectors]
     if as_json:
@@ -197,8 +201,14 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool =
     arguments = [] if path is None else [str(path)]
     with contextlib.ExitStack() as stack:
         with StartProgress() as progress:
-            url = stack.enter_context(private_daemon(arguments, config.start_timeout_s, progress.update))
+            url = stack.enter_context(
+                private_daemon(arguments, config.start_timeout_s, progress.update, _print_note)
+            )
         yield stack.enter_context(Client(url))
+
+
+def _print_note(text: str) -> None:
+    click.echo(f"sterna: {text}", err=True)
 
 
 def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:

@@ -65,10 +65,10 @@ def serve(
 
     if exit_with_parent is None:
         return run_daemon(config)
-    from ..private_daemon import print_progress
+    from ..private_daemon import announce, print_progress
 
     _exit_with_parent(exit_with_parent)
-    return run_daemon(config, print_progress)
+    return run_daemon(config, print_progress, announce)
 
 
 def _serve_on_terminal(config: Config) -> int:

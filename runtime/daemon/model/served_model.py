@@ -162,8 +162,10 @@ def _longest_piece(tokenizer: Tokenizer) -> int:
 def _log_choice(choice: ModelChoice, budget: Budget) -> None:
     decision = choice.decision
     log.info("model.held ternary=%r activations=%r", choice.ternary, choice.activations)
-    if choice.precision:
+    if choice.plan.assignment:
         log.info("model.precision experts=%r", choice.precision)
+    elif choice.precision:
+        log.warning("model.precision_unused why=%r", choice.precision)
     for note in decision.notes:
         log.warning("memory.short %s", note)
     log.info(

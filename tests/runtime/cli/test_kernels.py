@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import pty
 import signal
 import subprocess
@@ -110,6 +111,15 @@ def test_warm_with_an_unknown_target() -> None:
     code, _, err = sterna("warm", STERNA_KERNEL_TARGET="avx1024")
     assert code == 78
     assert "STERNA_KERNEL_TARGET=avx1024" in error_line(err)
+
+
+def test_warm_with_the_target_of_another_machine() -> None:
+    """LLVM aborted the process: exit code 134."""
+    foreign = "avx2" if platform.machine() == "aarch64" else "neon"
+    code, _, err = sterna("warm", STERNA_KERNEL_TARGET=foreign)
+    assert code == 78
+    assert f"STERNA_KERNEL_TARGET={foreign}: this machine has no such" in error_line(err)
+    assert error_line(err).endswith("generic")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -312,6 +312,21 @@ def test_private_daemon_is_stopped_at_the_end(tmp_path: Path, monkeypatch: pytes
     assert not folder.exists()
 
 
+def test_what_a_private_daemon_has_to_tell_reaches_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private_daemon.announce(Announcement(socket="x", name="m", context=512, wished_context=4096))
+    lines = capsys.readouterr().out.splitlines()
+    told = "; ".join(f"echo {line}" for line in lines)
+    monkeypatch.setattr(sys, "executable", script(tmp_path, f"{told}; exec sleep 60"))
+    notes: list[str] = []
+    with private_daemon.private_daemon([], 10, on_note=notes.append):
+        pass
+    assert notes == ["the context is 512 tokens instead of 4096, for want of memory"]
+    private_daemon.announce(Announcement(socket="x", name="m", context=512, wished_context=512))
+    assert capsys.readouterr().out == "ready socket=x\n"
+
+
 def test_private_daemon_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stubborn = "trap '' TERM; echo ready socket=x; while :; do sleep 0.1; done"
     monkeypatch.setattr(sys, "executable", script(tmp_path, stubborn))

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from sterna.runtime.config import embedded_model
 from sterna.runtime.memory.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
+from sterna.runtime.memory.choice import Choices
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
 from sterna.shm.slots import arena_nbytes
 from sterna.workers.checkpoint.file.gguf import GgufFile
 
+from ...families.tiny_files import write
+from ...families.tiny_models import tiny_model
 from ..examine.sparse_model import write_flash
 
 MIB = 2**20
@@ -89,6 +92,23 @@ def test_the_sum_is_kept(
         assert more.num_slots >= decision.num_slots
     smaller = decide(plan, wants, decision.smallest, READ)
     check(plan, smaller, plan.all_slots())
+
+
+def test_a_dense_model_is_refused_without_a_word_on_experts(tmp_path: Path) -> None:
+    with (
+        GgufFile.open(write(tiny_model("qwen3"), tmp_path / "dense.gguf")) as file,
+        pytest.raises(BudgetTooSmall) as caught,
+    ):
+        Choices(file, activations="block").within(10_000_000, WANTS)
+    assert str(caught.value).startswith("a budget of 10 MB is too small: ")
+    assert "expert" not in str(caught.value)
+
+
+def test_a_model_without_ternary_weights_is_not_said_to_hold_them(tmp_path: Path) -> None:
+    with GgufFile.open(write(tiny_model("qwen3"), tmp_path / "dense.gguf")) as file:
+        assert Choices(file).within(2**31, WANTS).ternary == "no ternary weights"
+    with GgufFile.open(embedded_model()) as file:
+        assert Choices(file).within(2**31, WANTS).ternary == "2 bits: fits in memory"
 
 
 def test_the_smallest_budget_is_exact_and_named(flash: ModelPlan) -> None:

@@ -151,7 +151,7 @@ def test_the_setting_reaches_the_plan(
 
 def test_a_ternary_model_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     plain = ServedModel.load(Config(memory="250MiB", workers=1))
-    with caplog.at_level(logging.INFO, "sterna.model"):
+    with caplog.at_level(logging.WARNING, "sterna.model"):  # what `sterna serve` on a terminal shows
         model = ServedModel.load(Config(memory="250MiB", workers=1, precision="default"))
     assert (model.plan.precisions, model.plan.assignment) == (("file",), ())
     assert model.decision == plain.decision

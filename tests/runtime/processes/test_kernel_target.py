@@ -11,7 +11,7 @@ import pytest
 
 from sterna.runtime.processes import kernel_target
 from sterna.runtime.processes.kernel_target import VARIABLE, proven_target
-from sterna.shm.errors import StartFailed
+from sterna.shm.errors import ConfigError, StartFailed
 from sterna.workers.kernels import features
 from sterna.workers.kernels.cache import cache_dir, cache_root, sources_digest
 
@@ -119,10 +119,18 @@ def test_a_damaged_memory_is_no_memory(monkeypatch: pytest.MonkeyPatch, root: Pa
 def test_a_forced_target_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, root: Path, forced: str) -> None:
     """Whether it is one is said by whoever imports the kernels."""
     monkeypatch.setenv(VARIABLE, forced)
+    offer(monkeypatch, "avx2", "generic")
     no_child(monkeypatch)
     assert proven_target() == forced
     assert os.environ[VARIABLE] == forced
     assert memories(root) == {}
+
+
+def test_a_forced_target_of_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "neon")
+    offer(monkeypatch, "avx2", "generic")
+    with pytest.raises(ConfigError, match=r"^STERNA_KERNEL_TARGET=neon: .* expected one of avx2, generic$"):
+        proven_target()
 
 
 def test_where_none_works_the_start_fails_and_says_how_each_did(

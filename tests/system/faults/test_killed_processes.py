@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from sterna.runtime.config import embedded_model
-from sterna.shm.errors import DaemonUnreachable, ModelReadError, SternaError
+from sterna.shm.errors import DaemonUnreachable, ModelFileError, ModelReadError, SternaError
+from sterna.workers.checkpoint.file.gguf import GgufFile
 
 from ..conftest import Serve, is_idle
 from ..daemon_process import Daemon, processes_in, wait_until
@@ -112,6 +113,28 @@ def test_a_worker_replaced_over_a_file_that_was_cut_short_hangs_nobody(serve: Se
     with path.open("r+b") as file:  # the card is back
         file.write(whole)
     assert essence(run_alone(daemon.url, requests(1, 24))[0]) == essence(expected)
+    assert restarts(daemon, "scheduler") == 0
+
+
+def test_bytes_that_are_no_weights_end_the_requests_that_need_them(serve: Serve, tmp_path: Path) -> None:
+    """Experts that were not read before the file was damaged; TQ2_0 has no code 3."""
+    path = tmp_path / "model.gguf"
+    shutil.copyfile(embedded_model(), path)
+    whole = path.read_bytes()
+    daemon = serve(str(path), "--workers", "1", "--resident-experts", "25%", "--prefetch", "off")
+    with GgufFile.open(path) as file, path.open("r+b") as damaged:
+        for info in [each for name, each in file.tensors.items() if "_exps" in name]:
+            damaged.seek(info.offset)
+            damaged.write(b"\xff" * info.nbytes)
+    with (
+        daemon.client(20.0) as client,
+        pytest.raises(ModelFileError, match=r"blk\.\d+\.ffn_\w+\.weight: expert \d+: "),
+    ):
+        client.generate(**requests(1, 24)[0])
+    wait_until(lambda: is_idle(daemon), 5.0, "nothing is left of the request")
+    with path.open("r+b") as damaged:
+        damaged.write(whole)
+    assert len(run_alone(daemon.url, requests(1, 24))[0].token_ids) == 24
     assert restarts(daemon, "scheduler") == 0
 
 

@@ -61,6 +61,9 @@ class Storage:
 
 DEFAULT_STORAGE = Storage()
 
+TERNARY = frozenset({Format.TL1, Format.B3, Format.TL1_ROW, Format.TL1_TOKEN})
+"""Formats of ternary weights."""
+
 ROW_SCALED = ("I2_S", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4", "TL1", "TL2")
 """Names of the ternary file types with a scale for each row, or one for all."""
 
