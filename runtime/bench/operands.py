@@ -65,9 +65,9 @@ def time_call(
     end = clock() + seconds
     times: list[float] = []
     while len(times) < MIN_REPETITIONS or clock() < end:
-        began = clock()
+        began_s = clock()
         call()
-        times.append(max(clock() - began, 1e-9))
+        times.append(max(clock() - began_s, 1e-9))
         between()
     return Timing(best_s=min(times), median_s=statistics.median(times), repetitions=len(times))
 

@@ -89,7 +89,7 @@ def quantize(
         _check_room(part, layout)
         resumed = set(part.done)
         conversion = _ConversionRun(file, part, wanted, weights(), threads, progress)
-        began = time.monotonic()
+        began_s = time.monotonic()
         conversion.run(choices, layout)
         part.sync(layout.nbytes)
         _read_back(part, keys, layout, progress)
@@ -98,7 +98,7 @@ def quantize(
     return Conversion(
         path=out,
         nbytes=layout.nbytes,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - began_s,
         resumed=len(resumed),
         recoded_nbytes=sum(choice.info.nbytes for choice in fresh if not choice.kept),
         groups=groups(choices, part.done),
