@@ -49,11 +49,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What a run did, None for what is not known; rates in tokens per second, per token of the answer.
-
-    `reread_bytes` are those of files that the kernel had dropped for want of memory, in the whole run;
-    `load_at_start` is the load average of the minute before; `error` is None or one line.
-    """
+    """What a run did, None for what is not known; rates in tokens per second, per token of the answer."""
 
     runner: str
     limit_bytes: int | None
@@ -64,10 +60,13 @@ class Measurement:
     hit_rate: float | None = None
     peak_bytes: float | None = None
     reread_bytes: float | None = None
+    """Bytes of files that the kernel had dropped for want of memory, in the whole run."""
     cached_at_start: float | None = None
     start_s: float | None = None
     load_at_start: float | None = None
+    """Load average of the minute before."""
     error: str | None = None
+    """None or one line."""
 
 
 class Runner(Protocol):

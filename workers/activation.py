@@ -1,6 +1,6 @@
 """What a feed-forward network does between its matrices, by number: plans name it, kernels compute it.
 
-No numba: the daemon imports this. The kernels are in `kernels.ffn`.
+No numba: the daemon imports this. The kernels are in `kernels.layers.ffn`.
 """
 
 from __future__ import annotations

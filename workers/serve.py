@@ -30,7 +30,7 @@ _NO_Q = np.zeros((1, 1), np.int8)
 _NO_SUMS = np.zeros((1, 1), np.int32)
 
 _PartOffsets = tuple[list[tuple[int, int, int, int, int]], list[int]]
-"""Entries of gate, up and down, as `kernels.ffn` names them, and the bytes of their biases, -1: none."""
+"""Entries of gate, up and down, as `layers.ffn` names them, and the bytes of their biases, -1: none."""
 
 
 class _Scratch:

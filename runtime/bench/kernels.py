@@ -1,7 +1,7 @@
 """The kernel benchmark: what is measured, in which order, and the report that comes out.
 
 Everything is measured in this run, nothing is judged. Not in here: arguments and tables
-(`cli_kernels`, `bench_report`), operands and timing (`bench_operands`), the peer (`bench_llama`).
+(`cli/commands/kernels.py`, `report.py`), operands and timing (`operands.py`), the peer (`llama.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the kernel benchmark multiplies: packed matrices, rings of copies, tokens; and how it times a call.
 
 A call goes over several matrices, so that what Python costs per call (some 3 us) does not count.
-Not in here: what is measured (`bench_kernels`), clocks.
+Not in here: what is measured (`kernels.py`), clocks.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def time_call(
     end = clock() + seconds
     times: list[float] = []
     while len(times) < MIN_REPETITIONS or clock() < end:
-        began = clock()
+        began_s = clock()
         call()
-        times.append(max(clock() - began, 1e-9))
+        times.append(max(clock() - began_s, 1e-9))
         between()
     return Timing(best_s=min(times), median_s=statistics.median(times), repetitions=len(times))
 

@@ -2,7 +2,8 @@
 
 In here: a connection that is driven by the event loop's readiness callbacks, a mailbox for each call, and the
 driver of an `exchange.Exchange`. No task reads the socket, so no cancelled `recv` can lose a message. Not in
-here: answers that come in parts (`async_stream.py`), whose turn it is (`turns.py`), sockets (`wire.py`).
+here: answers that come in parts (`async_stream.py`), whose turn it is (`turns.py`), sockets
+(`connection.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from ... import __version__
 from ...shm.errors import SternaError, UsageError
 from ..protocol.messages import Cancel, Embed, Failed, Generate, Hello, Message, Pong, Welcome
 from . import replies, requests
+from .connection import ClientConnection
 from .exchange import Exchange, T
 from .heartbeat import CANCEL_TIMEOUT_S
 from .turns import Turns
-from .wire import Wire
 
 Mailbox = asyncio.Queue[replies.Event | SternaError]
 """The replies to one call, in order; an error ends the connection."""
@@ -44,7 +45,7 @@ class Channel:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connecting = asyncio.Lock()
-        self._wire: Wire | None = None
+        self._connection: ClientConnection | None = None
         self._welcome: Welcome | None = None
         self._mailboxes: dict[str, Mailbox] = {}
         self._turns = Turns()
@@ -62,13 +63,13 @@ class Channel:
 
     async def run(self, exchange: Exchange[T]) -> T:
         """Carry out a call and return its result; a cancelled task cancels its requests on the daemon."""
-        wire = await self._connected()
+        connection = await self._connected()
         box: Mailbox = asyncio.Queue()
         opened: set[str] = set()
         try:
             while not exchange.done:
                 for message in exchange.due():
-                    self._submit(wire, message)
+                    self._submit(connection, message)
                 opened.update(exchange.keys)
                 self._mailboxes.update(dict.fromkeys(exchange.keys, box))
                 event = await self.next_event(box, next(iter(exchange.in_flight), ""))
@@ -87,10 +88,10 @@ class Channel:
 
         The caller ends it with `end` or `abandon`.
         """
-        wire = await self._connected()
+        connection = await self._connected()
         box = self._mailboxes[request.id] = asyncio.Queue()
         try:
-            self._submit(wire, request)
+            self._submit(connection, request)
         except BaseException:
             self.end(request.id)
             raise
@@ -119,11 +120,11 @@ class Channel:
     def abandon(self, request_id: str) -> None:
         """Cancel a request that nobody waits for any more, without waiting."""
         self._mailboxes.pop(request_id, None)
-        if self._turns.withdraw(request_id) or self._wire is None:
+        if self._turns.withdraw(request_id) or self._connection is None:
             return
         self._has_unconfirmed_cancels = True
         with contextlib.suppress(SternaError):
-            self._send(self._wire, Cancel(id=request_id))
+            self._send(self._connection, Cancel(id=request_id))
 
     def abandon_soon(self, request_id: str) -> None:
         """Do as `abandon` does, from any thread."""
@@ -133,11 +134,11 @@ class Channel:
 
     async def cancel(self, request_id: str) -> None:
         """End a request; on this channel its mailbox gets the end. Raises NotFound if there is none."""
-        wire = await self._connected()
+        connection = await self._connected()
         if self._turns.withdraw(request_id):
             self._deliver(request_id, replies.never_sent(request_id))
         elif request_id in self._mailboxes:
-            self._send(wire, Cancel(id=request_id))
+            self._send(connection, Cancel(id=request_id))
         else:
             await self.run(requests.cancel(request_id))
 
@@ -154,7 +155,7 @@ class Channel:
         """Close the connection; what still runs fails with UsageError. May be called twice."""
         if self._closed or os.getpid() != self._pid:
             return
-        if self._wire is not None and self._has_unconfirmed_cancels:
+        if self._connection is not None and self._has_unconfirmed_cancels:
             # A closed socket drops what it has not sent; the pong tells that the cancels were read.
             with contextlib.suppress(SternaError, TimeoutError):
                 async with asyncio.timeout(CANCEL_TIMEOUT_S):
@@ -165,7 +166,7 @@ class Channel:
             self._context.term()
             self._context = None
 
-    async def _connected(self) -> Wire:
+    async def _connected(self) -> ClientConnection:
         loop = asyncio.get_running_loop()
         requests.check_process(self._pid, os.getpid(), self._closed)
         if self._loop is None:
@@ -173,26 +174,26 @@ class Channel:
         elif self._loop is not loop:
             raise UsageError("this client belongs to another event loop: make one for each")
         async with self._connecting:
-            if self._wire is not None and self._wire.link.going_away and not self._mailboxes:
+            if self._connection is not None and self._connection.link.going_away and not self._mailboxes:
                 self._drop(None)
-            if self._wire is None:
-                return await self._open_wire(loop)
+            if self._connection is None:
+                return await self._open_connection(loop)
             if not self._mailboxes:
-                self._wire.link.wake(time.monotonic())
-            return self._wire
+                self._connection.link.wake(time.monotonic())
+            return self._connection
 
-    async def _open_wire(self, loop: asyncio.AbstractEventLoop) -> Wire:
+    async def _open_connection(self, loop: asyncio.AbstractEventLoop) -> ClientConnection:
         if self._context is None:
             self._context = zmq.Context()
-        wire = self._wire = Wire(self._context, self.url)
-        loop.add_reader(wire.socket.FD, self._on_ready)
-        loop.add_reader(wire.monitor.FD, self._on_ready)
+        connection = self._connection = ClientConnection(self._context, self.url)
+        loop.add_reader(connection.socket.FD, self._on_ready)
+        loop.add_reader(connection.monitor.FD, self._on_ready)
         box = self._mailboxes[replies.CONNECTION] = asyncio.Queue()
         try:
-            self._send(wire, Hello(client=self._client_id, version=__version__))
+            self._send(connection, Hello(client=self._client_id, version=__version__))
             async with asyncio.timeout(self.connect_timeout_s):
                 welcome = replies.settle(await _taken(box), Welcome)
-            if wire is not self._wire:  # it broke after the welcome
+            if connection is not self._connection:  # it broke after the welcome
                 raise replies.went_away(self.url)
         except TimeoutError:
             self._drop(None)
@@ -204,26 +205,26 @@ class Channel:
             self._mailboxes.pop(replies.CONNECTION, None)
         self._welcome = welcome
         self._turns.restart(welcome.limits, time.monotonic())
-        return wire
+        return connection
 
-    def _submit(self, wire: Wire, message: Message) -> None:
+    def _submit(self, connection: ClientConnection, message: Message) -> None:
         """Send a message; one that the daemon puts into its queue waits here for its turn."""
-        if isinstance(message, (Generate, Embed)) and wire is self._wire:
-            self._turns.add(message.id, wire.link.encode(message))
-            self._send_due(wire)
+        if isinstance(message, (Generate, Embed)) and connection is self._connection:
+            self._turns.add(message.id, connection.link.encode(message))
+            self._send_due(connection)
             self._look_soon()
         else:
-            self._send(wire, message)
+            self._send(connection, message)
 
-    def _send(self, wire: Wire, message: Message) -> None:
-        if wire is not self._wire:
+    def _send(self, connection: ClientConnection, message: Message) -> None:
+        if connection is not self._connection:
             raise replies.went_away(self.url)
-        wire.send(message)
+        connection.send(message)
         self._look_soon()
 
-    def _send_due(self, wire: Wire) -> None:
+    def _send_due(self, connection: ClientConnection) -> None:
         for frame in self._turns.due(time.monotonic()):
-            wire.send_frame(frame)
+            connection.send_frame(frame)
 
     def _look_soon(self) -> None:
         # Sending may swallow the edge by which the descriptor reports what came in.
@@ -234,15 +235,15 @@ class Channel:
     def _on_ready(self) -> None:
         """Deliver what came in, send what waits, keep the heartbeat; called by the loop."""
         self._ready_soon = False
-        wire = self._wire
-        if wire is None:
+        connection = self._connection
+        if connection is None:
             return
         try:
             while True:
-                for key, event in wire.receive():
+                for key, event in connection.receive():
                     self._deliver(key, event)
-                self._send_due(wire)
-                if not wire.is_ready:
+                self._send_due(connection)
+                if not connection.is_ready:
                     break
         except SternaError as e:
             self._drop(e)
@@ -250,8 +251,8 @@ class Channel:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        if self._loop is not None and (self._mailboxes or wire.lost):
-            self._tick = self._loop.call_later(wire.wait_s(), self._on_ready)
+        if self._loop is not None and (self._mailboxes or connection.lost):
+            self._tick = self._loop.call_later(connection.wait_s(), self._on_ready)
 
     def _deliver(self, key: str, event: replies.Event) -> None:
         self._turns.feed(key, event, time.monotonic())
@@ -262,17 +263,17 @@ class Channel:
 
     def _drop(self, error: SternaError | None) -> None:
         """Close the connection and fail what runs on it."""
-        wire, self._wire = self._wire, None
+        connection, self._connection = self._connection, None
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
         self._has_unconfirmed_cancels = False
         self._turns.clear()
-        if wire is not None:
+        if connection is not None:
             if self._loop is not None and not self._loop.is_closed():
-                self._loop.remove_reader(wire.socket.FD)
-                self._loop.remove_reader(wire.monitor.FD)
-            wire.close()
+                self._loop.remove_reader(connection.socket.FD)
+                self._loop.remove_reader(connection.monitor.FD)
+            connection.close()
         if error is not None:
             for box in self._mailboxes.values():
                 box.put_nowait(error)

@@ -1,6 +1,6 @@
 """Whether the daemon at the other end of a connection lives, and how long clients wait for what.
 
-In here: `Link`, which is handed frames and times. Not in here: sockets and clocks (`wire.py`).
+In here: `Link`, which is handed frames and times. Not in here: sockets and clocks (`connection.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Link:
         self._nonce = 2**62  # apart from the nonces of users' pings
 
     def wake(self, now_s: float) -> None:
-        """Start to count anew: nobody listened before."""
+        """Start to count again: nobody listened before."""
         self._heard_s = now_s
         self._pinged_s = None
 

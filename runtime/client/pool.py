@@ -1,7 +1,7 @@
 """Connections of the blocking client, and waiting for what they bring.
 
 In here: a pool so that threads can share a client, each call with a connection of its own, and the driver of
-an `exchange.Exchange`. Not in here: answers that come in parts (`stream.py`), sockets (`wire.py`).
+an `exchange.Exchange`. Not in here: answers that come in parts (`stream.py`), sockets (`connection.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import zmq
 from ... import __version__
 from ..protocol.messages import Failed, Hello, Pong, Welcome
 from . import replies
+from .connection import ClientConnection
 from .exchange import Exchange, T
 from .requests import check_process, new_id
-from .wire import Wire
 
 MAX_IDLE_WIRES = 8
 
@@ -39,7 +39,7 @@ class ConnectionPool:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._idle: list[Wire] = []
+        self._idle: list[ClientConnection] = []
         self._num_in_use = 0
         self._closed = False
 
@@ -54,12 +54,12 @@ class ConnectionPool:
 
     def run(self, exchange: Exchange[T]) -> T:
         """Carry out a call over a connection of its own and return its result."""
-        with self._borrowed() as wire:
+        with self._borrowed() as connection:
             until_s = time.monotonic() + self.timeout_s
             while not exchange.done:
                 for message in exchange.due():
-                    wire.send(message)
-                events = wait_events(wire, until_s)
+                    connection.send(message)
+                events = wait_events(connection, until_s)
                 if not events:
                     raise exchange.overdue(self.url, self.timeout_s)
                 for key, event in events:
@@ -70,37 +70,37 @@ class ConnectionPool:
 
     def connect(self) -> Welcome:
         """Make a fresh connection and return what the daemon says of itself."""
-        wire, welcome = self._open()
-        self.give_back(wire)
+        connection, welcome = self._open()
+        self.give_back(connection)
         return welcome
 
-    def take(self) -> Wire:
+    def take(self) -> ClientConnection:
         """Return a connection for the caller alone, to be given back or discarded."""
         check_process(self._pid, os.getpid(), self._closed)
         while True:
             with self._lock:
                 if not self._idle:
                     break
-                wire = self._idle.pop()
+                connection = self._idle.pop()
                 self._num_in_use += 1
-            if wire.is_reusable():
-                return wire
-            self.discard(wire)
+            if connection.is_reusable():
+                return connection
+            self.discard(connection)
         return self._open()[0]
 
-    def give_back(self, wire: Wire) -> None:
+    def give_back(self, connection: ClientConnection) -> None:
         """Return a connection on which nothing is under way; another call may take it."""
         with self._lock:
             if not self._closed and len(self._idle) < MAX_IDLE_WIRES:
-                self._idle.append(wire)
+                self._idle.append(connection)
                 self._num_in_use -= 1
                 return
-        self.discard(wire)
+        self.discard(connection)
 
-    def discard(self, wire: Wire | None) -> None:
+    def discard(self, connection: ClientConnection | None) -> None:
         """Close a connection that was taken; the daemon cancels what is under way on it."""
-        if wire is not None:
-            wire.close()
+        if connection is not None:
+            connection.close()
         with self._lock:
             self._num_in_use -= 1
             self._term_if_unused()
@@ -111,40 +111,40 @@ class ConnectionPool:
             return
         with self._lock:
             self._closed = True
-            for wire in self._idle:
-                wire.close()
+            for connection in self._idle:
+                connection.close()
             self._idle.clear()
             self._term_if_unused()
 
     @contextlib.contextmanager
-    def _borrowed(self) -> Iterator[Wire]:
-        wire = self.take()
+    def _borrowed(self) -> Iterator[ClientConnection]:
+        connection = self.take()
         try:
-            yield wire
+            yield connection
         except BaseException:
-            self.discard(wire)
+            self.discard(connection)
             raise
-        self.give_back(wire)
+        self.give_back(connection)
 
-    def _open(self) -> tuple[Wire, Welcome]:
+    def _open(self) -> tuple[ClientConnection, Welcome]:
         check_process(self._pid, os.getpid(), self._closed)
         with self._lock:
             if self._context is None:
                 self._context = zmq.Context()
             context = self._context
             self._num_in_use += 1
-        wire: Wire | None = None
+        connection: ClientConnection | None = None
         try:
-            wire = Wire(context, self.url)
-            wire.send(Hello(client=self._client_id, version=__version__))
+            connection = ClientConnection(context, self.url)
+            connection.send(Hello(client=self._client_id, version=__version__))
             until_s = time.monotonic() + self.connect_timeout_s
-            while events := wait_events(wire, until_s):
+            while events := wait_events(connection, until_s):
                 for key, event in events:
                     if key == replies.CONNECTION:
-                        return wire, replies.settle(event, Welcome)
+                        return connection, replies.settle(event, Welcome)
             raise replies.silent(self.url, self.connect_timeout_s)
         except BaseException:
-            self.discard(wire)
+            self.discard(connection)
             raise
 
     def _term_if_unused(self) -> None:
@@ -154,14 +154,14 @@ class ConnectionPool:
             self._context = None
 
 
-def wait_events(wire: Wire, until_s: float) -> list[tuple[str, replies.Event]]:
+def wait_events(connection: ClientConnection, until_s: float) -> list[tuple[str, replies.Event]]:
     """Block until events are here or the monotonic time `until_s` is reached; then there are none.
 
     Raises DaemonUnreachable when the daemon goes away, ProtocolError, and what the daemon has against the
     connection as a whole.
     """
     while True:
-        events = wire.receive()
+        events = connection.receive()
         for key, event in events:
             if key == replies.CONNECTION and isinstance(event, Failed):
                 replies.settle(event, Pong)
@@ -170,5 +170,5 @@ def wait_events(wire: Wire, until_s: float) -> list[tuple[str, replies.Event]]:
         left_s = until_s - time.monotonic()
         if left_s <= 0:
             return []
-        sockets = [(wire.socket, wire.poll_flags), (wire.monitor, zmq.POLLIN)]
-        zmq.zmq_poll(sockets, int(min(left_s, wire.wait_s()) * 1000) + 1)
+        sockets = [(connection.socket, connection.poll_flags), (connection.monitor, zmq.POLLIN)]
+        zmq.zmq_poll(sockets, int(min(left_s, connection.wait_s()) * 1000) + 1)

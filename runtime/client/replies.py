@@ -2,7 +2,7 @@
 
 In here: sorting replies by request (`route`), the error or the value in one (`settle`), putting the parts of
 an answer together (`ResultBuilder`), and the errors that clients find themselves. Not in here: what is sent
-(`requests.py`), receiving (`wire.py`), waiting (`pool.py`, `channel.py`).
+(`requests.py`), receiving (`connection.py`), waiting (`pool.py`, `channel.py`).
 """
 
 from __future__ import annotations

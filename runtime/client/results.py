@@ -23,19 +23,19 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A whole answer. `logprobs` has one entry per token of `token_ids`; None where it was not asked for.
-
-    `prompt_logprobs` has one entry per token of `prompt_token_ids`, the first is None. The same `seed` gives
-    the same answer again. `routing` tells what a quality budget did, None where none was in force.
-    """
+    """A whole answer."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
+    """One entry per token of `token_ids`; None where it was not asked for."""
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[float | None, ...] | None
+    """One entry per token of `prompt_token_ids`, the first is None."""
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
     seed: int
+    """The same seed gives the same answer again."""
     routing: RoutingFacts | None
+    """What a quality budget did; None where none was in force."""

@@ -12,10 +12,10 @@ from typing import Self
 from ...shm.errors import SternaError
 from ..protocol.messages import Cancel, Generate
 from . import replies, requests
+from .connection import ClientConnection
 from .heartbeat import CANCEL_TIMEOUT_S
 from .pool import ConnectionPool, wait_events
 from .results import Chunk, Result
-from .wire import Wire
 
 
 class Stream(Iterator[Chunk]):
@@ -31,10 +31,10 @@ class Stream(Iterator[Chunk]):
         self._pool = pool
         self._answer = replies.ResultBuilder(request)
         self._chunks: deque[Chunk] = deque()
-        self._wire: Wire | None = None
-        self._wire = pool.take()
+        self._connection: ClientConnection | None = None
+        self._connection = pool.take()
         try:
-            self._wire.send(request)
+            self._connection.send(request)
         except BaseException:
             self._release(reusable=False)
             raise
@@ -42,9 +42,9 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         until_s = time.monotonic() + self._pool.timeout_s
         while not self._chunks:
-            if self._wire is None:
+            if self._connection is None:
                 raise StopIteration
-            if self._advance(self._wire, until_s):
+            if self._advance(self._connection, until_s):
                 until_s = time.monotonic() + self._pool.timeout_s
             elif time.monotonic() >= until_s:
                 self.close()
@@ -70,14 +70,14 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """End the answer and the iteration; waits up to a second for the daemon to confirm."""
-        wire = self._wire
-        if wire is None:
+        connection = self._connection
+        if connection is None:
             return
         until_s = time.monotonic() + CANCEL_TIMEOUT_S
         try:
-            wire.send(Cancel(id=self.id))
-            while self._wire is not None and time.monotonic() < until_s:
-                self._advance(wire, until_s)
+            connection.send(Cancel(id=self.id))
+            while self._connection is not None and time.monotonic() < until_s:
+                self._advance(connection, until_s)
         except SternaError:
             pass  # the request has ended, one way or another
         finally:
@@ -93,17 +93,17 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        if self._wire is not None and not self._pool.forked:
+        if self._connection is not None and not self._pool.forked:
             with contextlib.suppress(Exception):
                 self.close()
 
-    def _advance(self, wire: Wire, until_s: float) -> bool:
+    def _advance(self, connection: ClientConnection, until_s: float) -> bool:
         """Take in what comes until then and tell whether any of it was for this answer.
 
         Raises whatever ends the answer, after the connection is released.
         """
         self._pool.check_process()
-        mine = [event for key, event in self._await(wire, until_s) if key == self.id]
+        mine = [event for key, event in self._await(connection, until_s) if key == self.id]
         try:
             for event in mine:
                 self._chunks += self._answer.feed(event)
@@ -115,18 +115,18 @@ class Stream(Iterator[Chunk]):
             self._release(reusable=True)
         return bool(mine)
 
-    def _await(self, wire: Wire, until_s: float) -> list[tuple[str, replies.Event]]:
+    def _await(self, connection: ClientConnection, until_s: float) -> list[tuple[str, replies.Event]]:
         try:
-            return wait_events(wire, until_s)
+            return wait_events(connection, until_s)
         except SternaError:
             self._release(reusable=False)
             raise
 
     def _release(self, *, reusable: bool) -> None:
-        wire, self._wire = self._wire, None
-        if wire is None:
+        connection, self._connection = self._connection, None
+        if connection is None:
             return
         if reusable:
-            self._pool.give_back(wire)
+            self._pool.give_back(connection)
         else:
-            self._pool.discard(wire)
+            self._pool.discard(connection)

@@ -25,7 +25,7 @@ class Turns:
         self._heard_s = 0.0
 
     def restart(self, limits: Limits, now_s: float) -> None:
-        """Begin anew: there is a new connection, to a daemon with these limits."""
+        """Begin again: there is a new connection, to a daemon with these limits."""
         # What the daemon's queue holds. It computes sequences besides, but those do not count: one that was
         # cancelled has ended for us before its place is free for a request that waits there.
         self._max_in_flight = max(limits.max_queue, limits.max_sequences, 1)

@@ -189,10 +189,10 @@ class Answer:
         )
 
     def _timings(self, now_s: float) -> Timings:
-        began = self.started_s or now_s
+        began_s = self.started_s or now_s
         first = self.first_token_s or now_s
         return Timings(
-            queue_s=began - self.accepted_s, prefill_s=first - began, decode_s=max(0.0, now_s - first)
+            queue_s=began_s - self.accepted_s, prefill_s=first - began_s, decode_s=max(0.0, now_s - first)
         )
 
     def _embedded(self, pooled: PooledPrompt, reason: FinishReason, now_s: float) -> Embedded | Failed:

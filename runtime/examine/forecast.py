@@ -192,8 +192,8 @@ def _read(fd: int, size: int, lane: int) -> float:
     """Read a MiB here and there for the time of a probe; return bytes per second."""
     with mmap.mmap(-1, READ_NBYTES) as buffer:
         blocks = max(1, size // READ_NBYTES)
-        began, done, turn = time.perf_counter(), 0, 0
-        while (elapsed := time.perf_counter() - began) < PROBE_S or not turn:
+        began_s, done, turn = time.perf_counter(), 0, 0
+        while (elapsed := time.perf_counter() - began_s) < PROBE_S or not turn:
             # Steps of a golden ratio: nothing that a readahead would foresee, nothing twice for long.
             block = int((lane / LANES + turn * 0.6180339887) % 1.0 * blocks)
             done += os.preadv(fd, [buffer], block * READ_NBYTES)
@@ -205,9 +205,9 @@ def _memory() -> float:
     """Read a buffer that no cache holds, in as many threads as there are cores (numpy lets them run)."""
     cores = min(len(os.sched_getaffinity(0)), MAX_CORES)
     parts = np.ones((cores, MEMORY_NBYTES // 8 // cores), np.int64)
-    began, turns = time.perf_counter(), 0
+    began_s, turns = time.perf_counter(), 0
     with ThreadPoolExecutor(cores) as pool:
-        while (elapsed := time.perf_counter() - began) < PROBE_S or not turns:
+        while (elapsed := time.perf_counter() - began_s) < PROBE_S or not turns:
             list(pool.map(np.sum, parts))
             turns += 1
     return parts.nbytes * turns / elapsed

@@ -68,7 +68,7 @@ class Governor:
         self.restart(most, now_s)
 
     def restart(self, most: int, now_s: float) -> None:
-        """Begin anew with `most` slots in use."""
+        """Begin again with `most` slots in use."""
         self.slots = self._most = most
         self._changed_s = self._stirred_s = now_s
 

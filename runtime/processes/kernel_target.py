@@ -83,7 +83,7 @@ def _try(target: str) -> str:
 
 
 def _machine_digest() -> str:
-    """Return a digest of kernels and CPU: another of either is tried anew."""
+    """Return a digest of kernels and CPU: another of either is tried again."""
     flags = ""
     for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
         if line.startswith(("flags", "Features", "model name", "CPU part")):

@@ -140,7 +140,7 @@ class Nursery:
 
     def _warm(self, request: wire.Warm) -> None:
         """Run the warm-up steps; report each, then the whole, or the first failure."""
-        began = time.monotonic()
+        began_s = time.monotonic()
         borrowed: Path | None = None
         try:
             borrowed = self._borrow_folder()
@@ -161,7 +161,7 @@ class Nursery:
         gc.collect()
         trim()
         gc.freeze()
-        self._send(wire.Warmed(seconds=time.monotonic() - began))
+        self._send(wire.Warmed(seconds=time.monotonic() - began_s))
 
     def _spawn(self, request: wire.Spawn, fds: list[int]) -> None:
         """Fork the child that `request` describes and report its pidfd, or why there is none."""

@@ -55,15 +55,14 @@ class ToolCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn: `content` is text or a list of `{"type": "text", "text": ...}`, which are joined by newlines.
-
-    `role` is one that the template knows: most know system, user, assistant and tool. `reasoning_content` is
-    what the assistant thought before `content`; templates show it or leave it out as the model wants it.
-    """
+    """One turn of a conversation."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
+    """One that the template knows: most know system, user, assistant and tool."""
     content: str | Annotated[list[dict[str, Any]], Meta(max_length=MAX_PARTS)] | None = None
+    """Text, or a list of `{"type": "text", "text": ...}`, which are joined by newlines."""
     reasoning_content: str | None = None
+    """What the assistant thought before `content`; templates show it or leave it out as the model wants."""
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Name | None = None
     name: Name | None = None

@@ -1,7 +1,7 @@
 """The messages between clients and the daemon, as typed structures, and nothing else.
 
 In here: one frozen `msgspec.Struct` per message with its ranges, and a registry per direction. Not in here:
-bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/daemon.py`).
+bytes (`codec.py`), sockets (`sockets.py`), what the daemon does with a message (`daemon/endpoint.py`).
 
     client -> daemon                 daemon -> client
     hello                            welcome | failed
@@ -57,35 +57,38 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Generate(Message, frozen=True, kw_only=True):
-    """Ask for an answer to exactly one of `prompt` and `token_ids`.
-
-    `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
-    many alternatives to report for each token (0: only the chosen one). `add_bos` None: as the model says.
-    `special` reads control tokens out of the prompt; where it begins with BOS itself, none is added.
-
-    `quality_budget`: the fraction of perplexity that the answer may cost, None the daemon's default;
-    `lost_mass`: the mean share of the gate mass that may be lost instead. `stepped` computes the prompt one
-    token per step, as an answer is, and within the same budget: for scoring.
-    """
+    """Ask for an answer to exactly one of `prompt` and `token_ids`."""
 
     id: Id
     prompt: str | None = None
     token_ids: list[TokenId] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 256
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.7
+    """0 is greedy."""
     top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 40
+    """0 switches this filter off."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    """1 switches this filter off."""
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """0 switches this filter off."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)] = []
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """How many alternatives to report for each token; 0: only the chosen one."""
     prompt_logprobs: bool = False
     ignore_eos: bool = False
     add_bos: bool | None = None
+    """None: as the model says."""
     special: bool = False
+    """Read control tokens out of the prompt, as a chat template writes them. Where it begins with BOS
+    itself, none is added."""
     quality_budget: Annotated[float, Meta(ge=0, le=0.1)] | None = None
+    """Fraction of perplexity that the answer may cost, so that it needs fewer experts that are not in
+    memory; 0 is exact, None the daemon's default."""
     lost_mass: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """The mean share of the gate mass that may be lost instead, for experiments."""
     stepped: bool = False
+    """Compute the prompt one token per step, within the same budget, as an answer is: for scoring."""
 
     def __post_init__(self) -> None:
         """Check what no single field's range can say; raises BadRequest."""
@@ -100,16 +103,15 @@ class Generate(Message, frozen=True, kw_only=True):
 
 
 class Embed(Message, frozen=True, kw_only=True):
-    """Ask for a vector of exactly one of `prompt` and `token_ids`: hidden states after the last norm, pooled.
-
-    `pooling` None: as the model's file says, else "last"; `normalize`: to length 1.
-    """
+    """Ask for the hidden states of `prompt` or `token_ids` after the last norm, pooled into one vector."""
 
     id: Id
     prompt: str | None = None
     token_ids: list[TokenId] | None = None
     pooling: Pooling | None = None
+    """None: as the model's file says, else "last"."""
     normalize: bool = True
+    """Scale the vector to length 1."""
 
     def __post_init__(self) -> None:
         """Check what no single field's range can say; raises BadRequest."""
@@ -157,11 +159,7 @@ class Detokenize(Message, frozen=True, kw_only=True):
 
 
 class ApplyTemplate(Message, frozen=True, kw_only=True):
-    """Ask for a conversation as prompt text, by a chat template out of the model's file.
-
-    `template`: name of one, None for the model's choice; `options`: further variables for it, such as
-    `enable_thinking`.
-    """
+    """Ask for a conversation as prompt text, by a chat template out of the model's file."""
 
     id: Id
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -169,7 +167,9 @@ class ApplyTemplate(Message, frozen=True, kw_only=True):
     documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool = True
     template: Annotated[str, Meta(max_length=MAX_ID_CHARS)] | None = None
+    """Name of a template; None: the model's choice."""
     options: dict[str, Any] = {}
+    """Further variables for the template, such as `enable_thinking`."""
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -262,16 +262,12 @@ class Timings(Message, frozen=True, kw_only=True):
 
 
 class RoutingFacts(Message, frozen=True, kw_only=True):
-    """What a quality budget did to one answer.
-
-    An event is one token in one layer.
-    """
+    """What a quality budget did to one answer; an event is one token in one layer."""
 
     epsilon: float
     """Mean share of the gate mass that might be lost."""
     basis: Basis
-    """Where epsilon came from: a budget, by way of a calibration or of the rule for models without
-    one, or the request itself."""
+    """Where epsilon came from: a budget through a calibration or the rule without one, or the request."""
     events: Count
     changed: Count
     """Events whose selection differs from the exact one."""

@@ -1,7 +1,7 @@
 """Where the daemon listens, and the one factory for ZeroMQ sockets with their options.
 
 In here: socket URLs (default, check, probe) and sockets that are ready to bind or connect. Not in here:
-binding, the lock file and the folder's mode (`daemon/daemon.py`), frames (`codec.py`), conversations
+binding, the lock file and the folder's mode (`daemon/socket_files.py`), frames (`codec.py`), conversations
 (`client/`).
 Nothing in here creates a file or folder, and libraries for sockets are imported when one is made.
 """

@@ -1,4 +1,4 @@
-"""Writing a model file anew with other weight types: tensor by tensor, resumable, read back at the end.
+"""Writing a model file again with other weight types: tensor by tensor, resumable, read back at the end.
 
 Not in here: which tensor becomes what (`plan.py`), the unfinished file (`journal.py`),
 measuring activations (`activations.py`), arguments and printing (`cli/commands/quantize.py`). Imports numba.
@@ -73,7 +73,7 @@ def quantize(
 
     weights: returns what `activation_means` finds, asked for when nothing else is in the way;
     calibration: what it finds it with, which a resumed run must repeat. force: replace what is at `out`;
-    restart: begin anew. `progress(what, done, total)` in bytes.
+    restart: start over. `progress(what, done, total)` in bytes.
 
     Raises UsageError, AlreadyRunning, NotPermitted, OutOfResources for files that are in the way or have no
     room; ModelFileError for what is in `file`; ModelReadError if it cannot be read, or if what is read back
@@ -89,7 +89,7 @@ def quantize(
         _check_room(part, layout)
         resumed = set(part.done)
         conversion = _ConversionRun(file, part, wanted, weights(), threads, progress)
-        began = time.monotonic()
+        began_s = time.monotonic()
         conversion.run(choices, layout)
         part.sync(layout.nbytes)
         _read_back(part, keys, layout, progress)
@@ -98,7 +98,7 @@ def quantize(
     return Conversion(
         path=out,
         nbytes=layout.nbytes,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - began_s,
         resumed=len(resumed),
         recoded_nbytes=sum(choice.info.nbytes for choice in fresh if not choice.kept),
         groups=groups(choices, part.done),
@@ -334,5 +334,5 @@ def _read_back(
     if wrong:
         part.forget()
         raise ModelReadError(
-            f"{part.path}: {wrong} reads back as something else than was written; the next run begins anew"
+            f"{part.path}: {wrong} reads back as something else than was written; the next run starts over"
         )

@@ -148,7 +148,7 @@ class PartFile:
         if not text and not empty:
             raise UsageError(f"{self.path}: is there already, without a journal; --restart throws it away")
         if text and not text.startswith(_BEGINS):
-            raise UsageError(f"{self.journal_path}: damaged; --restart begins anew")
+            raise UsageError(f"{self.journal_path}: damaged; --restart starts over")
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the last write was cut short
             lines.pop()
@@ -159,18 +159,18 @@ class PartFile:
             found, *entries = (json.loads(line) for line in lines)
             done = {entry.pop("tensor"): Done(**entry) for entry in entries}
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UsageError(f"{self.journal_path}: damaged; --restart begins anew") from None
+            raise UsageError(f"{self.journal_path}: damaged; --restart starts over") from None
         if found != wanted:
             other = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
             raise UsageError(
                 f"{self.path}: was begun with another {' and '.join(other) or 'version'};"
-                " give the same again to go on, or --restart to begin anew"
+                " give the same again to continue, or --restart to start over"
             )
         self.done = done
         return b"".join(lines)
 
     def _failure(self, error: OSError) -> SternaError:
-        return write_error(self.path, error, "; the same command goes on from there")
+        return write_error(self.path, error, "; the same command continues from there")
 
     def __enter__(self) -> Self:
         return self
@@ -219,7 +219,7 @@ class PartFile:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def forget(self) -> None:
-        """Drop what was written, which turned out to be wrong: the next run begins anew."""
+        """Drop what was written, which turned out to be wrong: the next run starts over."""
         os.ftruncate(self._fd, 0)
         self.journal_path.unlink(missing_ok=True)
 

@@ -67,7 +67,7 @@ def _part(
     file_type = entry.tensor.type
     if entry.held == "values":
         rows = raw.reshape(cut.heads, cut.nope + cut.v_dim, -1)[:, cut.nope :]
-        # Read-only like a file's bytes: numba compiles a function anew for each array type.
+        # Read-only like a file's bytes: numba compiles a function for each array type.
         return np.frombuffer(rows.tobytes(), np.uint8), file_type
     values = dequantize(file_type, raw, entry.tensor.shape).reshape(cut.heads, cut.nope + cut.v_dim, cut.rank)
     width = np.float32 if file_type.name == "F32" else np.float16

@@ -66,7 +66,7 @@ class LocalLane:
     def compute(self, batch: WorkerBatch) -> int:
         """Compute `batch`; raises what the worker raises."""
         self._seq += 1
-        # Writable copies, and a read-only answer, as from a socket: numba compiles anew for each array type.
+        # Writable copies, and a read-only answer, as from a socket: numba compiles again for each array type.
         frames = [memoryview(bytearray(array.tobytes())) for array in (*batch.activations, batch.rows)]
         _, rows = self._workers[batch.worker].compute(batch.request(self._seq), frames)
         copied = np.frombuffer(rows.tobytes(), np.float32).reshape(rows.shape)

@@ -1,6 +1,6 @@
 """Which routed expert lies in which slot, which are being read, and who gives way. No lane, no clock.
 
-Not in here: how the choice of a victim is made (`policies`), and carrying it out (`expert_runner`).
+Not in here: how the choice of a victim is made (`policies`), and carrying it out (`experts.runner`).
 """
 
 from __future__ import annotations

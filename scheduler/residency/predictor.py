@@ -18,7 +18,7 @@ Ids = npt.NDArray[np.int32]
 
 
 class ExpertPredictor:
-    """Counts of transitions into each layer, and how lately each expert was selected there.
+    """Counts of transitions into each layer, and how recently each expert was selected there.
 
     `layer` is always the layer predicted. `previous` is what led to it: for the same token the selection of
     the layer before; for the first MoE layer what the caller has, e.g. its own selection for the token

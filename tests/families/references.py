@@ -307,5 +307,5 @@ def stored_logits(tiny: Tiny) -> Floats:
     """
     with np.load(DATA / f"{tiny.name}.npz") as stored:
         if int(stored["fingerprint"]) != fingerprint(tiny):
-            raise ValueError(f"{tiny.name} has changed: store its logits anew (test_references.py)")
+            raise ValueError(f"{tiny.name} has changed: store its logits again (test_references.py)")
         return np.asarray(stored["logits"], np.float32)

@@ -1,4 +1,4 @@
-"""Transformers and llama.cpp agree on the tiny models; what transformers computes is stored anew."""
+"""Transformers and llama.cpp agree on the tiny models; what transformers computes is stored again."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_whoever_dies_whenever_every_answer_is_the_same(
     While slots are filled at the start, in a step, and while they are filled for a successor.
     """
     for header in stage.made.slots.headers:
-        header["state"] = 0  # all is to be read anew
+        header["state"] = 0  # all is to be read again
     stage.begin()
     due: dict[int, list[tuple[str, int]]] = {}
     for when, workers, later in blows:

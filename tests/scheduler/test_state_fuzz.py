@@ -31,6 +31,8 @@ class Twin:
 class Fuzz(RuleBasedStateMachine):
     """Plays daemon and engine at random."""
 
+    workers: frozenset[int] = frozenset()  # none before `start`
+
     @initialize(tokens=st.integers(1, 40), workers=st.integers(1, 3))
     def start(self, tokens: int, workers: int) -> None:
         self.tokens = tokens
@@ -181,7 +183,7 @@ class Fuzz(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With all workers there and steps that work, every stream ends in a bounded number of them."""
-        if not hasattr(self, "state"):
+        if not self.workers:
             return
         for worker in self.workers:
             self.join(worker)

@@ -6,7 +6,7 @@ They are kept for the next start in a file of the user's cache, of 16 bytes for 
 
 The guard is a hash of the checksum, of what identifies the model file and of the expert. An entry with
 another guard counts as unknown, so that no content of that file can do harm: a torn write, a foreign
-file or garbage only mean that the expert's checksum is taken anew. Workers write entries of different
+file or garbage only mean that the expert's checksum is taken again. Workers write entries of different
 experts at the same time; the file is read and written, not mapped, because whoever cuts it short would
 otherwise kill the worker.
 """

@@ -55,7 +55,7 @@ class Staging:
                     whole.madvise(mmap.MADV_HUGEPAGE)
             first = -np.frombuffer(whole, np.uint8).ctypes.data % HUGE_PAGE
             self.view, self.nbytes = memoryview(whole)[first : first + nbytes], nbytes
-            # Read-only like a file's bytes: numba compiles a packer anew for each array type.
+            # Read-only like a file's bytes: numba compiles a packer for each array type.
             self.bytes = np.frombuffer(self.view.toreadonly(), np.uint8)
 
 

@@ -51,9 +51,9 @@ def warm(as_json: bool, timeout: float) -> int:
     Kernels are kept where the daemon looks for them; a second call finds all of them there.
     """
     exit_on_sigterm()
-    began = time.monotonic()
+    began_s = time.monotonic()
     environment, new, steps = _warm(timeout, None)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - began_s
     kept = len(environment.compiled())
     if as_json:
         body = {
@@ -194,9 +194,9 @@ def _run_steps(matrix_types: MatrixTypes | None, taken: list[dict[str, Any]]) ->
         todo = steps(matrix_types or ALL_MATRIX_TYPES)
         progress.update("kernels", 0, len(todo))
         for done, (name, run) in enumerate(todo, start=1):
-            began = time.monotonic()
+            began_s = time.monotonic()
             run()
-            taken.append({"name": name, "seconds": time.monotonic() - began})
+            taken.append({"name": name, "seconds": time.monotonic() - began_s})
             progress.update("kernels", done, len(todo))
     return environment
 

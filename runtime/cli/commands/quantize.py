@@ -95,9 +95,7 @@ class _TensorTypeOption(click.ParamType):  # type: ignore[type-arg]  # generic i
     help="Threads [one for each CPU].",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option(
-    "--restart", is_flag=True, help="Begin anew; do not go on with what an earlier run has written."
-)
+@click.option("--restart", is_flag=True, help="Start over; do not continue what an earlier run has written.")
 @click.option("--dry-run", is_flag=True, help="Print what would become of each tensor, and write nothing.")
 @JSON_OPTION
 def quantize(
@@ -119,7 +117,7 @@ def quantize(
     """Write the model IN to OUT with other tensor types.
 
     Routers, norms, biases, embeddings and the head stay as they are. IN may be `embedded`. After a signal
-    or with a full disk the same command goes on where it was. OUT appears when it is complete and checked.
+    or with a full disk the same command continues where it was. OUT appears when it is complete and checked.
     """
     from ....workers.checkpoint.file.gguf import GgufFile
 
@@ -197,9 +195,9 @@ def _stoppable(*, calibrates: bool) -> Iterator[Progress]:
 
             yield progress
     except (KeyboardInterrupt, SystemExit):
-        how = "starts the calibration anew" if calibrates else "begins anew"
+        how = "repeats the calibration" if calibrates else "starts over"
         if phase in ("converting", "checking"):
-            how = "goes on from here"
+            how = "continues from here"
         click.echo(f"sterna: stopped; the same command {how}", err=True)
         raise
 

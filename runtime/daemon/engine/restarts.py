@@ -3,8 +3,8 @@
 In here: the decisions, without a clock, a process or a socket. Not in here: carrying them out
 (`processes.py`) and the means to start a process (`processes/placement.py`).
 
-A worker that ends alone is started again. When the scheduler ends, everything is ended and started anew, in a
-new generation with a lane of its own:
+A worker that ends alone is started again. When the scheduler ends, everything is ended and started again, in
+a new generation with a lane of its own:
 
     running --scheduler ended--> ending --the last process has ended--> running (next generation)
        |                            |

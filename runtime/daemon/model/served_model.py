@@ -142,7 +142,7 @@ class ServedModel:
         if nbytes > self.budget.nbytes and not self.decision.fits_all:
             raise OutOfResources(
                 f"memory is {format_size(nbytes)}, but slots were made for {format_size(self.budget.nbytes)} "
-                f"({self.budget.nbytes} bytes) at the start; start anew with more"
+                f"({self.budget.nbytes} bytes) at the start; start again with more"
             )
         return decide(self.plan, self.wants, nbytes, self.largest_read, at_most=self.slots)
 

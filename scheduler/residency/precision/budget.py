@@ -72,7 +72,7 @@ class PrecisionAllocator(ClassTable):
         return float(mass @ errors)
 
     def rebalance(self, mass: npt.ArrayLike, budget_bytes: int) -> list[int]:
-        """Choose all classes anew; return the ids whose class changed, ascending.
+        """Choose all classes again; return the ids whose class changed, ascending.
 
         mass: (experts,), finite, 0 or more. Raises ConfigError, and changes nothing, for a wrong mass or a
         budget below `smallest_bytes`. The sum of bytes never exceeds the budget.

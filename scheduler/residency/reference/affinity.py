@@ -1,4 +1,4 @@
-"""ExpertAffinity: how active each expert of each layer has been, lately and in all."""
+"""ExpertAffinity: how active each expert of each layer has been, recently and in total."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TierMapper: which experts belong into which memory, by how much and how lately they are used.
+"""TierMapper: which experts belong into which memory, by how much and how recently they are used.
 
 It keeps the map and suggests changes; it moves nothing. The presets are in hardware.py.
 """
@@ -195,7 +195,7 @@ class TierMapper:
         """
         priority = self.priorities()
         if self.compat:
-            return self._suggest_as_the_reference(priority)
+            return self._suggest_as_ruvllm(priority)
         target = np.where(self.pinned, self.tiers, MemoryTier.STORAGE).astype(np.uint8)
         for tier in (MemoryTier.SRAM, MemoryTier.DRAM):
             left = self._capacity[tier] - int(self._sizes[target == tier].sum())
@@ -211,7 +211,7 @@ class TierMapper:
         order = changed[np.lexsort((changed, -priority[changed], promoted))]
         return [(e, MemoryTier(int(target[e]))) for e in order.tolist()]
 
-    def _suggest_as_the_reference(self, priority: npt.NDArray[np.float32]) -> list[Change]:
+    def _suggest_as_ruvllm(self, priority: npt.NDArray[np.float32]) -> list[Change]:
         """Return promotions into free SRAM slots, then the demotion of every other expert in SRAM."""
         ranked = [e for e in np.argsort(-priority, kind="stable").tolist() if not self.pinned[e]]
         free = self.available(MemoryTier.SRAM) or 0

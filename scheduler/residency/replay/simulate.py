@@ -1,10 +1,9 @@
 """Replay of a routing trace: what a policy would have fetched with so much memory.
 
-Event-atomic (expert-memory.md 5.2): an event's hits are what was resident when it began, what it misses is
-admitted after it, and none of its experts is evicted by it. `belady` evicts what is used again last and must
-admit every miss, `belady-bypass` need not: the bounds for exact routing (where all experts are of one size).
-`cache-prior` is the default policy with routing that prefers residents (5.1, without its budget of lost
-mass), in decode only.
+Event-atomic: an event's hits are what was resident when it began, what it misses is admitted after it, and
+none of its experts is evicted by it. `belady` evicts what is used again last and must admit every miss,
+`belady-bypass` need not: the bounds for exact routing (where all experts are of one size). `cache-prior` is
+the default policy with routing that prefers residents (without a budget of lost mass), in decode only.
 
 Not in here: files (`trace.py`), the rules themselves (`workers/kernels/`).
 """

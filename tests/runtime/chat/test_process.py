@@ -99,7 +99,7 @@ def test_close_does_not_wait_for_who_has_the_turn(counting: ChatProcess) -> None
     counting.close()
     for thread in threads:
         thread.join(5)
-    # WALL_S is 20 s: nobody waited for it, and nobody started the process anew.
+    # WALL_S is 20 s: nobody waited for it, and nobody started the process again.
     assert time.monotonic() - start_s < 5
     assert [type(error) for error in errors] == [ShuttingDown] * 3
     assert counting._process is None
@@ -110,7 +110,7 @@ def test_close_does_not_wait_for_who_has_the_turn(counting: ChatProcess) -> None
 def test_killed_process_is_not_the_templates_fault(counting: ChatProcess) -> None:
     child = pid_of(counting)
     os.kill(child, signal.SIGSTOP)
-    # Killed while it is asked: before, it would only be started anew.
+    # Killed while it is asked: before, it would only be started again.
     killer = threading.Timer(0.1, os.kill, (child, signal.SIGKILL))
     killer.start()
     with pytest.raises(InternalError, match=r"was killed by Killed \(9\)$"):

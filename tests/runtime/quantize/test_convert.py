@@ -299,7 +299,7 @@ def test_another_input_or_other_arguments_do_not_mix(
         quantize(file, out, TERNARY)
     journal = out.with_name("out.gguf.part.journal")
     journal.write_bytes(b"{}\n[1]\n")
-    with pytest.raises(UsageError, match="damaged; --restart begins anew"):
+    with pytest.raises(UsageError, match="damaged; --restart starts over"):
         quantize(file, out, TERNARY)
     assert quantize(file, out, Wanted(type="TQ1_0"), restart=True).resumed == 0
 
@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(file: GgufFile, out: Pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(wanted) // 2, limits[1]))
     try:
         with pytest.raises(
-            OutOfResources, match=r"out\.gguf\.part: writing failed: .*; the same command goes on"
+            OutOfResources, match=r"out\.gguf\.part: writing failed: .*; the same command continues"
         ):
             quantize(file, out, TERNARY)
     finally:

@@ -190,9 +190,9 @@ def test_who_stops_the_command_is_told_what_is_left(capsys: pytest.CaptureFixtur
             raise KeyboardInterrupt
 
     for calibrates, phase, told in (
-        (True, "calibrating", "starts the calibration anew"),
-        (False, "", "begins anew"),
-        (True, "converting", "goes on from here"),
+        (True, "calibrating", "repeats the calibration"),
+        (False, "", "starts over"),
+        (True, "converting", "continues from here"),
     ):
         with pytest.raises(KeyboardInterrupt):
             run(calibrates, phase)

@@ -1,7 +1,7 @@
 """Conversion of a matrix from its file type to a smaller one while it is read in.
 
 `convert` gives the bytes as a file of the target type would hold them; `packing.pack_matrix` takes them from
-there. The same bytes always give the same bytes. Which conversions there are is in `tiers`.
+there. The same bytes always give the same bytes. Which conversions there are: `precisions`.
 """
 
 from __future__ import annotations

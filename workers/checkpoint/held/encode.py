@@ -1,4 +1,4 @@
-"""Encoding float32 rows in the block types of files. Kernels are elsewhere, plain types in `plain_types`."""
+"""Encoding float32 rows in the block types of files. The kernels are in `workers.kernels.packing`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _TERNARY = {
 
 
 def matrix_entry(shape: MatrixShape, at: int) -> tuple[int, int, int, int, int]:
-    """Return (product, format, codes_at, scales_at, block), as `kernels.ffn` names the matrix at `at`."""
+    """Return (product, format, codes_at, scales_at, block), as `layers.ffn` names the matrix at `at`."""
     block = activation_kind(shape.form).block(shape.columns)
     return product(shape.form), int(shape.form), *shape.offsets(at), block
 
@@ -114,6 +114,6 @@ def _pack_decoded(
                 f"type {file_type.name}: rows {row} to {row + rows - 1}: a weight beyond 65504, the largest"
                 " of float16, as which this type is held"
             )
-        # Read-only like a file's bytes: numba compiles a function anew for each array type.
+        # Read-only like a file's bytes: numba compiles a function for each array type.
         contents = np.frombuffer(halves.tobytes(), np.uint8)
         repack.floats(contents, rows, shape.columns, 2, out, at + row * shape.columns * 2)

@@ -2,7 +2,7 @@
 
 Each takes uint8 (blocks, block_bytes) and returns float32 (blocks, block_elements), with the values and
 the rounding of the gguf package. Layouts are ggml's, little endian. Not here: types whose codes index
-large code books (`grid_types`), and the table of all types (`types`).
+large code books (`grids`), and the table of all types (`table`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A type is one entry of `TENSOR_TYPES`; a decoder or a ternary view is a function over raw blocks in
 that entry. Layouts are those of ggml (little endian). Not here: decoders of the many block types
-(`block_types`, `grid_types`), kernels and packing.
+(`blocks`, `grids`), kernels and packing.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def recoded(
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_types_are_written_as_the_reference_package_writes_them(name: str) -> None:
+def test_plain_types_are_written_as_the_gguf_package_writes_them(name: str) -> None:
     values = weights()
     found, _ = recoded(frozen(values), "F32", name, values.shape)
     assert found.tobytes() == quantize(values, GGMLQuantizationType[name]).tobytes()

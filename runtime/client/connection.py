@@ -25,7 +25,7 @@ _MAX_FRAMES_AT_ONCE = 64
 _LAST_FRAMES_S = 0.02
 
 
-class Wire:
+class ClientConnection:
     """A connection that one thread uses at a time; the owner closes it.
 
     Making one raises DaemonUnreachable at once if nobody listens, NotPermitted and OutOfResources.
