@@ -54,13 +54,13 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    tensor_type: GGMLQuantizationType
     make: Callable[[np.random.Generator], Array]
 
     @property
     def nbytes(self) -> int:
         """Size in the file."""
-        return math.prod(self.shape) * (4 if self.kind == GGMLQuantizationType.F32 else 1)
+        return math.prod(self.shape) * (4 if self.tensor_type == GGMLQuantizationType.F32 else 1)
 
 
 def _scales(rng: np.random.Generator, blocks: int, middle: float) -> npt.NDArray[np.uint8]:
@@ -127,9 +127,9 @@ def _embedding_and_output(vocabulary: int, seed: int) -> Iterator[Tensor]:
         blocks[:, :2] = scales.view(np.uint8)
         return moved
 
-    yield Tensor(embedding.name, embedding.shape, embedding.kind, embed)
+    yield Tensor(embedding.name, embedding.shape, embedding.tensor_type, embed)
     yield norm("output_norm", HIDDEN)
-    yield Tensor("output.weight", embedding.shape, embedding.kind, project)
+    yield Tensor("output.weight", embedding.shape, embedding.tensor_type, project)
 
 
 def _attention(blk: str) -> Iterator[Tensor]:
@@ -245,8 +245,8 @@ def write(path: Path, layers: int, vocabulary: int, flat: bool, seed: int) -> in
     _write_settings(writer, layers, vocabulary, rng)
     everything = list(tensors(layers, vocabulary, flat, seed))
     for tensor in everything:
-        dtype = np.dtype(np.float32 if tensor.kind == GGMLQuantizationType.F32 else np.uint8)
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
+        dtype = np.dtype(np.float32 if tensor.tensor_type == GGMLQuantizationType.F32 else np.uint8)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes, tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -52,26 +52,26 @@ _V2 = _Files(
 
 
 def _own_folder(controller: str) -> str:
-    """Return this process's place in the hierarchy of `controller` ("" is version 2), as /a/b."""
+    """Return this process's folder in the hierarchy of `controller` ("" is version 2), as /a/b."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, place = line.split(":", 2)
+        _, controllers, folder = line.split(":", 2)
         if controller in controllers.split(","):
-            return place
+            return folder
     return "/"
 
 
 def _parents() -> Iterator[tuple[Path, _Files]]:
-    """Yield folders in which a group can perhaps be made: the root of a hierarchy, then our own place."""
+    """Yield folders in which a group can perhaps be made: the root of a hierarchy, then our own folder."""
     if (_ROOT / "memory" / _V1.limit).exists() or (_ROOT / "memory" / "cgroup.procs").exists():
-        for place in ("/", _own_folder("memory")):
-            yield _ROOT / "memory" / place.lstrip("/"), _V1
+        for folder in ("/", _own_folder("memory")):
+            yield _ROOT / "memory" / folder.lstrip("/"), _V1
     if (_ROOT / "cgroup.controllers").exists():
-        for place in ("/", _own_folder("")):
-            yield _ROOT / place.lstrip("/"), _V2
+        for folder in ("/", _own_folder("")):
+            yield _ROOT / folder.lstrip("/"), _V2
 
 
 class MemoryCgroup:
-    """A group of processes that may use `limit_bytes` together, page cache included; None: what there is.
+    """A group of processes that may use `limit_bytes` together, page cache included; None: no limit.
 
     Used with `with`; raises OSError, saying why, when no group can be made. What is still in it at the end
     is killed: only what was started with `command_inside` and its children can be.
@@ -133,7 +133,7 @@ class MemoryCgroup:
         return int(pages) * mmap.PAGESIZE
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         until_s = time.monotonic() + _PATIENCE_S
         while True:

@@ -80,7 +80,7 @@ def of_file(path: Path) -> Model:
 
 def written(folder: Path) -> Model:
     """Write stacked tensors of ternary experts, at an offset of 32 bytes as in real files."""
-    kind = TYPES_BY_NAME["TQ2_0"]
+    file_type = TYPES_BY_NAME["TQ2_0"]
     sizes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
     handle, name = tempfile.mkstemp(prefix="sterna-paging-", suffix=".bin", dir=folder)
     os.unlink(name)  # noqa: PTH108 - goes with this process
@@ -90,7 +90,7 @@ def written(folder: Path) -> Model:
     for layer in range(LAYERS):
         for projection, (rows, columns) in enumerate(sizes):
             starts[layer, projection] = offset
-            raw = sample(kind, rows, columns, choice, worst=False)
+            raw = sample(file_type, rows, columns, choice, worst=False)
             for expert in range(EXPERTS):
                 offset += os.pwrite(handle, np.roll(raw.reshape(-1, 66), expert, 0).tobytes(), offset)
     os.fsync(handle)
@@ -98,11 +98,14 @@ def written(folder: Path) -> Model:
     for rows, columns in sizes:
         matrices.append((int(Format.TL1), rows, columns, at))
         at += MatrixShape(form=Format.TL1, rows=rows, columns=columns).nbytes
-    nbytes = kind.nbytes((INNER, HIDDEN))
+    nbytes = file_type.nbytes((INNER, HIDDEN))
     pages = [
         ExpertPage(
             layer, e, 0, 0,
-            [FileSlab(starts[layer, p] + e * nbytes, nbytes, kind.id, f"blk.{layer}.{p}") for p in range(3)],
+            [
+                FileSlab(starts[layer, p] + e * nbytes, nbytes, file_type.id, f"blk.{layer}.{p}")
+                for p in range(3)
+            ],
         )
         for layer in range(LAYERS) for e in range(EXPERTS)
     ]  # fmt: skip
@@ -132,9 +135,9 @@ class Draw:
 
 def timed(what: str, threads: int, waiting: int, run: Callable[[], tuple[int, list[int]]]) -> Row:
     """Return the row of `run`, which returns bytes and the ns of each expert."""
-    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    before, began_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     nbytes, times = run()
-    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    seconds, after = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     p50, p99 = np.percentile(np.array(times) / 1e6, [50, 99]).tolist()
     return Row(
@@ -154,10 +157,10 @@ def plain(model: Model, threads: int, seconds: float) -> Row:
 
         def read(index: int) -> None:
             staging = Staging()
-            while (begin := time.perf_counter_ns()) < end * 1e9:
+            while (began_ns := time.perf_counter_ns()) < end * 1e9:
                 for slab in draw.next().slabs:
                     done[index] += file.read(slab, staging).nbytes
-                times.append(time.perf_counter_ns() - begin)
+                times.append(time.perf_counter_ns() - began_ns)
 
         readers = [threading.Thread(target=read, args=(i,)) for i in range(threads)]
         for reader in readers:

@@ -72,10 +72,10 @@ def quantized(source: Path, folder: Path, *options: str) -> Path:
     return out
 
 
-def attention(kind: str) -> list[str]:
+def attention(type_name: str) -> list[str]:
     """Return options that change attention and nothing else."""
-    changed = [part for pattern in ATTENTION for part in ("--tensor-type", f"{pattern}={kind}")]
-    return ["--type", kind, *changed, "--tensor-type", "*=keep"]
+    changed = [part for pattern in ATTENTION for part in ("--tensor-type", f"{pattern}={type_name}")]
+    return ["--type", type_name, *changed, "--tensor-type", "*=keep"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,13 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(grid(("TQ2_0 scales", "ternary experts", f"experts with noise {NOISE}", "attention"), rows))
         others = [
             (
-                kind,
+                type_name,
                 *(
-                    score(quantized(plain, folder, *attention(kind), *(c if kind in WEIGHTED else ())))
+                    score(
+                        quantized(plain, folder, *attention(type_name), *(c if type_name in WEIGHTED else ()))
+                    )
                     for c in calibrations
                 ),
             )
-            for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
+            for type_name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
         ]
         print("\n" + grid(("attention as", "alone", "calibrated"), others))
 

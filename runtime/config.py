@@ -45,7 +45,7 @@ class SettingRule:
 
     help: str
     """What the setting does, without its default."""
-    kind: Literal["path", "url", "integer", "seconds", "choice", "size", "share", "percent"]
+    syntax: Literal["path", "url", "integer", "seconds", "choice", "size", "share", "percent"]
     low: float = 0
     """Least value of a number; of a percentage in percent."""
     high: float = 0
@@ -61,7 +61,7 @@ class SettingRule:
 
     def expected(self) -> str:
         """Return what a value should have been, for an error text."""
-        match self.kind:
+        match self.syntax:
             case "integer":
                 return f"an integer from {self.low:g} to {self.high:g}"
             case "seconds":
@@ -185,7 +185,7 @@ SETTINGS: dict[str, SettingRule] = {
     "resident_experts": SettingRule(
         "Routed experts kept in memory, 50% or a number, for experiments; auto: as many as fit", "share"
     ),
-    "preset": _choice("preset", "Memory that a kind of machine is granted, at most what is free"),
+    "preset": _choice("preset", "Memory granted to a class of machine, at most what is free"),
     "memory_pressure": _choice("memory_pressure", "Give memory back while the system is short of it"),
     "routing": _choice(
         "routing",
@@ -349,9 +349,9 @@ def _hint(key: str) -> str:
 def _from_text(rule: SettingRule, text: str) -> object:
     """Return the value that a text from the environment or a flag stands for, or the text itself."""
     try:
-        if rule.kind == "integer":
+        if rule.syntax == "integer":
             return int(text)
-        if rule.kind == "seconds":
+        if rule.syntax == "seconds":
             return float(text)
     except ValueError:
         pass
@@ -369,7 +369,7 @@ def _is_share(value: str) -> bool:
 
 def _checked(rule: SettingRule, value: object, where: str) -> object:
     """Return the value in the field's type; raises ConfigError that begins with `where`."""
-    match rule.kind:
+    match rule.syntax:
         case "integer" if type(value) is int and rule.low <= value <= rule.high:
             return value
         case "seconds" if type(value) in (int, float) and rule.low <= value <= rule.high:  # type: ignore[operator]

@@ -39,7 +39,7 @@ class SlotFiller:
         return self.total - len(self._left) - len(self._reading)
 
     def begin(self, worker: int, peer: int) -> None:
-        """Fill for a worker that has come, beside what is being filled for others."""
+        """Fill for a new worker, while others may be filled too."""
         done = self.done if self._waiting else 0
         self._peers[worker] = peer
         self._waiting.add(worker)

@@ -115,11 +115,14 @@ class Loading(EngineMessage, frozen=True, kw_only=True):
 
 
 class Ready(EngineMessage, frozen=True, kw_only=True):
-    """The engine can run steps, on so many threads; one token at a time uses `streaming_threads`."""
+    """The engine can run steps."""
 
     seconds: float
+    """What the start took."""
     threads: int
+    """Threads of a step with several tokens."""
     streaming_threads: int
+    """Threads of a step with one token, which waits for the weights to stream in."""
 
 
 class WorkerReady(EngineMessage, frozen=True, kw_only=True):

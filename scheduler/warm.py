@@ -39,7 +39,7 @@ _NOTHING = np.zeros(0, np.float32)
 
 
 # Every file type that has a kernel of its own, with its format.
-ALL_KINDS = tuple(
+ALL_MATRIX_TYPES = tuple(
     dict.fromkeys(
         (name, format_of(TYPES_BY_NAME[name], 256, name, storage))
         for storage in (Storage(), Storage(small=True, per_token=True))
@@ -49,18 +49,23 @@ ALL_KINDS = tuple(
 
 
 def steps(
-    kinds: Sequence[tuple[str, int]] = ALL_KINDS, conversion: bool = False, value_nbytes: int = 2
+    matrix_types: Sequence[tuple[str, int]] = ALL_MATRIX_TYPES,
+    conversion: bool = False,
+    value_nbytes: int = 2,
 ) -> list[tuple[str, Callable[[], None]]]:
     """Return (name, function) pairs; running each once makes every later call start at once.
 
-    kinds: the (file type, format) of the matrices that will be packed and multiplied. Each is also
+    matrix_types: the (file type, format) of the matrices that will be packed and multiplied. Each is also
     tested: a wrong kernel raises InternalError. conversion: whether experts are converted when read in.
     value_nbytes: of the cache of keys and values, as `StreamShape`'s.
     """
     cache = _ARENA if value_nbytes == 2 else _ARENA.view(np.float32)
     return [
         ("quantise activations", selftest.check_quantize),
-        *((f"kernels for {name}", partial(selftest.check, name, Format(form))) for name, form in kinds),
+        *(
+            (f"kernels for {name}", partial(selftest.check, name, Format(form)))
+            for name, form in matrix_types
+        ),
         ("read bandwidth", bandwidth.warm),
         ("threads", _crew),
         ("matrix products", _multiply),
@@ -139,17 +144,17 @@ def _attention(cache: Cache) -> None:
     if cache.dtype == np.float32:
         latent, grouped = attention.latent_chunk_f32, attention.grouped_chunk_f32
     q, flat = np.zeros((1, 32), np.float32), np.zeros(48, np.float32)
-    scratch, places = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 48))
+    scratch, offsets = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 48))
     attention.latent_attention(
         Crew(1).board, job_address(latent), q, flat, 32, 48, 48, 1, 32, 48, np.float32(1.0),
         cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
-        places.astype(np.int64), np.zeros((1, 32), np.float32),
+        offsets.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
-    scratch, places = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 32))
+    scratch, offsets = (np.zeros(shape) for shape in attention_shapes(1, 16, 32, 32))
     attention.grouped_attention(
         Crew(1).board, job_address(grouped), q, 1, 1, 32, np.float32(1.0), 0, _NOTHING,
         cache, 0, np.zeros((1, 1), np.int32), _INDEX, _INDEX, 16, 1, scratch.astype(np.float32),
-        places.astype(np.int64), np.zeros((1, 32), np.float32),
+        offsets.astype(np.int64), np.zeros((1, 32), np.float32),
     )  # fmt: skip
 
 

@@ -63,12 +63,12 @@ class Arena:
         They read as zeros afterwards, in every process. Writing there takes memory again, and kills the
         writer (SIGBUS) where there is none: `restore` first.
         """
-        begin = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+        start = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (at + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin >= end:
+        if start >= end:
             return 0
-        self._map.madvise(mmap.MADV_REMOVE, begin, end - begin)
-        return end - begin
+        self._map.madvise(mmap.MADV_REMOVE, start, end - start)
+        return end - start
 
     def restore(self, at: int, nbytes: int) -> None:
         """Reserve memory for that range again; raises OutOfResources when there is none."""

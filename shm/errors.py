@@ -24,7 +24,7 @@ from typing import ClassVar
 
 
 class SternaError(Exception):
-    """Base of all: `code` names the kind, `retryable` says whether asking again may help."""
+    """Base of all: `code` names the class, `retryable` says whether asking again may help."""
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class UsageError(SternaError):
 
 
 class ModelFileError(SternaError):
-    """A model file is corrupt, incomplete or of a kind that cannot be run."""
+    """A model file is corrupt, incomplete or cannot be run."""
 
     code = "bad_model"
     exit_code = 65
@@ -131,7 +131,7 @@ class TooLong(RequestError):
 class Overloaded(RequestError):
     """The queue is full, or memory is short for the moment.
 
-    `retry_after_s`: mean time in which a place in the queue became free lately; None if that is not known.
+    `retry_after_s`: mean time in which a position in the queue became free lately; None if that is not known.
     """
 
     code = "overloaded"

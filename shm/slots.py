@@ -1,4 +1,4 @@
-"""Slots: the fixed places of the weights arena that hold one expert each, and their headers.
+"""Slots: the fixed parts of the weights arena that hold one expert each, and their headers.
 
     arena = [ header 0 | header 1 | ... ][ slot 0 | slot 1 | ... ]     slots start at a whole page
 

@@ -174,7 +174,7 @@ def route_top_k(
     p = 1.0 / (1.0 + np.exp(-wide)) if gating == SIGMOID else softmax(wide)
     scores = (wide if gating == SOFTMAX_SELECTED else p).astype(np.float32) + bias.astype(np.float32)
     members = np.arange(len(wide)).reshape(groups, -1)
-    # DeepSeek-V3: the sum of the two best biased scores; V2: the maximum (spec 4.4).
+    # DeepSeek-V3: the sum of the two best biased scores; V2: the maximum.
     counted = 2 if gating == SIGMOID else 1
     merit = [float(np.sort(scores[group])[-counted:].sum(dtype=np.float32)) for group in members]
     best = sorted(range(groups), key=lambda g: (-merit[g], g))[:groups_used]

@@ -261,7 +261,7 @@ def test_every_python_block_is_run() -> None:
     pages = {
         relative(page)
         for page in NAMED
-        if any(kind == "python" for kind, _ in FENCE.findall(page.read_text()))
+        if any(language == "python" for language, _ in FENCE.findall(page.read_text()))
     }
     (mark,) = (
         each

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime/chat": {"runtime/protocol", "runtime/text"},
     "runtime/client": {"runtime/protocol"},
     "runtime/memory": {"runtime"},
-    "runtime/processes": set(),
+    "runtime/processes": {"runtime/memory"},
     "runtime/examine": {"runtime", "runtime/chat", "runtime/memory", "runtime/text"},
     "runtime/quality": {"runtime/client", "runtime/protocol"},
     "runtime/quantize": {"runtime", "runtime/memory", "runtime/text"},

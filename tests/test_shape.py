@@ -36,7 +36,7 @@ class Definition:
     public: bool
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         return f"{self.path}:{self.node.lineno}: {self.name}"
 
     @property
@@ -84,12 +84,12 @@ def problems(source: str, path: str) -> list[str]:
     for each in definitions(tree, path):
         if isinstance(each.node, Function):
             if each.num_lines > limit:
-                found.append(f"{each.place}: {each.num_lines} lines, limit {limit}")
+                found.append(f"{each.where}: {each.num_lines} lines, limit {limit}")
             # Numba types the arguments and results of kernels.
             if not each.typed and not path.startswith(KERNELS):
-                found.append(f"{each.place}: no return annotation")
+                found.append(f"{each.where}: no return annotation")
         if each.public and not each.documented and not path.startswith(KERNELS):
-            found.append(f"{each.place}: no docstring")
+            found.append(f"{each.where}: no docstring")
     return found
 
 

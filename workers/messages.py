@@ -51,7 +51,7 @@ class Compute(LaneMessage, frozen=True, kw_only=True):
     layer: int
     precision: int
     """Which of the layer's, that of all these experts."""
-    kind: int
+    activation_kind: int
     """0: float32 rows follow; else the block of the int8 rows that follow (q, scales, sums)."""
     tokens: int
     """Number of rows."""
@@ -96,7 +96,7 @@ class ExpertPage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PageIn(LaneMessage, frozen=True, kw_only=True):
-    """Read an expert into its slot, beside what is computed; answered by `paged` or `trouble`."""
+    """Read an expert into its slot while others are computed; answered by `paged` or `trouble`."""
 
     seq: int
     page: ExpertPage

@@ -49,7 +49,7 @@ class ObservingWorker(ExpertWorker):
 
 def _inputs(message: Compute, frames: Sequence[memoryview]) -> Floats:
     """Return the activations of a batch as float32 (tokens, d_model), as its kernels read them."""
-    if message.kind == ActivationKind.FLOAT:
+    if message.activation_kind == ActivationKind.FLOAT:
         return np.frombuffer(frames[0], np.float32).reshape(message.tokens, -1)
     q = np.frombuffer(frames[0], np.int8).reshape(message.tokens, -1)
     scales = np.frombuffer(frames[1], np.float32).reshape(message.tokens, -1)

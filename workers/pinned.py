@@ -62,7 +62,7 @@ class PinnedThreads:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)

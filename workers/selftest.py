@@ -43,13 +43,13 @@ class _Case:
     x: npt.NDArray[np.float32]
 
 
-def run(kinds: Iterable[tuple[str, Format]] = PROOF) -> None:
-    """Check quantising and every (file type, format) of `kinds`.
+def run(matrix_types: Iterable[tuple[str, Format]] = PROOF) -> None:
+    """Check quantising and every (file type, format) of `matrix_types`.
 
     Raises InternalError naming the kernel and the target that gave a wrong answer.
     """
     check_quantize()
-    for name, form in kinds:
+    for name, form in matrix_types:
         check(name, form)
 
 
@@ -72,9 +72,9 @@ def check(name: str, form: Format) -> None:
 def _require(case: _Case) -> None:
     """Multiply and compare; integer formats with scales that are powers of two must be exact."""
     shape, form = case.shape, case.shape.form
-    kind = activation_kind(form)
-    rows = QuantizedRows.allocate(TOKENS, COLUMNS, kind.block(COLUMNS) or COLUMNS)
-    if kind is not ActivationKind.FLOAT:
+    reads = activation_kind(form)
+    rows = QuantizedRows.allocate(TOKENS, COLUMNS, reads.block(COLUMNS) or COLUMNS)
+    if reads is not ActivationKind.FLOAT:
         rows.fill(case.x, TOKENS)
     out = np.zeros((TOKENS, shape.groups * 16), np.float32)
     scratch = np.zeros(product_nbytes(COLUMNS, TOKENS), np.uint8)
@@ -87,7 +87,7 @@ def _require(case: _Case) -> None:
     x = case.x.astype(np.float64)
     expected = x @ case.weights.T
     # Other sums exceed the 24 bits of float32: they may be off by a few roundings of their largest terms.
-    slack = 0.0 if form in _EXACT or kind is ActivationKind.FLOAT else 1e-6
+    slack = 0.0 if form in _EXACT or reads is ActivationKind.FLOAT else 1e-6
     bound = slack * (np.abs(x) @ np.abs(case.weights.T))
     wrong = np.argwhere(~(np.abs(out[:, :ROWS] - expected) <= bound))
     if len(wrong):

@@ -1,7 +1,7 @@
 """What a worker does with a message: compute experts from slots.
 
-No sockets here: `process` feeds messages and sends what comes back. Reading experts in beside that is
-`paging`.
+No sockets here: `process` feeds messages and sends what comes back. Reading experts while
+others are computed is in `paging`.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class ExpertWorker:
 
 
 def _check(message: Compute, frames: Sequence[memoryview], shape: ExpertShape) -> int:
-    """Return the number of pairs; raises InternalError unless counts, kind and sizes fit together."""
-    starts, kind, tokens = message.starts, message.kind, message.tokens
+    """Return the number of pairs; raises InternalError unless counts, activations and sizes fit together."""
+    starts, kind, tokens = message.starts, message.activation_kind, message.tokens
     where = f"layer {message.layer}"
     if not len(message.experts) == len(message.slots) == len(starts) - 1:
         raise InternalError(
@@ -160,13 +160,13 @@ def _check(message: Compute, frames: Sequence[memoryview], shape: ExpertShape) -
 def _activations(
     message: Compute, frames: Sequence[memoryview], d_model: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Return (x, q, scales, sums) over the frames; those that the kind lacks are empty."""
+    """Return (x, q, scales, sums) over the frames; those that this kind of activations lacks are empty."""
     tokens = message.tokens
-    if message.kind == ActivationKind.FLOAT:
+    if message.activation_kind == ActivationKind.FLOAT:
         x = np.frombuffer(frames[0], np.float32).reshape(tokens, d_model)
         return x, _NO_Q, _NO_X, _NO_SUMS
     q = np.frombuffer(frames[0], np.int8).reshape(tokens, d_model)
-    blocks = d_model // ActivationKind(message.kind).block(d_model)
+    blocks = d_model // ActivationKind(message.activation_kind).block(d_model)
     scales = np.frombuffer(frames[1], np.float32).reshape(tokens, blocks)
     sums = np.frombuffer(frames[2], np.int32).reshape(tokens, blocks)
     return _NO_X, q, scales, sums

@@ -104,13 +104,13 @@ class _Experts:
         self.tokens = TokenRows(up.form, 1, d_model)
         middle = QuantizedRows.allocate(1, d_ff, 32)
         x, q = self.tokens.x, self.tokens.q
-        places = [
+        offsets = [
             (2 * i * up.shape.nbytes, (2 * i + 1) * up.shape.nbytes, downs_at + i * down.shape.nbytes)
             for i in range(count)
         ]
         matrices = [
             [matrix_entry(up.shape, gate), matrix_entry(up.shape, up_at), matrix_entry(down.shape, down_at)]
-            for gate, up_at, down_at in places
+            for gate, up_at, down_at in offsets
         ]
         scratch = np.zeros(product_nbytes(max(d_model, d_ff), 1), np.uint8)
         self.compute = partial(

@@ -43,12 +43,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductRow:
-    """One product: `weights` is "cached" (one matrix again and again) or "streamed" (a ring of them).
-
-    seconds is for one matrix on one thread; the rates are of all threads together. gb_per_s counts the
-    packed matrices alone. bandwidth_share is of what as many threads read from the same memory in turns
-    with the products, peak_share of the arithmetic peak; None where a share says nothing.
-    """
+    """What one product took."""
 
     format: str
     rows: int
@@ -56,12 +51,19 @@ class ProductRow:
     tokens: int
     threads: int
     weights: str
+    """"cached": one matrix again and again; "streamed": a ring of them."""
     seconds: float
+    """For one matrix on one thread."""
     median_seconds: float
     gmac_per_s: float
+    """Rate of all threads together."""
     gb_per_s: float
+    """Rate of all threads together, counting the packed matrices alone."""
     bandwidth_share: float | None
+    """Of what as many threads read from the same memory in turns with the products;
+    None where that says nothing."""
     peak_share: float | None
+    """Of the arithmetic peak; None where that says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from ...shm.errors import StartFailed, UsageError
 from ...workers.pinned import PinnedThreads
 
 PROGRAM = "test-quantize-perf"
-_PLACES = ("", "bin", "build/bin")
+_FOLDERS = ("", "bin", "build/bin")
 _VALUE_BYTES = 4  # "float32 throughput" counts values of four bytes, and 2^30 of them as a GB
 _GIB = 1 << 30
 # The program's clock takes about 20 ns, a tenth of a short row: the best of two lengths counts.
@@ -43,8 +43,8 @@ class LlamaCpp:
 
         Raises UsageError, naming the path, without the program; StartFailed when it does not run.
         """
-        for place in _PLACES:
-            program = folder / place / PROGRAM
+        for subfolder in _FOLDERS:
+            program = folder / subfolder / PROGRAM
             if program.is_file():
                 return cls(program.resolve(), _types(_run([str(program.resolve()), "--help"], (0, 1))))
         raise UsageError(

@@ -134,9 +134,9 @@ class TokenRows:
     def __init__(self, form: Format, count: int, columns: int) -> None:
         self.count = count
         self.x = np.random.default_rng(count).standard_normal((count, columns)).astype(np.float32)
-        kind = activation_kind(form)
-        quantised = kind is not ActivationKind.FLOAT
-        self.q = QuantizedRows.allocate(count, columns, kind.block(columns)) if quantised else _NO_Q
+        reads = activation_kind(form)
+        quantised = reads is not ActivationKind.FLOAT
+        self.q = QuantizedRows.allocate(count, columns, reads.block(columns)) if quantised else _NO_Q
         self.quantise()
 
     def quantise(self) -> None:

@@ -176,8 +176,8 @@ class Renderer:
         except MemoryError:
             return {"error": f"it needs more than {MEMORY_NBYTES >> 20} MiB of memory"}
         except BaseException as error:
-            kind = getattr(error, "kind", None)
-            if kind == "OutOfFuel":
+            reason = getattr(error, "kind", None)
+            if reason == "OutOfFuel":
                 return {"error": f"more than {fuel_for(request['context'])} steps"}
             return {"error": one_line(error)}
 

@@ -61,7 +61,7 @@ class SpelledOption(click.Option):
 
 def metavar_of(rule: SettingRule) -> str:
     """Return what stands for the value in a help text: N, SIZE, auto|off."""
-    return "|".join(rule.choices) or _METAVARS[rule.kind]
+    return "|".join(rule.choices) or _METAVARS[rule.syntax]
 
 
 def setting_options(names: Iterable[str]) -> Callable[[Command], Command]:
@@ -195,8 +195,10 @@ _SAMPLING: Final[tuple[tuple[tuple[str, ...], Any, str, str], ...]] = (
 
 def sampling_options(command: Command) -> Command:
     """Give a command the options of a request that decide how tokens are drawn; None where not given."""
-    for spellings, kind, metavar, text in reversed(_SAMPLING):
-        command = click.option(*spellings, cls=RequestOption, type=kind, metavar=metavar, help=text)(command)
+    for spellings, value_type, metavar, text in reversed(_SAMPLING):
+        command = click.option(*spellings, cls=RequestOption, type=value_type, metavar=metavar, help=text)(
+            command
+        )
     return command
 
 
@@ -207,7 +209,7 @@ def model_path(model: str | None) -> Path:
     """Return the path of MODEL, by default the embedded one's.
 
     Raises ModelNotFound and ModelFileError with a hint for what is no GGUF file but a URL, a name of a model
-    or a file of another kind.
+    or a file of another format.
     """
     if model in (None, EMBEDDED):
         return embedded_model()

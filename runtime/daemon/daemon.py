@@ -151,7 +151,7 @@ class Daemon:
         notify("STATUS=compiling kernels")
         request = Warm(
             arguments={
-                "kinds": sorted(model.plan.kinds),
+                "matrix_types": sorted(model.plan.matrix_types),
                 "conversion": bool(model.plan.assignment),
                 "value_nbytes": model.streams_shape.value_nbytes,
             }

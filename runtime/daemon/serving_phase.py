@@ -69,7 +69,7 @@ class ServingPhase:
     ) -> Iterator[None]:
         """Answer clients inside the `with`.
 
-        own_pids: processes beside the engine's, for the report; started_s: when the daemon was started;
+        own_pids: processes other than the engine's, for the report; started_s: when the daemon was started;
         on_drained is called when a client asked for the end, and nothing runs any more.
         """
 

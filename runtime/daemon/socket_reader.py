@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-# So many messages are taken before the loop gets its turn.
+# The most messages taken in one turn of the event loop.
 BURST = 64
 
 
@@ -37,7 +37,7 @@ class SocketReader:
             self._later()
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Stop reading and close the socket; what was sent has so long to leave once the context ends."""
+        """Stop reading and close the socket; unsent messages may take `linger_s` when the context ends."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)

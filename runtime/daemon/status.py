@@ -51,12 +51,12 @@ def report(
 ) -> StatusReport:
     """Return the daemon's state.
 
-    engine: None while the scheduler does not answer; own_pids: processes beside the engine's, by their names;
+    engine: None while the scheduler does not answer; own_pids: processes other than the engine's, by name;
     started_s, now_s: on the clock of `time.monotonic`.
     """
     prompt_rate, generated_rate = service.totals.rates(now_s)
     processes, measured_mib = _processes({**own_pids, **presence.pids})
-    sizes = {kind: round(nbytes / MIB, 1) for kind, nbytes in memory.memory_bytes.items()}
+    sizes = {name: round(nbytes / MIB, 1) for name, nbytes in memory.memory_bytes.items()}
     return StatusReport(
         version=sterna.__version__,
         uptime_s=round(now_s - started_s, 1),

@@ -82,42 +82,41 @@ class NotedTensors(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def get(self, name: str, default: object = None) -> TensorInfo | None:  # type: ignore[override]
-        """Return a tensor, or one that stands in for a missing one of its kind; None without either."""
-        info = self._tensors.get(name) or self._missing.get(_kind_of(name))
+        """Return a tensor, or one that stands in for a missing one of its role; None without either."""
+        info = self._tensors.get(name) or self._missing.get(_role_of(name))
         if info is not None:
             self.used.add(name)
         return info
 
     def assume(self, problem: TensorProblem) -> bool:
         """Have what `problem` misses be there, in every layer; returns whether that was not known before."""
-        name, kind = problem.name, _kind_of(problem.name)
+        name, role = problem.name, _role_of(problem.name)
         if (found := self._tensors.get(name)) is not None:
             self._tensors[name] = replace(found, shape=problem.shape)
             return found.shape != problem.shape
-        if kind in self._missing:
+        if role in self._missing:
             return False
         # The type of its like: what is computed together must be of types that go together.
         twin = self._tensors.get(name.replace("gate", "up")) or self._tensors.get(name.replace("up", "gate"))
-        like = twin or next((info for each, info in self._tensors.items() if _kind_of(each) == kind), None)
+        like = twin or next((info for each, info in self._tensors.items() if _role_of(each) == role), None)
         stored = _F32 if like is None else like.type
-        self._missing[kind] = TensorInfo(name=name, shape=problem.shape, type=stored, offset=0, nbytes=0)
+        self._missing[role] = TensorInfo(name=name, shape=problem.shape, type=stored, offset=0, nbytes=0)
         return True
 
     def layers_without(self, name: str) -> int:
-        """Return in how many layers a tensor of the kind of `name` was asked for and is missing."""
-        kind = _kind_of(name)
-        return sum(each not in self._tensors and _kind_of(each) == kind for each in self.used)
+        """Return in how many layers a tensor with the role of `name` was asked for and is missing."""
+        role = _role_of(name)
+        return sum(each not in self._tensors and _role_of(each) == role for each in self.used)
 
     def types_refused(self, file: GgufFile) -> list[str]:
         """Return a line for each type in use that cannot be computed with."""
         lines = []
-        used = {name: kind for name, kind in self._refused.items() if name in self.used}
-        for kind in {each.name: each for each in used.values()}.values():
-            named = [name for name, each in used.items() if each is kind]
-            label = file.label_of(self._tensors[named[0]])
-            lines.append(
-                f"{label}: {named[0]}: type {kind.name} cannot be computed with or decoded{_more(len(named))}"
-            )
+        used = {name: file_type for name, file_type in self._refused.items() if name in self.used}
+        for file_type in {each.name: each for each in used.values()}.values():
+            named = [name for name, each in used.items() if each is file_type]
+            where = f"{file.label_of(self._tensors[named[0]])}: {named[0]}"
+            more = _more(len(named))
+            lines.append(f"{where}: type {file_type.name} cannot be computed with or decoded{more}")
         return lines
 
 
@@ -176,7 +175,7 @@ def _untiled(file: GgufFile, tensors: list[TensorInfo]) -> list[str]:
     return lines
 
 
-def _kind_of(name: str) -> str:
+def _role_of(name: str) -> str:
     """Return the name without the number of its layer."""
     found = _IN_LAYER.fullmatch(name)
     return name if found is None else f"{found[1]}.*.{found[3]}"

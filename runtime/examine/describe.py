@@ -173,7 +173,7 @@ def _types(tensors: Iterable[TensorInfo], plan: ModelPlan | None) -> list[dict[s
         sizes[tensor.type.name] += tensor.nbytes
         if is_decoded_at_load(tensor.type):
             slow.add(tensor.type.name)
-    held = {} if plan is None else dict(plan.kinds)
+    held = {} if plan is None else dict(plan.matrix_types)
     rows = []
     for name, nbytes in sizes.most_common():
         row: dict[str, Any] = {"type": name, "tensors": counts[name], "file_bytes": nbytes}

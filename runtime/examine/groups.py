@@ -67,7 +67,7 @@ def groups(
                 "file_bytes": sum(info.nbytes for info in members[group]),
                 "held_as": list(forms),
                 "memory_bytes": nbytes,
-                "place": _place(group, plan, decision),
+                "place": _held_where(group, plan, decision),
             }
         )
     return rows
@@ -84,7 +84,7 @@ def unused_names(names: Iterable[str], layers: int) -> str:
     return f"{len(every)} tensors are not used: {'; '.join(parts)}"
 
 
-def _place(group: str, plan: ModelPlan | None, decision: SlotDecision | None) -> str:
+def _held_where(group: str, plan: ModelPlan | None, decision: SlotDecision | None) -> str:
     if group == IGNORED:
         return "not read"
     if plan is None:

@@ -1,4 +1,4 @@
-"""What was given in place of a model file, and what to do about it: a URL, a name, another kind of file.
+"""What was given instead of a model file, and what to do about it: a URL, a name, a file of another format.
 
 In here: telling it by its name and first bytes. Not in here: whether a GGUF file is sound (`check.py`).
 """
@@ -39,11 +39,11 @@ def refuse_other_files(model: str) -> None:
         return
     except (OSError, ValueError):  # the errors of the file's own reader say more
         return
-    if found := _kind(head):
+    if found := _other_format(head):
         raise ModelFileError(f"{model}: {found}; {READS}: {_CONVERT}")
 
 
-def _kind(head: bytes) -> str:
+def _other_format(head: bytes) -> str:
     """Return what a file that begins so is, if it is one that holds models and no GGUF file."""
     if len(head) == _HEADER_NBYTES and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
         return "a safetensors file"

@@ -72,20 +72,19 @@ class BudgetTooSmall(OutOfResources):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotDecision:
-    """How the budget is spent.
-
-    classes: as shm.slots.SlotClasses, one for each of plan.slot_sizes(); rows: bytes of each purpose, the
-    slots included, whose sum is at most the budget; smallest: the least budget that would work;
-    fits_all: whether all slots that there are could be used if it were not for `Wants.resident`.
-    """
+    """How the budget is spent."""
 
     classes: list[tuple[int, int]]
+    """As `shm.slots.SlotClasses`, one for each of `plan.slot_sizes()`."""
     streams: StreamShape
     max_batch_tokens: int
     rows: dict[str, int]
+    """Bytes of each purpose, the slots included; their sum is at most the budget."""
     budget: int
     smallest: int
+    """The least budget that would work, in bytes."""
     fits_all: bool
+    """Whether all experts could have a slot, if `Wants.resident` did not limit them."""
     num_experts: int
     why: str
     notes: list[str] = field(default_factory=list)
@@ -310,9 +309,9 @@ def _distribute(most: Sequence[tuple[int, int]], least: Sequence[int], room: int
         low, high = (middle, high) if nbytes_of(counts_at(middle)) <= room else (low, middle - 1)
     counts = counts_at(low) if steps else []
     left = room - nbytes_of(counts)
-    for kind, (count, nbytes) in enumerate(most):  # what is left is less than a slot of each class
-        more = min(count - counts[kind], left // nbytes)
-        counts[kind] += more
+    for slot_class, (count, nbytes) in enumerate(most):  # what is left is less than a slot of each class
+        more = min(count - counts[slot_class], left // nbytes)
+        counts[slot_class] += more
         left -= more * nbytes
     return counts
 

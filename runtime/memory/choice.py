@@ -31,19 +31,19 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """A plan, how memory is spent on it, and one line each on how weights and activations are held.
-
-    largest_read: bytes of the largest expert in the file; precision: a line on experts that are held in fewer
-    bits than the file has, "" if that was not asked for.
-    """
+    """A plan, how memory is spent on it, and how weights and activations are held."""
 
     plan: ModelPlan
     decision: SlotDecision
     ternary: str
+    """One line on how ternary weights are held."""
     activations: str
+    """One line on how activations are quantised."""
     error: ActivationError | None
     largest_read: int
+    """Bytes of the largest expert in the file."""
     precision: str = ""
+    """One line on experts held in fewer bits than the file has; "" if that was not asked for."""
 
 
 def default_workers() -> int:

@@ -16,7 +16,7 @@ from ..sizes import format_given, format_size
 
 _GIB, _MIB = 2**30, 2**20
 
-# What the reference grants each kind of machine (its tier mapper's memory bytes).
+# What ruvllm grants each class of machine (memory bytes of its tier mapper, ADR-092).
 PRESETS = {
     "raspberry-pi-5": 6 * _GIB,
     "mobile": 2 * _GIB,
@@ -149,11 +149,11 @@ def cgroup_folders(root: Path = Path("/")) -> Iterator[tuple[Path, int]]:
             paths[1] = path
     for line in _lines(root / "proc/self/mountinfo"):
         left, _, right = line.partition(" - ")
-        mount, kind = left.split(), right.split()
-        if len(mount) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+        mount, filesystem = left.split(), right.split()
+        if len(mount) < 5 or len(filesystem) < 3 or filesystem[0] not in ("cgroup", "cgroup2"):
             continue
-        version = 2 if kind[0] == "cgroup2" else 1
-        if version == 1 and "memory" not in kind[2].split(","):
+        version = 2 if filesystem[0] == "cgroup2" else 1
+        if version == 1 and "memory" not in filesystem[2].split(","):
             continue
         top = root / mount[4].lstrip("/")
         folder = top / _below(paths[version], mount[3])

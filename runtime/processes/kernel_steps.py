@@ -21,14 +21,15 @@ from functools import partial
 from ...scheduler import warm
 from ...shm.errors import StartFailed
 from ...workers.kernels import late
+from ..memory.room import read_room
 
 log = logging.getLogger("sterna.kernels")
 
 COMPILER = "sterna.runtime.processes.kernel_compiler"
 # A step takes some 10 s; a board without a fan, and busy, ten times that.
 STEP_TIMEOUT_S = 600.0
-# Each takes 240 MB while it runs.
 MOST_COMPILERS = 2
+COMPILER_NBYTES = 256 * 2**20  # what each takes while it runs
 END_TIMEOUT_S = 10.0
 
 
@@ -73,9 +74,10 @@ class Loader:
         late.seal()
 
     def _start_compilers(self, first: int) -> None:
-        """Have the steps from `first` on compiled, in turn by each of the compilers."""
+        """Have the steps from `first` on compiled, in turn by as many compilers as cores and memory allow."""
         numbers = list(range(first, len(self._steps)))
-        count = min(MOST_COMPILERS, len(os.sched_getaffinity(0)), len(numbers))
+        in_memory = max(1, read_room().usable // COMPILER_NBYTES)
+        count = min(MOST_COMPILERS, len(os.sched_getaffinity(0)), len(numbers), in_memory)
         self._first = first
         self._compilers = [Compiler(self._arguments, numbers[i::count]) for i in range(count)]
 

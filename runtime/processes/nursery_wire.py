@@ -1,6 +1,6 @@
 """What the daemon and its fork server say to each other, and how a frame crosses the socket.
 
-One frame is one packet of a SOCK_SEQPACKET pair: a msgpack map, with descriptors beside it. Both
+One frame is one packet of a SOCK_SEQPACKET pair: a msgpack map, with descriptors as ancillary data. Both
 ends are ours and are started together, so that there is no version field. Not in here: what either
 side does with a message (nursery.py, supervisor.py). Imports no asyncio: the nursery stays small.
 
@@ -132,9 +132,9 @@ def encode(message: Request | Event, num_fds: int = 0) -> bytes:
 
 def send(sock: socket.socket, frame: bytes, fds: Sequence[int] = ()) -> None:
     """Send one frame; the receiver gets duplicates of `fds`. Raises OSError as the socket does."""
-    beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
     # Not socket.send_fds, which drops its flags: without this one a closed peer may raise SIGPIPE.
-    sock.sendmsg([frame], beside, socket.MSG_NOSIGNAL)
+    sock.sendmsg([frame], ancillary, socket.MSG_NOSIGNAL)
 
 
 def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M, list[int]] | None:
@@ -146,12 +146,12 @@ def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[M]) -> tuple[M
     """
     try:
         # socket.recv_fds drops its flags, as socket.send_fds does.
-        frame, beside, flags, _ = sock.recvmsg(MAX_FRAME_BYTES, _FDS_SPACE_BYTES, socket.MSG_CMSG_CLOEXEC)
+        frame, ancillary, flags, _ = sock.recvmsg(MAX_FRAME_BYTES, _FDS_SPACE_BYTES, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return None
     fds: list[int] = []
-    for level, kind, data in beside:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+    for level, cmsg_type, data in ancillary:
+        if (level, cmsg_type) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.extend(memoryview(data[: len(data) // _FD_BYTES * _FD_BYTES]).cast("i"))
     if not frame:
         close_all(fds)

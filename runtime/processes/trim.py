@@ -22,6 +22,6 @@ def trim() -> None:
     if hasattr(libc, "malloc_trim"):  # glibc only
         libc.malloc_trim(0)
     with contextlib.suppress(OSError):
-        for begin, end, _ in _CODE.findall(Path("/proc/self/maps").read_text()):
-            start = int(begin, 16)
+        for low, end, _ in _CODE.findall(Path("/proc/self/maps").read_text()):
+            start = int(low, 16)
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(int(end, 16) - start), _MADV_DONTNEED)

@@ -176,16 +176,16 @@ def _explain(cls: type[Message], body: dict[str, Any], text: str) -> str:
     if m := _UNKNOWN_FIELD.match(text):
         near = difflib.get_close_matches(m["name"], cls.__struct_fields__, n=1) if not m["path"] else []
         hint = f", did you mean {near[0]!r}?" if near else ""
-        return f"{_place(tag, m['path'])}: unknown field {_shown(m['name'])}{hint}"
+        return f"{_field_path(tag, m['path'])}: unknown field {_shown(m['name'])}{hint}"
     if m := _MISSING_FIELD.match(text):
-        return f"{_place(tag, m['path'])}: field {m['name']!r} is missing"
+        return f"{_field_path(tag, m['path'])}: field {m['name']!r} is missing"
     if m := _AT_PATH.match(text):
         what = m["what"].split(", got ")[0].replace("`", "").replace("Expected", "expected")
-        return f"{_place('', m['path'])}: {_one_line(what)}, found {_shown(_value_at(body, m['path']))}"
+        return f"{_field_path('', m['path'])}: {_one_line(what)}, found {_shown(_value_at(body, m['path']))}"
     return f"{tag}: {_one_line(text)}"
 
 
-def _place(tag: str, path: str | None) -> str:
+def _field_path(tag: str, path: str | None) -> str:
     inner = (path or "").removeprefix("$").removeprefix(".")
     return f"{tag}.{inner}" if tag and inner else inner or tag
 
@@ -206,8 +206,8 @@ def _value_at(body: object, path: str) -> object:
 def _shown(value: object) -> str:
     """Return a value for an error text: one line, at most about 60 characters whatever it is."""
     if isinstance(value, (list, tuple, dict)):
-        kind = "map" if isinstance(value, dict) else "array"
-        return f"{kind} of {len(value)}"
+        container = "map" if isinstance(value, dict) else "array"
+        return f"{container} of {len(value)}"
     if isinstance(value, str) and len(value) > 40:
         return f"{value[:40]!r}... ({len(value)} characters)"
     return ascii(value)[:60]

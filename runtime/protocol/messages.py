@@ -264,24 +264,29 @@ class Timings(Message, frozen=True, kw_only=True):
 
 
 class RoutingFacts(Message, frozen=True, kw_only=True):
-    """What a quality budget did to one answer; an event is one token in one layer.
+    """What a quality budget did to one answer.
 
-    epsilon: mean share of the gate mass that might be lost, and what it came from: a budget by way of a
-    calibration or of the rule for models without one, or given by the request. changed: events with another
-    selection than the exact one; agreement: the share of the others; swaps: experts traded, swap_share: of
-    all that were selected; lost_mass: mean share that was lost, at most epsilon; credit_left: lost mass that
-    was still to be had.
+    An event is one token in one layer.
     """
 
     epsilon: float
+    """Mean share of the gate mass that might be lost."""
     basis: Basis
+    """Where epsilon came from: a budget, by way of a calibration or of the rule for models without
+    one, or the request itself."""
     events: Count
     changed: Count
+    """Events whose selection differs from the exact one."""
     swaps: Count
+    """Experts traded."""
     lost_mass: float
+    """Mean share of the gate mass that was lost, at most epsilon."""
     swap_share: float
+    """Experts traded, as a share of all that were selected."""
     agreement: float
+    """Share of the events with the exact selection."""
     credit_left: float
+    """Lost mass that was still allowed at the end."""
 
 
 class Finished(Message, frozen=True, kw_only=True):

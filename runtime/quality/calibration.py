@@ -43,32 +43,34 @@ class Allowance:
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """What one epsilon did to a text, against exact routing with the same memory.
-
-    delta: rise of perplexity as a fraction, with its standard error; misses: experts read, as a share of
-    those that exact routing read (None: not known); swap_share, lost_mass: of `messages.RoutingFacts`.
-    """
+    """What one epsilon did to a text, against exact routing with the same memory."""
 
     epsilon: float
     delta: float
+    """Rise of perplexity, as a fraction."""
     error: float
+    """Standard error of `delta`."""
     misses: float | None
+    """Experts read, as a share of those that exact routing read; None: not known."""
     swap_share: float
+    """See `messages.RoutingFacts`."""
     lost_mass: float
+    """See `messages.RoutingFacts`."""
 
 
 class BudgetTable(msgspec.Struct, frozen=True, kw_only=True):
-    """Points measured with `resident_share` of the routed experts in memory, in rising order of epsilon.
-
-    margin: whether a budget must hold for delta plus its standard error; date: ISO 8601, UTC.
-    """
+    """Points measured with a share of the experts in memory."""
 
     resident_share: float
+    """Share of the routed experts that was in memory."""
     tokens: int
     date: str
+    """ISO 8601, UTC."""
     perplexity: float
     margin: bool
+    """Whether a budget must hold for delta plus its standard error."""
     points: list[Point]
+    """In rising order of epsilon."""
 
     def epsilon(self, budget: float) -> float:
         """Return the largest epsilon whose cost is within `budget`, none beyond the largest measured.
@@ -103,7 +105,7 @@ class Calibration:
 
     @classmethod
     def load(cls, model: Path) -> Calibration:
-        """Read what there is about the file `model`; a file that is damaged or of another model has none."""
+        """Read the tables of the file `model`; tables that are damaged or of another model are left out."""
         tables: dict[float, BudgetTable] = {}
         for path in (beside(model), cache_path(model)):
             tables |= {table.resident_share: table for table in _read(path, model)}
@@ -159,7 +161,7 @@ def cache_path(model: Path) -> Path:
 
 
 def store(path: Path, model: Path, table: BudgetTable) -> None:
-    """Add a table to the file at `path`, in the place of one with the same share; raises NotPermitted."""
+    """Add a table to the file at `path`, replacing one with the same share; raises NotPermitted."""
     kept = [old for old in _read(path, model) if old.resident_share != table.resident_share]
     tables = sorted([*kept, table], key=lambda table: table.resident_share)
     whole = Stored(model=model.name, file_bytes=model.stat().st_size, tables=tables)

@@ -44,10 +44,7 @@ class How:
 
 @dataclass(slots=True)
 class Routing:
-    """What routing within a budget did to all windows of a text; see `messages.RoutingFacts`.
-
-    lost, swapped: sums over the events of the share of the mass that was lost, and of the experts traded.
-    """
+    """What routing within a budget did to all windows of a text; see `messages.RoutingFacts`."""
 
     epsilon: float
     basis: Basis
@@ -55,7 +52,9 @@ class Routing:
     changed: int = 0
     swaps: int = 0
     lost: float = 0.0
+    """Sum over the events of the share of the gate mass that was lost."""
     swapped: float = 0.0
+    """Sum over the events of the share of the experts that were traded."""
 
     def add(self, facts: RoutingFacts) -> None:
         """Add one window."""
@@ -82,17 +81,16 @@ class Routing:
 
 @dataclass(slots=True)
 class Scores:
-    """Log-probabilities of a text's tokens, natural logarithm, and what scoring took.
-
-    requested, missed: experts that events needed, and those of them that were not in memory; None where the
-    daemon does not count them.
-    """
+    """Log-probabilities of a text's tokens, and what scoring took."""
 
     logprobs: list[float] = field(default_factory=list)
+    """Natural logarithms."""
     seconds: float = 0.0
     routing: Routing | None = None
     requested: int | None = None
+    """Experts that events needed; None where the daemon does not count them."""
     missed: int | None = None
+    """Those of them that were not in memory."""
 
     @property
     def nats(self) -> float:
@@ -170,7 +168,7 @@ def _counts(client: Client) -> tuple[int, int] | None:
 
 
 def resident_share(client: Client) -> float:
-    """Return the share of the routed experts that have a place in memory."""
+    """Return the share of the routed experts that fit into memory."""
     status = client.status()
     experts, model = status.get("experts") or {}, status["model"]
     if "share" in experts:

@@ -124,12 +124,12 @@ class _Model:
                     continue  # both halves read the same
             alone = stacked or names.find(self._file, role, layer, expert)
             if alone is not None:
-                place = (expert, self._plan.hyper.experts) if stacked else (0, 1)
-                self.sums.add(alone.name, rows, *place)
+                part = (expert, self._plan.hyper.experts) if stacked else (0, 1)
+                self.sums.add(alone.name, rows, *part)
 
 
 def _classes(file: GgufFile, plan: ModelPlan, fixed: int) -> SlotClasses:
-    """Return slots for all experts, or for as many of each size as there is memory for beside `fixed` bytes.
+    """Return slots for all experts, or for as many of each size as fit next to `fixed` bytes.
 
     Raises OutOfResources if it does not hold the fewest that the model can be run with.
     """

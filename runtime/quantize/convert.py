@@ -30,7 +30,7 @@ from ...workers.checkpoint.held.precisions import is_ternary
 from ...workers.checkpoint.held.recode import Loss, Recoder, chunks_of
 from ...workers.checkpoint.types.bitnet import TILED
 from ...workers.checkpoint.types.table import TYPES_BY_NAME, Bytes, Floats, TensorType, ternary_matrix
-from .journal import Done, PartFile, check_place, identify
+from .journal import Done, PartFile, check_output, identify
 from .plan import FILE_TYPES, QUANTIZATION_VERSION, Choice, Wanted, choose, is_quantized
 from .report import Group, groups
 
@@ -79,7 +79,7 @@ def quantize(
     room; ModelFileError for what is in `file`; ModelReadError if it cannot be read, or if what is read back
     is not what was written.
     """
-    check_place(file.paths, out, force=force)
+    check_output(file.paths, out, force=force)
     choices = choose(file, wanted)
     keys = _keys(file, wanted, choices)
     layout = lay_out(
@@ -174,14 +174,14 @@ class _ConversionRun:
         self._total = sum(choice.info.nbytes for choice in choices)
         self._part.write(layout.header, 0)
         with ThreadPoolExecutor(len(self._recoders), thread_name_prefix="quantize") as pool:
-            for choice, place in zip(choices, layout.tensors, strict=True):
+            for choice, placed in zip(choices, layout.tensors, strict=True):
                 if choice.info.name in self._part.done:
                     self._advance(choice.info.nbytes)
                     continue
                 done = (
-                    self._copy(choice, place.offset)
+                    self._copy(choice, placed.offset)
                     if choice.kept
-                    else self._recode(choice, place.offset, pool)
+                    else self._recode(choice, placed.offset, pool)
                 )
                 self._part.note(choice.info.name, done)
 
@@ -263,11 +263,13 @@ class _ConversionRun:
 
     def _values(self, info: TensorInfo, start: int, rows: int, columns: int) -> Bytes:
         """Return float32 values of a matrix whose type is decoded as a whole, as read-only bytes."""
-        kind, shape = info.type, (rows, columns)
+        file_type, shape = info.type, (rows, columns)
         raw = self._read(info, start, info.nbytes * rows // math.prod(info.shape[:-1]))
         with _named(self._file, info):
-            tiling = find_tiling(self._file, kind.name, rows, columns) if kind.name in TILED else None
-            values = ternary_matrix(kind, raw, shape, tiling).values().reshape(-1).view(np.uint8)
+            tiling = (
+                find_tiling(self._file, file_type.name, rows, columns) if file_type.name in TILED else None
+            )
+            values = ternary_matrix(file_type, raw, shape, tiling).values().reshape(-1).view(np.uint8)
         values.flags.writeable = False
         return values
 

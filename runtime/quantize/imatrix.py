@@ -69,9 +69,9 @@ class ColumnSums:
 
     def save(self, path: Path, text: str) -> None:
         """Write the file, or leave none; `text` names what was run. Raises NotPermitted, OutOfResources."""
-        kind = TYPES_BY_NAME["F32"]
+        f32 = TYPES_BY_NAME["F32"]
         tensors = [
-            (name + end, shape, kind)
+            (name + end, shape, f32)
             for name, (sums, _) in self._sums.items()
             for end, shape in ((_SUMS, sums.shape), (_COUNTS, (len(sums), 1)))
         ]

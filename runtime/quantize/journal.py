@@ -42,7 +42,7 @@ class Done:
     whole: float
 
 
-def check_place(sources: Sequence[str], out: Path, *, force: bool) -> None:
+def check_output(sources: Sequence[str], out: Path, *, force: bool) -> None:
     """Raise UsageError if something lies at `out` that must not be replaced.
 
     sources: files that are read, of which none may be `out` or a file that a run keeps beside it.
@@ -83,8 +83,8 @@ def identify(file: GgufFile) -> list[Any]:
 
 def write_error(path: Path, error: OSError, then: str = "") -> SternaError:
     """Return the error of one line for a file that could not be written: OutOfResources or NotPermitted."""
-    kind = NotPermitted if error.errno in _REFUSED else OutOfResources
-    return kind(f"{path}: writing failed: {error.strerror}{then}")
+    error_class = NotPermitted if error.errno in _REFUSED else OutOfResources
+    return error_class(f"{path}: writing failed: {error.strerror}{then}")
 
 
 class PartFile:
@@ -176,7 +176,7 @@ class PartFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
 

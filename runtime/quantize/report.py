@@ -1,4 +1,4 @@
-"""Tensors of a conversion put together by kind, for a table. Pure; no numba."""
+"""Tensors of a conversion put together by group, for a table. Pure; no numba."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from .plan import Choice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Tensors of a kind that became the same; `kept` says why they stayed as they were, if so.
-
-    error: root of the mean square error as a share of that of the weights, None where nothing is known.
-    """
+    """Tensors of one group that became the same type."""
 
     name: str
     tensors: int
     before: str
     after: str
     kept: str
+    """Why they stayed as they were; "" if they did not."""
     nbytes_before: int
     nbytes_after: int
     error: float | None
+    """Root of the mean square error, as a share of that of the weights; None where nothing is known."""
 
 
 def groups(choices: Sequence[Choice], done: Mapping[str, Done] | None = None) -> tuple[Group, ...]:
-    """Return the tensors by kind and what becomes of them; with what was lost where they are `done`."""
+    """Return the tensors by group and what becomes of them; with what was lost where they are `done`."""
     members: dict[tuple[str, str, str, str], list[Choice]] = {}
     for choice in choices:
         key = (choice.group, choice.info.type.name, choice.target.name, choice.kept)

@@ -1,7 +1,7 @@
 """The tokenizer's keys of a GGUF file, read with their types and ranges checked.
 
-In here: `MetadataReader`, the token types and the ids with a role. Not in here: what a kind of tokenizer does
-with them (`vocabulary.py`, `sentencepiece.py`).
+In here: `MetadataReader`, the token types and the ids with a role. Not in here: what each
+tokenizer model does with them (`vocabulary.py`, `sentencepiece.py`).
 """
 
 from __future__ import annotations

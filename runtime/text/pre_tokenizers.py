@@ -94,7 +94,7 @@ _BLOOM = " ?[^(\\s|.,!?" + _ranges("2026 3002 FF0C 3001 964 6D4 60C") + ")]+"
 
 _FAMILIES: tuple[tuple[str, Splitting], ...] = (
     (
-        # The last three are encoders whose separators llama.cpp does not add for this kind either.
+        # The last three are encoders whose separators llama.cpp does not add for this one either.
         "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert mpt olmo jais "
         "trillion granite-docling exaone4 jina-v1-en jina-v2-code roberta-bpe",
         Splitting(patterns=(_GPT2,)),

@@ -3,7 +3,7 @@
 In here: `ScoredPieces`. Its rules are those of llama.cpp's SPM tokenizer: spaces are written as U+2581, one
 is put before each text, neighbours that form a token merge, best score first, and characters without a token
 become one byte token per byte. Text is not normalised and no space removed; `remove_extra_whitespaces` is
-for another kind. Not in here: special tokens (`special_tokens.py`).
+for another model. Not in here: special tokens (`special_tokens.py`).
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class ScoredPieces:
 def _merges(id_of: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Return every way to make a piece of two, best score first.
 
-    Two ways to make the same piece: first the one whose left part is longer. (The rule is the leftmost place,
-    which no order of merges can say; it matters only where a piece overlaps itself.)
+    Two ways to make the same piece: first the one whose left part is longer. (The rule is the leftmost
+    position, which no order of merges can say; it matters only where a piece overlaps itself.)
     """
     found: list[tuple[float, int, str, str]] = []
     for piece, token_id in id_of.items():

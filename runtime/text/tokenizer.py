@@ -1,9 +1,9 @@
 """Text to token ids and back, from the tokenizer metadata of a GGUF file.
 
-In here: `Tokenizer`, which is the same for all kinds. Not in here: the kinds (`vocabulary.py`,
+In here: `Tokenizer`, the same for all tokenizer models. Not in here: the models (`vocabulary.py`,
 `sentencepiece.py`), special tokens (`special_tokens.py`), streamed text and stop strings (`detokenizer.py`),
 chat templates, and whether the vocabulary fits the model (the engine checks that). `add_sep_token` has no
-meaning for these kinds.
+meaning for these models.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Tokenizer:
         """Build the tokenizer that a file's metadata describes; nothing of `metadata` is kept.
 
         Without `tokenizer.ggml.model` and `.tokens` it is the byte vocabulary, which adds BOS unless the
-        metadata says no. Raises ModelFileError naming `source` and the key for a kind that is not supported
+        metadata says no. Raises ModelFileError naming `source` and the key for a model that is not supported
         or values that contradict each other.
         """
         reader = MetadataReader(metadata, source)
@@ -75,14 +75,14 @@ class Tokenizer:
 
     @classmethod
     def _of_tokens(cls, reader: MetadataReader) -> Tokenizer:
-        kind = reader.choice("model", MODELS)
+        model = reader.choice("model", MODELS)
         pieces = reader.pieces()
         types = reader.types(pieces)
         ends, visible = answer_ends(pieces, types)
         for token_id in ends:
             types[token_id] = TokenType.CONTROL  # some files mark them as text by mistake
         vocabulary: ByteLevelBpe | ScoredPieces
-        if kind == "llama":
+        if model == "llama":
             vocabulary = ScoredPieces.read(reader, pieces, types)
             roles = reader.roles(vocabulary.size, vocabulary.roles(types))
         else:

@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Vocabulary(Protocol):
-    """What `Tokenizer` needs of a kind; ids and texts given to it are checked by the caller."""
+    """What `Tokenizer` needs of a tokenizer model; ids and texts given to it are checked by the caller."""
 
     size: int
 

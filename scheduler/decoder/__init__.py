@@ -1,1 +1,1 @@
-"""Computing a model: decoder, kinds of attention, rotary angles, dense products, threads."""
+"""Computing a model: decoder, both attentions, rotary angles, dense products, threads."""

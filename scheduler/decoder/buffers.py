@@ -21,7 +21,7 @@ LOGIT_ROWS = 32
 """Rows of logits that are computed at once."""
 
 STATE_READERS = ("ffn_gate", "ffn_gate_shexp", "ffn_gate_inp", "ffn_gate_inp_shexp", "output")
-"""Roles of the matrices that read the normed state, beside attention's."""
+"""Roles of the matrices that read the normed state, other than attention's."""
 
 
 def quantized(capacity: int, width: int, block: int) -> Fields:
@@ -34,9 +34,9 @@ def quantized(capacity: int, width: int, block: int) -> Fields:
     )
 
 
-def rows(capacity: int, width: int, threads: int, kinds: Collection[ActivationKind]) -> int:
-    """Return the bytes of `dense.Rows` when it was read as each of `kinds`."""
-    each = (quantized(capacity, width, kind.block(width)) for kind in kinds if kind)
+def rows(capacity: int, width: int, threads: int, activations: Collection[ActivationKind]) -> int:
+    """Return the bytes of `dense.Rows` when it was read as each of `activations`."""
+    each = (quantized(capacity, width, activation.block(width)) for activation in activations if activation)
     own = (array("x", np.float32, capacity, width), product_scratch(threads, width, capacity))
     return nbytes((*own, *quantized(1, 1, 1))) + sum(map(nbytes, each))
 
@@ -88,13 +88,13 @@ def dense_nbytes(plan: ModelPlan, capacity: int, context: int, threads: int) -> 
     total = nbytes((*decoder(h, capacity), *h.attention.buffers(capacity, threads, context), logits(plan)))
     read_as = _read_as(plan)
 
-    def kinds(roles: Collection[str]) -> set[ActivationKind]:
+    def activations(roles: Collection[str]) -> set[ActivationKind]:
         return set().union(*(read_as.get(role, ()) for role in roles))
 
     readers = (*h.attention.inputs, *STATE_READERS)
-    total += rows(capacity, h.d_model, threads, kinds(readers) | _by_experts(plan))
+    total += rows(capacity, h.d_model, threads, activations(readers) | _by_experts(plan))
     for each in h.attention.rows(capacity).values():
-        total += rows(each.capacity, each.width, threads, kinds(each.readers))
+        total += rows(each.capacity, each.width, threads, activations(each.readers))
     networks = _networks(plan)
     total += len(networks) * nbytes(network())
     return total + sum(nbytes(feed_forward(capacity, *sizes, threads)) for sizes in set(networks))

@@ -80,10 +80,10 @@ class Decoder:
         """
         h, count = self._h, len(batch.ids)
         self._embed(batch.ids)
-        places = self._cache_places(batch)
+        cache_rows = self._cache_rows(batch)
         for layer in range(h.layers):
             self._norm(self._attn_norm[layer], count)
-            self._attention.attend(layer, self._normed, batch, places, self._out)
+            self._attention.attend(layer, self._normed, batch, cache_rows, self._out)
             self._add(self._out, count)
             self._norm(self._ffn_norm[layer], count)
             if layer < h.dense_layers:
@@ -123,7 +123,7 @@ class Decoder:
         if self._h.embedding_scale != 1.0:
             scale_rows(self.x, np.float32(self._h.embedding_scale), count, width)
 
-    def _cache_places(self, batch: TokenBatch) -> npt.NDArray[np.int64]:
+    def _cache_rows(self, batch: TokenBatch) -> npt.NDArray[np.int64]:
         size = self._streams.shape.block_size
         blocks = self._streams.tables[batch.streams, batch.positions // size].astype(np.int64)
         return blocks * size + batch.positions % size

@@ -106,16 +106,16 @@ class Rows:
         """Say that `x` holds new values."""
         self._fresh.clear()
 
-    def as_kind(self, kind: ActivationKind, count: int) -> QuantizedRows:
-        """Return the first `count` rows quantised as `kind` (empty buffers for FLOAT)."""
-        if kind is ActivationKind.FLOAT:
+    def quantized(self, reads: ActivationKind, count: int) -> QuantizedRows:
+        """Return the first `count` rows quantised as `reads` says (empty buffers for FLOAT)."""
+        if reads is ActivationKind.FLOAT:
             return self._none
-        if kind not in self._quantized:
-            self._quantized[kind] = QuantizedRows.allocate(len(self.x), self.width, kind.block(self.width))
-        rows = self._quantized[kind]
-        if kind not in self._fresh:
+        if reads not in self._quantized:
+            self._quantized[reads] = QuantizedRows.allocate(len(self.x), self.width, reads.block(self.width))
+        rows = self._quantized[reads]
+        if reads not in self._fresh:
             rows.fill(self.x, count)
-            self._fresh.add(kind)
+            self._fresh.add(reads)
         return rows
 
 
@@ -131,7 +131,7 @@ class Linear:
     ) -> None:
         self.weights = weights
         self.shape = shape
-        self.kind = activation_kind(shape.form)
+        self.reads = activation_kind(shape.form)
         self.entry = matrix_entry(shape, at)
         self.padded = shape.groups * 16
         self._heads = heads
@@ -151,7 +151,7 @@ class Linear:
 
         `index` is (heads, capacity): which of `rows` head h of token t reads.
         """
-        q = rows.as_kind(self.kind, count * self._heads)
+        q = rows.quantized(self.reads, count * self._heads)
         product, form, codes_at, scales_at, _ = self.entry
         multiply_heads(
             self._crew.board, self._crew.heads_job, product, form, self.weights, codes_at, scales_at,
@@ -160,7 +160,7 @@ class Linear:
 
 
 class FeedForwardBuffers:
-    """What a feed-forward network of one width needs beside its weights; networks take turns with it."""
+    """What a feed-forward network of one width needs, without its weights; networks take turns with it."""
 
     def __init__(self, capacity: int, d_model: int, d_ff: int, block: int, threads: int) -> None:
         made = zeros(buffers.feed_forward(capacity, d_model, d_ff, block, threads))
@@ -187,7 +187,7 @@ class FeedForward:
     ) -> None:
         self._weights = gate.weights
         self._crew = crew
-        self._kind = gate.kind
+        self._reads = gate.reads
         self._d_model, self._d_ff = gate.shape.columns, gate.shape.rows
         self._matrices = np.array([gate.entry, up.entry, down.entry], np.int64)
         self._sizes = np.array([gate.sizes, up.sizes, down.sizes], np.int64)
@@ -203,7 +203,7 @@ class FeedForward:
 
         `index` is int32 (1, capacity): 0, 1, 2, ...
         """
-        q = rows.as_kind(self._kind, count)
+        q = rows.quantized(self._reads, count)
         b, m, crew = self._buffers, self._buffers.middle, self._crew
         shared_feed_forward(
             crew.board, crew.heads_job, crew.middle_job, self._weights, self._matrices, self._sizes,
@@ -261,7 +261,7 @@ class DenseWeights:
         """
         first, last = self.linear(gate), self.linear(down)
         d_ff, d_model = first.shape.rows, first.shape.columns
-        key = (capacity, d_model, d_ff, last.kind.block(d_ff))
+        key = (capacity, d_model, d_ff, last.reads.block(d_ff))
         if key not in self._buffers:
             self._buffers[key] = FeedForwardBuffers(*key, self.crew.threads)
         made = FeedForward(first, self.linear(up), last, self._buffers[key], self.crew, activation, norm)

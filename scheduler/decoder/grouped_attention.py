@@ -69,7 +69,7 @@ class GroupedBlock:
         self._context = self._rows["context"]
         made = zeros(a.buffers(capacity, threads, context))
         self._q, self._k, self._v = made["q"], made["k"], made["v"]
-        self._scratch, self._places, self._one_head = made["scratch"], made["places"], made["one_head"]
+        self._scratch, self._offsets, self._one_head = made["scratch"], made["offsets"], made["one_head"]
         self._one_head[0] = np.arange(capacity)
         self._job = job_address(grouped_chunk if streams.shape.value_nbytes == 2 else grouped_chunk_f32)
 
@@ -94,11 +94,11 @@ class GroupedBlock:
         )
 
     def attend(
-        self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32
+        self, layer: int, rows: Rows, batch: TokenBatch, cache_rows: npt.NDArray[np.int64], out: F32
     ) -> None:
         """out[t] = attn_output(attention(rows[t])); appends each token's keys and values to the cache.
 
-        places: int64 (T,), the tokens' rows in a layer's cache; out: float32 (capacity, d_model).
+        cache_rows: int64 (T,), the tokens' rows in a layer's cache; out: float32 (capacity, d_model).
         """
         a, w, count = self._a, self._layers[layer], len(batch.ids)
         self._project(w.q, rows, a.heads, count, self._q)
@@ -108,11 +108,13 @@ class GroupedBlock:
         self._rotate(self._k, a.kv_heads, batch.positions)
         cache, width = self._streams.cache, a.kv_heads * a.head
         layer_at = layer * self._streams.shape.layer_nbytes
-        store_latent(self._k, self._v.reshape(-1), 0, width, width, 2 * width, places, count, cache, layer_at)
+        store_latent(
+            self._k, self._v.reshape(-1), 0, width, width, 2 * width, cache_rows, count, cache, layer_at
+        )
         grouped_attention(
             self._crew.board, self._job, self._q, a.heads, a.kv_heads, a.head, np.float32(a.scale),
             a.windows[layer], w.sinks, cache, layer_at, self._streams.tables, batch.streams,
-            batch.positions, self._streams.shape.block_size, count, self._scratch, self._places,
+            batch.positions, self._streams.shape.block_size, count, self._scratch, self._offsets,
             self._context.x,
         )  # fmt: skip
         if w.sub_norm is not None:

@@ -61,7 +61,7 @@ class LatentBlock:
         made = zeros(a.buffers(capacity, threads, context))
         self._low, self._q, self._q_latent = made["low"], made["q"], made["q_latent"]
         self._kv, self._latent = made["kv"], made["latent"]
-        self._scratch, self._places = made["scratch"], made["places"]
+        self._scratch, self._offsets = made["scratch"], made["offsets"]
         self._one_head, self._head_index = made["one_head"], made["head_index"]
         self._one_head[0] = np.arange(capacity)
         self._head_index[:] = np.arange(capacity) * a.heads + np.arange(a.heads)[:, None]
@@ -85,17 +85,17 @@ class LatentBlock:
         )
 
     def attend(
-        self, layer: int, rows: Rows, batch: TokenBatch, places: npt.NDArray[np.int64], out: F32
+        self, layer: int, rows: Rows, batch: TokenBatch, cache_rows: npt.NDArray[np.int64], out: F32
     ) -> None:
         """out[t] = attn_output(attention(rows[t])); appends each token's latent and key to the cache.
 
-        places: int64 (T,), the tokens' rows in a layer's cache; out: float32 (capacity, d_model).
+        cache_rows: int64 (T,), the tokens' rows in a layer's cache; out: float32 (capacity, d_model).
         """
         a, w, count = self._a, self._layers[layer], len(batch.ids)
         layer_at = layer * self._streams.shape.layer_nbytes
         self._queries(w, rows, count)
         w.kv_a.apply(rows, self._one_head, count, self._kv)
-        self._rotate_and_store(w, batch, places, layer_at)
+        self._rotate_and_store(w, batch, cache_rows, layer_at)
         head = a.nope + a.rope
         self._q_nope.x[: count * a.heads] = self._q[:count].reshape(count * a.heads, head)[:, : a.nope]
         self._q_nope.changed()
@@ -104,7 +104,7 @@ class LatentBlock:
             self._crew.board, self._job, self._q_latent, self._q.reshape(-1), a.nope, a.heads * head, head,
             a.heads, a.kv_rank, a.cache_width, np.float32(a.scale), self._streams.cache, layer_at,
             self._streams.tables, batch.streams, batch.positions, self._streams.shape.block_size, count,
-            self._scratch, self._places, self._context.x,
+            self._scratch, self._offsets, self._context.x,
         )  # fmt: skip
         self._context.changed()
         w.v_b.apply(self._context, self._head_index, count, self._values.x)
@@ -123,7 +123,7 @@ class LatentBlock:
         w.q_b.apply(self._q_low, self._one_head, count, self._q)
 
     def _rotate_and_store(
-        self, w: _LatentLayer, batch: TokenBatch, places: npt.NDArray[np.int64], layer_at: int
+        self, w: _LatentLayer, batch: TokenBatch, cache_rows: npt.NDArray[np.int64], layer_at: int
     ) -> None:
         a, count, positions = self._a, len(batch.ids), batch.positions
         head, half, width = a.nope + a.rope, a.rope // 2, a.cache_width
@@ -132,6 +132,6 @@ class LatentBlock:
         rope_pairs(kv, a.kv_rank, width, 1, 0, half, positions, self._cosine, self._sine, count)
         rms_rows(self._kv, width, w.kv_a_norm, self._eps, count, a.kv_rank, self._latent)
         store_latent(
-            self._latent, kv, a.kv_rank, width, a.kv_rank, width, places, count, self._streams.cache,
+            self._latent, kv, a.kv_rank, width, a.kv_rank, width, cache_rows, count, self._streams.cache,
             layer_at,
         )  # fmt: skip

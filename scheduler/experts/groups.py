@@ -16,14 +16,17 @@ from . import buffers
 class ExpertGroups:
     """All (token, rank) pairs of a batch, sorted by expert.
 
-    Pairs of expert e are ends[e]:ends[e + 1] of `tokens` and `ranks` (int32), tokens in input order;
-    `experts` lists the experts that have any, ascending. Views: valid until the next `schedule`.
+    Views: valid until the next `schedule`.
     """
 
     ends: npt.NDArray[np.int32]
+    """Pairs of expert e are ends[e]:ends[e + 1] of `tokens` and `ranks`."""
     tokens: npt.NDArray[np.int32]
+    """int32 (pairs,); an expert's tokens are in input order."""
     ranks: npt.NDArray[np.int32]
+    """int32 (pairs,)."""
     experts: npt.NDArray[np.intp]
+    """The experts that have any pair, ascending."""
 
 
 class MoeBatchScheduler:

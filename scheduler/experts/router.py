@@ -16,27 +16,28 @@ from . import buffers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How scores become experts and weights, and what a budget may trade.
-
-    gating: see `workers.gating`; groups, groups_used: experts come in groups of one size, of which only the
-    best count (DeepSeek-V2 and -V3; 1 and 1: none); window: how many experts are ranked where it matters, at
-    least top_k: those that may be traded for; keep: ranks that are never traded; bonus: what a trade may cost
-    at most, as a share of the spread of the token's scores; share: what the lost mass times the expert's
-    weight may be of the credit; limit: credit saved up at most, in tokens' shares.
-    """
+    """How scores become experts and weights, and what a budget may trade."""
 
     num_experts: int
     top_k: int
     gating: int
+    """See `workers.gating`."""
     normalise: bool
     scale: float
     groups: int = 1
+    """Experts come in groups of one size (DeepSeek-V2 and -V3); 1: no groups."""
     groups_used: int = 1
+    """Only the best groups count."""
     window: int = 0
+    """How many experts are ranked, at least top_k: those that may be traded for."""
     keep: int = 1
+    """The best ranks, which are never traded."""
     bonus: float = 1.0
+    """The most that a trade may cost, as a share of the spread of the token's scores."""
     share: float = 1 / 32
+    """The most that the lost mass times the expert's weight may be, as a share of the credit."""
     limit: float = 256.0
+    """The most credit saved up, in tokens' shares."""
 
     def __post_init__(self) -> None:
         """Raises InternalError for groups that the kernels cannot take, or with too few experts."""

@@ -30,7 +30,7 @@ log = logging.getLogger("sterna.scheduler")
 
 # Below this many tokens all rows go to every worker: finding out which it needs costs more.
 FEW_TOKENS = 4
-# Of a batch that needs more experts than its layer's share of the slots, at least so many are read at a time.
+# The fewest experts read at a time for a batch that needs more than its layer's share of the slots.
 LEAST_READING = 8
 
 Indices = npt.NDArray[np.int32]
@@ -359,7 +359,7 @@ class ExpertRunner:
             worker=worker,
             layer=event.layer,
             precision=precision,
-            kind=int(kind),
+            activation_kind=int(kind),
             experts=[order.experts[ordinal] for ordinal in ordinals],
             slots=[int(self.memory.slot_of[self._key(event, ordinal)]) for ordinal in ordinals],
             starts=starts,
@@ -383,5 +383,5 @@ def _take(
     """Return the `needed` rows in the form that `kind` asks for."""
     if kind is ActivationKind.FLOAT:
         return (rows.x[needed],)
-    q = rows.as_kind(kind, count)
+    q = rows.quantized(kind, count)
     return q.q[needed], q.scales[needed], q.sums[needed]

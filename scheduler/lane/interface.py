@@ -1,6 +1,6 @@
 """The lane: how a batch of experts reaches the workers. The interfaces and what they carry.
 
-`Lane` is what a step needs, `ServedLane` what the scheduler process needs beside it. Who is there and who
+`Lane` is what a step needs, `ServedLane` what the scheduler process needs in addition. Who is there and who
 owes what is decided in `roster`, how a worker's end is noticed in `presence`.
 """
 
@@ -26,7 +26,7 @@ class WorkerBatch:
     layer: int
     precision: int
     """Of all these experts; see `workers.messages.Compute`."""
-    kind: int
+    activation_kind: int
     """Of the activations; see `workers.messages.Compute`."""
     experts: list[int]
     """Their ids in the layer."""
@@ -45,7 +45,7 @@ class WorkerBatch:
             seq=seq,
             layer=self.layer,
             precision=self.precision,
-            kind=self.kind,
+            activation_kind=self.activation_kind,
             tokens=len(self.activations[0]),
             experts=self.experts,
             slots=self.slots,

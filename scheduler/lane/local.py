@@ -35,7 +35,7 @@ class LocalLane:
             self._note(ShapesSent(peer=worker))
 
     def sources(self) -> list[Any]:
-        """Return nothing: what there is was there at once."""
+        """Return nothing: the workers are there from the start."""
         return []
 
     def receive(self) -> None:

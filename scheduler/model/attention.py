@@ -111,7 +111,7 @@ class LatentAttention:
     def buffers(self, tokens: int, threads: int, context: int) -> tuple[Field, ...]:
         """Return its other arrays."""
         t, heads = tokens, self.heads
-        scratch, places = attention_shapes(threads, context, self.kv_rank, self.cache_width)
+        scratch, offsets = attention_shapes(threads, context, self.kv_rank, self.cache_width)
         floats = {
             "low": (t, self.q_rank),
             "q": (t, heads * (self.nope + self.rope)),
@@ -124,7 +124,7 @@ class LatentAttention:
             *(Field(name=name, dtype=np.float32, shape=shape) for name, shape in floats.items()),
             Field(name="one_head", dtype=np.int32, shape=(1, t)),
             Field(name="head_index", dtype=np.int32, shape=(heads, t)),
-            Field(name="places", dtype=np.int64, shape=places),
+            Field(name="offsets", dtype=np.int64, shape=offsets),
         )
 
 
@@ -196,7 +196,7 @@ class GroupedAttention:
 
     def buffers(self, tokens: int, threads: int, context: int) -> tuple[Field, ...]:
         """Return its other arrays."""
-        scratch, places = attention_shapes(threads, context, self.head, self.head)
+        scratch, offsets = attention_shapes(threads, context, self.head, self.head)
         floats = {
             "q": (tokens, self.heads * self.head),
             "k": (tokens, self.kv_heads * self.head),
@@ -206,7 +206,7 @@ class GroupedAttention:
         return (
             *(Field(name=name, dtype=np.float32, shape=shape) for name, shape in floats.items()),
             Field(name="one_head", dtype=np.int32, shape=(1, tokens)),
-            Field(name="places", dtype=np.int64, shape=places),
+            Field(name="offsets", dtype=np.int64, shape=offsets),
         )
 
 

@@ -18,23 +18,24 @@ from .attention import Attention, Rule, multiple
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """Rotary embedding of the first or last `dims` values of a head (RoFormer; scaling as in YaRN).
-
-    halves: pairs are (i, i + dims / 2), not neighbours; factor: how much longer than `original_context` the
-    context was made, 1 for none; yarn: scale slow pairs only, between the two betas, whose pairs are rounded
-    to whole ones if `whole`; magnitude: factor of cosine and sine.
-    """
+    """Rotary embedding of some values of a head (RoFormer; scaling as in YaRN)."""
 
     dims: int
+    """How many values are rotated: the first or the last of a head."""
     base: float
     halves: bool
+    """Pairs are (i, i + dims / 2), not neighbours."""
     factor: float = 1.0
+    """How much longer than `original_context` the context was made; 1: not at all."""
     yarn: bool = False
+    """Scale slow pairs only, between the two betas."""
     original_context: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     whole: bool = True
+    """Round the pairs at the betas to whole ones."""
     magnitude: float = 1.0
+    """Factor of cosine and sine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +147,8 @@ class Hyperparameters:
         width = self.d_ff_expert
         yield "expert_feed_forward_length", width, multiple(width, 16), "a positive multiple of 16"
         yield "expert_shared_feed_forward_length", self.d_ff_shared, self.d_ff_shared % 16 == 0, "16 times"
-        kinds = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
-        yield "expert_gating_func", self.gating, self.gating in kinds, "1, 2 or 3"
+        functions = (SOFTMAX, SIGMOID, SOFTMAX_SELECTED)
+        yield "expert_gating_func", self.gating, self.gating in functions, "1, 2 or 3"
         fits = self.groups >= 1 and self.experts % self.groups == 0
         yield "expert_group_count", self.groups, fits, f"a divisor of {self.experts} experts"
         enough = 1 <= self.groups_used <= self.groups

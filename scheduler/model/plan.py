@@ -82,7 +82,7 @@ class ModelPlan:
     """gate, up, down of each layer's experts in each precision, and their biases; the first is `experts`."""
     precision_nbytes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Bytes of the slot that an expert of each layer needs in each precision; the first is the largest."""
-    kinds: set[tuple[str, Format]] = field(default_factory=set)
+    matrix_types: set[tuple[str, Format]] = field(default_factory=set)
     """(file type, format) of all matrices: what kernels are needed for."""
 
     @property

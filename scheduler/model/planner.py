@@ -127,10 +127,10 @@ class _Planner:
         shape = MatrixShape(
             form=self._format(decoded, cut.nope, tensor.name), rows=cut.heads * cut.rank, columns=cut.nope
         )
-        self._place(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape, cut)
+        self._add_dense(_key("attn_k_b", layer), tensor, "keys", shape.nbytes, shape, cut)
         form = self._format(tensor.type, cut.rank, tensor.name)
         shape = MatrixShape(form=form, rows=cut.heads * cut.v_dim, columns=cut.rank)
-        self._place(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape, cut)
+        self._add_dense(_key("attn_v_b", layer), tensor, "values", shape.nbytes, shape, cut)
 
     def _feed_forward(self, pattern: str, width: int, layer: int) -> None:
         d_model = self._plan.hyper.d_model
@@ -201,16 +201,16 @@ class _Planner:
 
         types: of the file, None where experts differ (they share a format, but are not converted).
         """
-        held, kinds = list(own), {}
+        held, types_held = list(own), {}
         for i, (shape, file_type) in enumerate(zip(own, types, strict=True)):
-            kind = file_type and held_type(file_type, precision, shape.rows, shape.columns)
-            if kind is not None and kind is not file_type:
-                form = format_of(kind, shape.columns, self._file.label, self._plan.storage)
-                held[i], kinds[i] = replace(shape, form=form), (kernel_type(kind), form)
+            tensor_type = file_type and held_type(file_type, precision, shape.rows, shape.columns)
+            if tensor_type is not None and tensor_type is not file_type:
+                form = format_of(tensor_type, shape.columns, self._file.label, self._plan.storage)
+                held[i], types_held[i] = replace(shape, form=form), (kernel_type(tensor_type), form)
         if activation_kind(held[0].form) is not activation_kind(held[1].form):
             held[:2] = own[:2]  # they are multiplied with the same activations
-            kinds = {i: kind for i, kind in kinds.items() if i == 2}
-        self._plan.kinds.update(kinds.values())
+            types_held = {i: tensor_type for i, tensor_type in types_held.items() if i == 2}
+        self._plan.matrix_types.update(types_held.values())
         return held
 
     def _go_together(self, gate_and_up: list[Format]) -> bool:
@@ -219,7 +219,7 @@ class _Planner:
         return gate is up
 
     def _decoded(self) -> Format:
-        self._plan.kinds.add(("F16", Format.F16))
+        self._plan.matrix_types.add(("F16", Format.F16))
         return Format.F16
 
     def _matrix(
@@ -235,29 +235,29 @@ class _Planner:
         rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
         form = self._decoded() if decoded else self._format(tensor.type, shape[-1], tensor.name)
         packed = MatrixShape(form=form, rows=rows, columns=shape[-1])
-        self._place(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
+        self._add_dense(_key(key, layer), tensor, "matrix", packed.nbytes, packed)
         return packed
 
     def _format(self, file_type: TensorType, columns: int, tensor: str) -> Format:
         form = format_of(file_type, columns, f"{self._file.label}: {tensor}", self._plan.storage)
-        self._plan.kinds.add((kernel_type(file_type), form))
+        self._plan.matrix_types.add((kernel_type(file_type), form))
         return form
 
     def _vector(self, key: str, length: int, layer: int | None = None, role: str | None = None) -> None:
         tensor = self._found(role or key, (length,), layer)
-        self._place(_key(key, layer), tensor, "vector", 4 * length, None)
+        self._add_dense(_key(key, layer), tensor, "vector", 4 * length, None)
 
     def _raw(self, key: str, shape: tuple[int, ...]) -> None:
         tensor = self._found(key, shape)
         format_of(tensor.type, shape[-1], f"{self._file.label}: {tensor.name}")
-        self._place(key, tensor, "raw", tensor.nbytes, None)
+        self._add_dense(key, tensor, "raw", tensor.nbytes, None)
 
     def _found(self, role: str, shape: tuple[int, ...], layer: int | None = None) -> TensorInfo:
         tensor = names.require(self._file, role, shape, layer)
         self._used.add(tensor.name)
         return tensor
 
-    def _place(
+    def _add_dense(
         self,
         key: str,
         tensor: TensorInfo,

@@ -76,11 +76,11 @@ class ExpertMemory:
             layer, expert = int(headers["layer"][slot]), int(headers["expert"][slot])
             if self._slots.holds(slot, layer, expert):
                 key = plan.key_of(layer, expert)
-                # That it is there twice cannot be, but one of two is as good as the other.
+                # No expert should be there twice; if one is, either copy will do.
                 if self.slot_of[key] >= 0 or headers["precision"][slot] != plan.precision_of(key):
                     self._slots.clear(slot)
                 else:
-                    self._place(key, slot)
+                    self._assign(key, slot)
                     self._ready[key] = 1
                     if self._policy is not None:
                         self._policy.admitted(key)
@@ -93,7 +93,7 @@ class ExpertMemory:
             for first, limit in zip(self._ends, self.limits, strict=False)
         ]
 
-    def _place(self, key: int, slot: int) -> None:
+    def _assign(self, key: int, slot: int) -> None:
         self.slot_of[key], self._key_of[slot], self.resident[key] = slot, key, 1
 
     def _remove(self, key: int) -> int:
@@ -168,7 +168,7 @@ class ExpertMemory:
     # ---- one event: a layer of a step ----
 
     def begin(self, keys: npt.NDArray[np.int32], tokens: npt.NDArray[np.float32]) -> None:
-        """Note that these experts are used together, each by so many tokens, and keep them until `end`."""
+        """Note that keys[i] is used by tokens[i] tokens, all in one layer; keep the experts until `end`."""
         if self._policy is not None:
             self._policy.touch(keys, tokens)
         self._pinned.update(keys.tolist())
@@ -213,7 +213,7 @@ class ExpertMemory:
 
     def loading(self, request: int, key: int, slot: int, *, awaited: bool) -> None:
         """Note that `request` reads an expert into a slot that was claimed for it."""
-        self._place(key, slot)
+        self._assign(key, slot)
         if not awaited:
             self._used[key] = self._step
         self._loads[request] = Load(key=key, worker=self.owner(key))

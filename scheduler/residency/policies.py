@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from ...shm.errors import ConfigError
 from ...workers.kernels.routing import eviction
 
-KINDS: Final = {
+POLICY_IDS: Final = {
     "lru": eviction.LRU,
     "lfu": eviction.LFU,
     "adaptive": eviction.ADAPTIVE,
@@ -78,15 +78,15 @@ class Policy:
         span: int | None = None,
         bypass: bool = False,
     ) -> None:
-        if name not in KINDS:
-            raise ConfigError(f"policy: expected one of {', '.join(KINDS)}, found {name}")
+        if name not in POLICY_IDS:
+            raise ConfigError(f"policy: expected one of {', '.join(POLICY_IDS)}, found {name}")
         span = num_keys if span is None else span
         if num_keys < 1 or span < 1 or num_keys % span or layers < 1:
             raise ConfigError(f"policy {name}: {num_keys} keys in groups of {span}, {layers} layers")
         if not (0.0 <= decay <= 64.0 and 1.0 <= cap <= 1e9):
             raise ConfigError(f"policy {name}: decay {decay:g} (0 to 64), cap {cap:g} (1 to 1e9)")
         self.name, self.num_keys, self.span, self.bypass = name, num_keys, span, bypass
-        self.kind = KINDS[name]
+        self.policy_id = POLICY_IDS[name]
         self.arrays = PolicyArrays.empty(num_keys, num_keys // span, decay / layers, cap)
         self._once = np.ones(num_keys, dtype=np.float32)
 
@@ -100,7 +100,7 @@ class Policy:
         tokens = self._once[: len(keys)] if tokens is None else np.ascontiguousarray(tokens, np.float32)
         if len(tokens) != len(keys):
             raise ValueError(f"{len(keys)} keys with {len(tokens)} numbers of tokens")
-        bad = int(eviction.touch(self.kind, keys, tokens, *self.arrays, self.span))
+        bad = int(eviction.touch(self.policy_id, keys, tokens, *self.arrays, self.span))
         if bad >= 0:
             raise ValueError(f"key {keys[bad]} of {self.num_keys} used by {tokens[bad]:g} tokens")
 
@@ -111,7 +111,7 @@ class Policy:
         """
         if candidates.shape != (self.num_keys,):
             raise ValueError(f"candidates of shape {candidates.shape} for {self.num_keys} keys")
-        return int(eviction.find_victim(self.kind, candidates.view(np.uint8), self.arrays.table))
+        return int(eviction.find_victim(self.policy_id, candidates.view(np.uint8), self.arrays.table))
 
     def prefers(self, key: int, victim: int) -> bool:
         """Whether `key` is worth at least as much as `victim`: what a caller asks that may bypass."""
@@ -123,12 +123,12 @@ class Policy:
     def evicted(self, key: int) -> None:
         """Note that `key` left memory; LFUDA halves its count and takes its priority as the age."""
         self._check(key)
-        eviction.note_evicted(self.kind, key, *self.arrays, self.span)
+        eviction.note_evicted(self.policy_id, key, *self.arrays, self.span)
 
     def admitted(self, key: int) -> None:
         """Note that `key` is in memory; a prefetched one starts as if used now, without counting a use."""
         self._check(key)
-        eviction.note_admitted(self.kind, key, *self.arrays, self.span)
+        eviction.note_admitted(self.policy_id, key, *self.arrays, self.span)
 
     def hottest(self, limit: int) -> NDArray[np.int64]:
         """Return up to `limit` keys that were ever used, highest priority first: what a cold start reads."""

@@ -114,7 +114,7 @@ class ExpertPredictor:
         return {"table": self._table.copy(), "recency": self._recency.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take over what `save` returned; raise ConfigError if it is of another shape or kind."""
+        """Take over what `save` returned; raise ConfigError if it is of another shape or type."""
         for name, mine in (("table", self._table), ("recency", self._recency)):
             saved = state.get(name)
             if saved is None or saved.shape != mine.shape or saved.dtype != mine.dtype:

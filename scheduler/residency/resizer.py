@@ -73,9 +73,9 @@ class Resizer:
 
     def _ranges(self, low: Sequence[int], high: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield (first byte, bytes) of the slots from `low` up to `high` of each class."""
-        for first, begin, end in zip(self._first, low, high, strict=False):
-            if begin < end:
-                at = self._slots.at(first + begin)
+        for first, start, end in zip(self._first, low, high, strict=False):
+            if start < end:
+                at = self._slots.at(first + start)
                 yield at, self._slots.at(first + end - 1) + self._slots.nbytes(first + end - 1) - at
 
     def _take(self, limits: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ def values(tensor: glm_shaped.Tensor) -> np.ndarray:  # type: ignore[name-define
     data = tensor.make(np.random.default_rng(3))
     assert data.shape == tensor.shape
     assert data.nbytes == tensor.nbytes
-    return dequantize(data, tensor.kind)  # type: ignore[no-any-return]
+    return dequantize(data, tensor.tensor_type)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("make", [glm_shaped.ternary, glm_shaped.eight_bit])
@@ -51,7 +51,7 @@ def test_eight_layers_take_what_the_documentation_says() -> None:
     assert sum(tensor.nbytes for tensor in everything) == pytest.approx(1.45e9, rel=0.005)
     experts = [tensor for tensor in everything if tensor.name.endswith("_exps.weight")]
     assert sum(tensor.nbytes for tensor in experts) == pytest.approx(1.09e9, rel=0.001)
-    assert {tensor.kind for tensor in experts} == {GGMLQuantizationType.TQ2_0}
+    assert {tensor.tensor_type for tensor in experts} == {GGMLQuantizationType.TQ2_0}
 
 
 def test_a_greedy_answer_goes_through_all_tokens_before_it_repeats_one() -> None:

@@ -27,9 +27,11 @@ def _cgroups() -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True)
-    if kind.stdout.strip() in ("tmpfs", "ramfs", "overlayfs"):
-        pytest.skip(f"{tmp_path} is on {kind.stdout.strip()}, which has no cache to drop")
+    filesystem = subprocess.run(
+        ["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True
+    )
+    if filesystem.stdout.strip() in ("tmpfs", "ramfs", "overlayfs"):
+        pytest.skip(f"{tmp_path} is on {filesystem.stdout.strip()}, which has no cache to drop")
     path = tmp_path / "file"
     path.write_bytes(os.urandom(8 * MIB))
     return path

@@ -39,16 +39,16 @@ def logits(path: Path, tokens: Sequence[int], *, at_once: bool = True, threads: 
     batch = lib.llama_batch_init(step, 0, 1)
     for first in range(0, len(tokens), step):
         batch.n_tokens = step
-        for place in range(step):
-            batch.token[place] = tokens[first + place]
-            batch.pos[place] = first + place
-            batch.n_seq_id[place] = 1
-            batch.seq_id[place][0] = 0
-            batch.logits[place] = 1
+        for position in range(step):
+            batch.token[position] = tokens[first + position]
+            batch.pos[position] = first + position
+            batch.n_seq_id[position] = 1
+            batch.seq_id[position][0] = 0
+            batch.logits[position] = 1
         assert lib.llama_decode(context, batch) == 0
-        for place in range(step):
-            row = lib.llama_get_logits_ith(context, place)
-            out[first + place] = np.ctypeslib.as_array(row, (vocab,))
+        for position in range(step):
+            row = lib.llama_get_logits_ith(context, position)
+            out[first + position] = np.ctypeslib.as_array(row, (vocab,))
     lib.llama_batch_free(batch)
     lib.llama_free(context)
     lib.llama_model_free(model)

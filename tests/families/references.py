@@ -104,9 +104,9 @@ def transformers_logits(tiny: Tiny, prompt: Sequence[int]) -> Floats:
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.set_num_threads(1)
-    kind = _CLASSES[tiny.name]
-    config = getattr(transformers, kind + "Config")(**_config(tiny), attn_implementation="eager")
-    model = getattr(transformers, kind + "ForCausalLM")(config).float().eval()
+    prefix = _CLASSES[tiny.name]
+    config = getattr(transformers, prefix + "Config")(**_config(tiny), attn_implementation="eager")
+    model = getattr(transformers, prefix + "ForCausalLM")(config).float().eval()
     state = {name: torch.from_numpy(np.ascontiguousarray(each)) for name, each in state_dict(tiny).items()}
     absent, unknown = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if "output.weight" not in tiny.tensors else []
@@ -232,9 +232,9 @@ def state_dict(tiny: Tiny) -> dict[str, Floats]:
         }
         state |= {f"model.layers.{layer}.{name}": each for name, each in _layer(tiny, tensors, parts)}
     for name, each in tiny.tensors.items():
-        part, _, kind = name.rpartition(".")
+        part, _, suffix = name.rpartition(".")
         if part in _MODEL_PARTS:
-            state[f"{_MODEL_PARTS[part]}.{kind}"] = each
+            state[f"{_MODEL_PARTS[part]}.{suffix}"] = each
     return state
 
 
@@ -254,12 +254,12 @@ def _layer(tiny: Tiny, tensors: dict[str, Floats], parts: Mapping[str, str]) -> 
         both = [tensors.pop("ffn_gate_shexp.weight"), tensors.pop("ffn_up_shexp.weight")]
         done.append(("shared_mlp.input_linear.weight", np.concatenate(both)))
     for name, each in tensors.items():
-        part, _, kind = name.rpartition(".")
+        part, _, suffix = name.rpartition(".")
         if part == "ffn_gate_inp_shexp":
             each = each[None]
         if tiny.arch in _PAIRED and part in ("attn_q", "attn_k"):
             each = _halves(each, int(tiny.keys["attention.key_length"]))
-        done.append((f"{parts[part]}.{kind}", each))
+        done.append((f"{parts[part]}.{suffix}", each))
     return done
 
 

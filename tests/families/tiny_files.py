@@ -41,8 +41,8 @@ def write(tiny: Tiny, path: Path, types: str = "F32", experts: str | None = None
         add[type(value)](name, value)
     _vocabulary(writer)
     for name, values in tiny.tensors.items():
-        kind = _type(name, values, Type[types], Type[experts or types])
-        writer.add_tensor(name, encoded(values, kind), raw_dtype=kind)
+        stored = _type(name, values, Type[types], Type[experts or types])
+        writer.add_tensor(name, encoded(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -50,14 +50,14 @@ def write(tiny: Tiny, path: Path, types: str = "F32", experts: str | None = None
     return path
 
 
-def encoded(values: Floats, kind: Type) -> npt.NDArray[np.generic]:
-    """Return the bytes (or floats) of a tensor in type `kind`, rows along the last axis."""
-    if kind is Type.F32:
+def encoded(values: Floats, stored: Type) -> npt.NDArray[np.generic]:
+    """Return the bytes (or floats) of a tensor in type `stored`, rows along the last axis."""
+    if stored is Type.F32:
         return values
     try:
-        return np.asarray(quantize(values, kind))
+        return np.asarray(quantize(values, stored))
     except NotImplementedError:
-        target = TYPES_BY_NAME[kind.name]
+        target = TYPES_BY_NAME[stored.name]
         rows = np.ascontiguousarray(values.reshape(-1, values.shape[-1]))
         out = np.empty(target.nbytes(rows.shape), np.uint8)
         Encoder().encode(rows, target, out)
@@ -75,11 +75,11 @@ def _type(name: str, values: Floats, matrices: Type, experts: Type) -> Type:
 
 
 def byte_letters() -> list[str]:
-    """Return the character that stands for each byte in a vocabulary of the gpt2 kind."""
+    """Return the character that stands for each byte in a vocabulary of the gpt2 model."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [letters[byte] for byte in range(256)]
 
 
@@ -89,11 +89,11 @@ def _vocabulary(writer: GGUFWriter) -> None:
     pairs = [(a, b) for a in "etaoin" for b in "rhsd nl"][: VOCAB - 256 - len(SPECIAL)]
     pairs = [(letters[ord(a)], letters[ord(b)]) for a, b in pairs]
     words = [*letters, *(a + b for a, b in pairs), *SPECIAL]
-    kinds = [TokenType.NORMAL] * (VOCAB - len(SPECIAL)) + [TokenType.CONTROL] * len(SPECIAL)
+    token_types = [TokenType.NORMAL] * (VOCAB - len(SPECIAL)) + [TokenType.CONTROL] * len(SPECIAL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(words)
-    writer.add_token_types(kinds)
+    writer.add_token_types(token_types)
     writer.add_token_merges([f"{a} {b}" for a, b in pairs])
     writer.add_bos_token_id(words.index(SPECIAL[0]))
     writer.add_eos_token_id(words.index(SPECIAL[0]))

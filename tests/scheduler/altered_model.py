@@ -26,7 +26,7 @@ SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 @cache
 def original() -> GGUFReader:
-    """Return the embedded model as the reference package reads it."""
+    """Return the embedded model as the gguf package reads it."""
     return GGUFReader(embedded_model())
 
 
@@ -37,8 +37,8 @@ def tensors() -> dict[str, Tensor]:
 
 def values(name: str) -> npt.NDArray[np.float32]:
     """Return the numbers of a tensor of the embedded model."""
-    data, kind = tensors()[name]
-    return np.asarray(dequantize(data, kind), np.float32)
+    data, tensor_type = tensors()[name]
+    return np.asarray(dequantize(data, tensor_type), np.float32)
 
 
 def write(
@@ -78,10 +78,10 @@ def write(
 
 
 def _add(writer: GGUFWriter, name: str, tensor: Tensor) -> None:
-    data, kind = tensor
-    if data.dtype != np.uint8 and kind not in (Type.F32, Type.F16):
-        data = quantize(np.asarray(data, np.float32), kind)
-    writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
+    data, tensor_type = tensor
+    if data.dtype != np.uint8 and tensor_type not in (Type.F32, Type.F16):
+        data = quantize(np.asarray(data, np.float32), tensor_type)
+    writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=tensor_type)
 
 
 def only(name: str, replacement: Tensor | None) -> Callable[[str, Tensor], Tensor | None]:
@@ -108,7 +108,7 @@ def exact_q8(name: str) -> Tensor:
 def retyped(path: Path, columns: Mapping[str, int], type_id: int) -> Path:
     """Give 2-D tensors written as bytes the type `type_id` and their true row length; return the path.
 
-    For types that the reference package does not know.
+    For types that the gguf package does not know.
     """
     content = bytearray(path.read_bytes())
     for name, length in columns.items():

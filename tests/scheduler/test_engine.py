@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType as Kind
+from gguf import GGUFValueType as ValueType
 
 from sterna.scheduler import state as st
 from sterna.scheduler.messages import Sampling, Submit
@@ -171,8 +171,8 @@ def test_ternary_experts_of_the_other_packing_give_the_same_bits(tmp_path: Path)
 FLOATS = {"F32": Type.F32, "F16": Type.F16}
 
 
-def as_floats(name: str, kind: Type) -> altered.Tensor:
-    return altered.values(name).astype(np.float16 if kind is Type.F16 else np.float32), kind
+def as_floats(name: str, tensor_type: Type) -> altered.Tensor:
+    return altered.values(name).astype(np.float16 if tensor_type is Type.F16 else np.float32), tensor_type
 
 
 @cache
@@ -216,11 +216,11 @@ def test_8_bit_experts_run_and_agree(floats: list[Generated], tmp_path: Path) ->
     assert apart(found, floats) < 0.02
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
-def test_a_down_projection_may_have_a_type_of_its_own(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("type_name", ["Q8_0", "F16"])
+def test_a_down_projection_may_have_a_type_of_its_own(type_name: str, tmp_path: Path) -> None:
     """Routed, shared and dense alike."""
     down = ("ffn_down_exps", "ffn_down_shexp", "ffn_down.weight")
-    convert = altered.exact_q8 if kind == "Q8_0" else lambda name: as_floats(name, Type.F16)
+    convert = altered.exact_q8 if type_name == "Q8_0" else lambda name: as_floats(name, Type.F16)
     found = run_file(altered.write(tmp_path / "m.gguf", change=altered.converted(down, convert)))
     assert apart(found, ternary_run()) < 0.02
 
@@ -239,7 +239,7 @@ def test_softmax_gating_and_no_shared_expert_run(tmp_path: Path) -> None:
     """Another model than the trained one: it need only differ and stay finite."""
     path = altered.write(
         tmp_path / "m.gguf",
-        keys={"deepseek2.expert_gating_func": None, "deepseek2.expert_shared_count": (0, Kind.UINT32)},
+        keys={"deepseek2.expert_gating_func": None, "deepseek2.expert_shared_count": (0, ValueType.UINT32)},
         change=lambda name, tensor: None if "shexp" in name else tensor,
     )
     found = run_file(path)
@@ -252,12 +252,12 @@ def test_softmax_gating_and_no_shared_expert_run(tmp_path: Path) -> None:
 
 def with_bad_scale(name: str) -> altered.Tensor:
     """Return a quantised tensor with NaN in the float16 scale of each row's first block."""
-    data, kind = altered.tensors()[name]
+    data, tensor_type = altered.tensors()[name]
     raw = np.array(data)
-    block, at = {Type.Q8_0: (34, 0), Type.TQ2_0: (66, 64)}[kind]
+    block, at = {Type.Q8_0: (34, 0), Type.TQ2_0: (66, 64)}[tensor_type]
     assert raw.shape[-1] % block == 0
     raw[..., at], raw[..., at + 1] = 0x00, 0x7E
-    return raw, kind
+    return raw, tensor_type
 
 
 def with_nan(name: str) -> altered.Tensor:
@@ -290,10 +290,10 @@ def test_a_nan_weight_is_an_error_and_no_answer(name: str, tmp_path: Path) -> No
 
 def test_one_nan_row_of_the_output_matrix_is_an_error(tmp_path: Path) -> None:
     """It would otherwise win every greedy choice: argmax takes a NaN for the largest."""
-    data, kind = altered.tensors()["output.weight"]
+    data, tensor_type = altered.tensors()["output.weight"]
     raw = np.array(data)
     raw[1000, :2] = 0x00, 0x7E
-    path = altered.write(tmp_path / "m.gguf", change=altered.only("output.weight", (raw, kind)))
+    path = altered.write(tmp_path / "m.gguf", change=altered.only("output.weight", (raw, tensor_type)))
     with pytest.raises(InternalError, match="finite"):
         LocalEngine(path, streams=1).run([PROMPTS[0]], 2)
 
@@ -307,7 +307,7 @@ def test_base_3_gives_the_same_bits_as_two_bits() -> None:
 def row_scaled(tmp_path: Path) -> Path:
     """Write the embedded model with attention output and shared experts as IQ2_BN, one scale a row.
 
-    The reference package has no such type: the tensors are written as bytes, and their ids put in after.
+    The gguf package has no such type: the tensors are written as bytes, and their ids put in after.
     """
     names = [name for name in altered.tensors() if name.endswith(("attn_output.weight", "_shexp.weight"))]
 

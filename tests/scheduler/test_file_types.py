@@ -1,4 +1,4 @@
-"""Whole models with tensors of each type that the reference package cannot write, by the same numbers.
+"""Whole models with tensors of each type that the gguf package cannot write, by the same numbers.
 
 The other types are in `test_engine.py` and `tests/system/test_weight_types.py`.
 """
@@ -24,11 +24,11 @@ from .local_engine import Generated, LocalEngine
 from .test_engine import PROMPTS, apart, ternary_run
 
 Bytes = npt.NDArray[np.uint8]
-Kind, Type = altered.GGUFValueType, altered.Type
+ValueType, Type = altered.GGUFValueType, altered.Type
 
 TL1_TILES, TL2_TILES = (64, 128, 32), (64, 96)
 TILES = {
-    f"sterna.{name}.256x256": ([*tiles], Kind.ARRAY, Kind.INT32)
+    f"sterna.{name}.256x256": ([*tiles], ValueType.ARRAY, ValueType.INT32)
     for name, tiles in (("tl1", TL1_TILES), ("tl2", (*TL2_TILES, 32)))
 }
 
@@ -109,9 +109,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_ternary_type_says_what_its_numbers_say(name: str, folder: Path) -> None:
     """Only the int8 codes of activations lie between: none for types that are decoded at load."""
-    kind = TYPES_BY_NAME[name]
+    file_type = TYPES_BY_NAME[name]
     tensors = {
-        tensor: (IDS.get(name, kind.id), SHAPE, ENCODERS[name](*codes_of(tensor))) for tensor in SHARED
+        tensor: (IDS.get(name, file_type.id), SHAPE, ENCODERS[name](*codes_of(tensor))) for tensor in SHARED
     }
     path = with_types(folder / f"{name}.gguf", tensors, TILES)
     with GgufFile.open(path) as file:

@@ -23,7 +23,7 @@ def test_sizes() -> None:
 
 
 def test_glm_needs_what_the_specification_says() -> None:
-    """54,144 bytes per token: 576 float16 values in each of 47 layers (reference 0.3)."""
+    """54,144 bytes per token: 576 float16 values in each of 47 layers."""
     shape = StreamShape(layers=47, width=576, streams=1, context=4096)
     assert shape.layers * shape.layer_nbytes == 54_144 * 4096
 

@@ -156,9 +156,9 @@ def llama_cpps(tokens: list[int], pooling: Pooling) -> npt.NDArray[np.float32]:
     context = lib.llama_init_from_model(model, settings)
     batch = lib.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
-    for place, token in enumerate(tokens):
-        batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
-        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+    for position, token in enumerate(tokens):
+        batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
+        batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
     assert lib.llama_decode(context, batch) == 0
     values = lib.llama_get_embeddings_seq(context, 0)
     found = np.array(np.ctypeslib.as_array(values, (lib.llama_model_n_embd(model),)))

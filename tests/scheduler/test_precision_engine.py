@@ -75,11 +75,11 @@ def assert_slots_hold_what_was_assigned(engine: LocalEngine) -> None:
         page = plan.expert_page(engine.file, layer, expert, slot, precision)
         for slab, matrix in zip(page.slabs, matrices, strict=True):
             raw = np.frombuffer(os.pread(engine.file.fd, slab.nbytes, slab.offset), np.uint8)
-            kind, (rows, columns) = TENSOR_TYPES[slab.type_id], (matrix.shape.rows, matrix.shape.columns)
+            file_type, (rows, columns) = TENSOR_TYPES[slab.type_id], (matrix.shape.rows, matrix.shape.columns)
             if precision:
                 target = TYPES_BY_NAME[PRECISIONS[precision]]
-                raw, kind = converter.convert(raw, kind, rows, columns, target), target
-            pack_matrix(raw, kind, matrix.shape, expected, matrix.at)
+                raw, file_type = converter.convert(raw, file_type, rows, columns, target), target
+            pack_matrix(raw, file_type, matrix.shape, expected, matrix.at)
         used = int(header["nbytes"])
         found = slots.memory[slots.at(slot) : slots.at(slot) + used]
         assert (found == expected[:used]).all(), f"layer {layer} expert {expert}"

@@ -81,7 +81,7 @@ def test_sizes_of_each_precision(plan: ModelPlan) -> None:
             assert [m.at for m in matrices] == ends[:-1]
     sizes = {size for sizes in plan.precision_nbytes.values() for size in sizes}
     assert plan.slot_sizes() == sorted(sizes)
-    assert {("Q4_K", Format.Q4_K), ("TQ2_0", Format.TL1)} <= plan.kinds
+    assert {("Q4_K", Format.Q4_K), ("TQ2_0", Format.TL1)} <= plan.matrix_types
     assert plan.expert_activation(3) is ActivationKind.Q8_32
     assert plan.expert_activation(3, 1) is ActivationKind.Q8_256
 
@@ -125,7 +125,7 @@ def test_gate_and_up_read_the_same_activations(tmp_path: Path) -> None:
     for own, four, three in plan.tiers.values():
         assert four == own
         assert [m.shape.form for m in three] == [Format.Q3_K, Format.Q3_K, own[2].shape.form]
-    assert ("Q4_K", Format.Q4_K) not in plan.kinds
+    assert ("Q4_K", Format.Q4_K) not in plan.matrix_types
 
 
 @pytest.mark.parametrize(

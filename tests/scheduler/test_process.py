@@ -68,12 +68,12 @@ class Stage:
             pass_fds=list(fds.values()), env=environment(), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def hear(self, kind: type[msgspec.Struct]) -> msgspec.Struct:
-        """Return the next message of a kind."""
+    def hear(self, message_type: type[msgspec.Struct]) -> msgspec.Struct:
+        """Return the next message of a type."""
         while True:
             assert self.control.poll(PATIENT_S * 1000), "the scheduler says nothing"
             message = wire.decode_for_daemon(self.control.recv_multipart()[1])
-            if isinstance(message, kind):
+            if isinstance(message, message_type):
                 return message
 
     def close(self) -> None:

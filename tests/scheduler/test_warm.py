@@ -32,8 +32,8 @@ def test_converting_experts_compiles_nothing(tmp_path: Path) -> None:
     path = altered.write(tmp_path / "q8.gguf", change=altered.converted(altered.EXPERTS, altered.exact_q8))
     precisions = ("file", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
     with GgufFile.open(path) as file:
-        kinds = sorted(read_plan(file, precisions=precisions).kinds)
-    for _, step in warm.steps(kinds, conversion=True):
+        matrix_types = sorted(read_plan(file, precisions=precisions).matrix_types)
+    for _, step in warm.steps(matrix_types, conversion=True):
         step()
     before = _signatures()
     assignment = [key % 5 for key in range(80)]
@@ -58,8 +58,8 @@ def test_a_float32_cache_compiles_nothing(name: str, tmp_path: Path) -> None:
     """Latent and grouped attention."""
     path = write(tiny_model(name), tmp_path / "tiny.gguf")
     with GgufFile.open(path) as file:
-        kinds = sorted(read_plan(file).kinds)
-    for _, step in warm.steps(kinds, value_nbytes=4):
+        matrix_types = sorted(read_plan(file).matrix_types)
+    for _, step in warm.steps(matrix_types, value_nbytes=4):
         step()
     before = _signatures()
     LocalEngine(path, max_batch_tokens=16, value_nbytes=4).run([list(range(1, 40)), [5, 6, 7]], 3)

@@ -70,7 +70,7 @@ def test_a_memory_that_is_too_small_is_refused() -> None:
     ("nbytes", "padded"), [(0, 0), (1, 64), (63, 64), (64, 64), (65, 128), (128, 128), (129, 192)]
 )
 def test_rounding_up_to_a_cache_line(nbytes: int, padded: int) -> None:
-    """C12 of the reference's table."""
+    """Sizes around one and two lines."""
     assert align(nbytes) == padded
 
 

@@ -156,9 +156,9 @@ class Daemon:
         with self.client(10.0) as client:
             return client.status()
 
-    def pids(self, kind: str) -> list[int]:
-        """Return the processes whose name begins with `kind`: "worker", "scheduler", "nursery"."""
-        return [row["pid"] for row in self.status()["processes"] if row["name"].startswith(kind)]
+    def pids(self, process: str) -> list[int]:
+        """Return the processes whose name begins with `process`: "worker", "scheduler", "nursery"."""
+        return [row["pid"] for row in self.status()["processes"] if row["name"].startswith(process)]
 
     def signal(self, number: int) -> None:
         """Send the daemon a signal."""

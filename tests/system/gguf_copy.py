@@ -17,8 +17,10 @@ Type = gguf.GGMLQuantizationType
 Change = Callable[[str, npt.NDArray[np.generic], Type], tuple[npt.NDArray[np.generic], Type] | None]
 
 
-def unchanged(name: str, data: npt.NDArray[np.generic], kind: Type) -> tuple[npt.NDArray[np.generic], Type]:
-    return data, kind
+def unchanged(
+    name: str, data: npt.NDArray[np.generic], tensor_type: Type
+) -> tuple[npt.NDArray[np.generic], Type]:
+    return data, tensor_type
 
 
 def copy_model(
@@ -50,8 +52,8 @@ def copy_model(
     for tensor in reader.tensors:
         changed = change(tensor.name, tensor.data, tensor.tensor_type)
         if changed is not None:
-            data, kind = changed
-            writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+            data, tensor_type = changed
+            writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -66,18 +68,24 @@ def shard_path(path: Path, number: int, shards: int) -> Path:
 
 def without(missing: str) -> Change:
     """Leave one tensor out."""
-    return lambda name, data, kind: None if name == missing else (data, kind)
+    return lambda name, data, tensor_type: None if name == missing else (data, tensor_type)
 
 
 def half_of(halved: str) -> Change:
     """Keep only half of one tensor's rows."""
-    return lambda name, data, kind: (data[: len(data) // 2] if name == halved else data, kind)
+    return lambda name, data, tensor_type: (data[: len(data) // 2] if name == halved else data, tensor_type)
 
 
 def experts_as(new: Type) -> Change:
     """Keep the experts' values (and those of all other ternary tensors) but store them as another type."""
 
-    def change(name: str, data: npt.NDArray[np.generic], kind: Type) -> tuple[npt.NDArray[np.generic], Type]:
-        return (quantize(dequantize(data, kind), new), new) if kind == Type.TQ2_0 else (data, kind)
+    def change(
+        name: str, data: npt.NDArray[np.generic], tensor_type: Type
+    ) -> tuple[npt.NDArray[np.generic], Type]:
+        return (
+            (quantize(dequantize(data, tensor_type), new), new)
+            if tensor_type == Type.TQ2_0
+            else (data, tensor_type)
+        )
 
     return change

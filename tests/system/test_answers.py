@@ -182,7 +182,7 @@ def test_status_shows_what_runs(shared: Daemon) -> None:
     ]  # fmt: skip
     assert all(row["rss_mib"] > 10 and row["private_mib"] > 0 for row in report["processes"])
     assert {"arena", "dense", "kv", "streams", "processes"} <= report["memory_mib"].keys()
-    assert all(report["memory_mib"][kind] > 1 for kind in ("arena", "dense", "kv", "processes"))
+    assert all(report["memory_mib"][name] > 1 for name in ("arena", "dense", "kv", "processes"))
     assert report["model"]["resident_experts"] == report["model"]["experts"] == 80
     assert report["sequences"]["running"] == 1
     assert report["sequences"]["kv_blocks_free"] < report["sequences"]["kv_blocks"]

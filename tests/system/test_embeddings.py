@@ -53,17 +53,17 @@ def test_killed_processes_change_no_bit(serve: Serve, shared: Daemon) -> None:
     with shared.client() as client:
         expected = client.embed(LONG, pooling="mean")
     daemon = serve("--workers", "2", "--max-batch-tokens", "8")
-    for kind in ("worker", "scheduler"):
+    for process in ("worker", "scheduler"):
         found: list[npt.NDArray[np.float32]] = []
         steps = daemon.status()["totals"]["steps"]
-        pid = daemon.pids(kind)[-1]
+        pid = daemon.pids(process)[-1]
         thread = threading.Thread(target=embed_long, args=(daemon, found))
         thread.start()
         wait_until(lambda before=steps: daemon.status()["totals"]["steps"] > before + 2, 10.0, "some steps")
         os.kill(pid, signal.SIGKILL)
         assert not found, "it was done before the kill"
         thread.join(60.0)
-        assert daemon.status()["totals"][f"{kind}_restarts"] == 1
+        assert daemon.status()["totals"][f"{process}_restarts"] == 1
         assert found[0].tobytes() == expected.tobytes()
     assert is_idle(daemon)
 

@@ -39,16 +39,19 @@ QUICK = (Type.Q8_0,)
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LIMITS],
-    ids=lambda kind: kind.name,
+    "tensor_type",
+    [
+        tensor_type if tensor_type in QUICK else pytest.param(tensor_type, marks=pytest.mark.slow)
+        for tensor_type in LIMITS
+    ],
+    ids=lambda tensor_type: tensor_type.name,
 )
-def test_type_of_the_experts(serve: Serve, shared: Daemon, tmp_path: Path, kind: Type) -> None:
-    path = gc.copy_model(tmp_path / "model.gguf", gc.experts_as(kind))
+def test_type_of_the_experts(serve: Serve, shared: Daemon, tmp_path: Path, tensor_type: Type) -> None:
+    path = gc.copy_model(tmp_path / "model.gguf", gc.experts_as(tensor_type))
     daemon = serve(str(path), "--workers", "2")
     (expected,) = run_alone(shared.url, [REQUEST])
     (found,) = run_alone(daemon.url, [REQUEST])
     difference = mean_difference(expected, found)
-    print(f"\n{kind.name}: mean difference of prompt log-probabilities {difference:.5f}")
-    assert difference < LIMITS[kind]
+    print(f"\n{tensor_type.name}: mean difference of prompt log-probabilities {difference:.5f}")
+    assert difference < LIMITS[tensor_type]
     assert len(found.token_ids) == 16

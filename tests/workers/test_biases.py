@@ -72,8 +72,9 @@ class Stage:
 
     def compute(self, x: oracles.F32) -> oracles.F32:
         message = Compute(
-            seq=1, layer=LAYER, precision=0, kind=0, tokens=TOKENS, experts=[6], slots=[1], starts=[0, TOKENS]
-        )
+            seq=1, layer=LAYER, precision=0, activation_kind=0, tokens=TOKENS,
+            experts=[6], slots=[1], starts=[0, TOKENS],
+        )  # fmt: skip
         frames = (bytearray(x.tobytes()), bytearray(np.arange(TOKENS, dtype=np.int32).tobytes()))
         return self.worker.compute(message, [memoryview(frame) for frame in frames])[1].copy()
 

@@ -33,7 +33,14 @@ SHAPE = LayerShape(
     precisions=[[(4, 512, 256, 0), (4, 512, 256, 4096), (3, 256, 512, 8192)], [(5, 512, 256, 0)]],
 )
 COMPUTE = Compute(
-    seq=2**40, layer=3, precision=1, kind=256, tokens=5, experts=[1, 7], slots=[0, 80], starts=[0, 2, 9]
+    seq=2**40,
+    layer=3,
+    precision=1,
+    activation_kind=256,
+    tokens=5,
+    experts=[1, 7],
+    slots=[0, 80],
+    starts=[0, 2, 9],
 )
 PAGE = ExpertPage(1, 2, 3, 1, [FileSlab(2**40, 16896, 35, "blk.1.ffn_gate_exps.weight")])
 TO_WORKER = (

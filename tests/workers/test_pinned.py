@@ -22,9 +22,9 @@ def test_cpu_numbers(text: str, numbers: list[int]) -> None:
 def siblings(folder: Path, *pairs: tuple[int, ...]) -> None:
     for pair in pairs:
         for cpu in pair:
-            place = folder / f"cpu{cpu}" / "topology"
-            place.mkdir(parents=True)
-            (place / "thread_siblings_list").write_text(",".join(map(str, pair)) + "\n")
+            topology = folder / f"cpu{cpu}" / "topology"
+            topology.mkdir(parents=True)
+            (topology / "thread_siblings_list").write_text(",".join(map(str, pair)) + "\n")
 
 
 def test_every_core_comes_before_any_second_thread(tmp_path: Path) -> None:

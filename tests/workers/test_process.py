@@ -106,7 +106,7 @@ def computation(stage: Stage, seq: int) -> tuple[Compute, bytes]:
     frame = join((tokens.q, tokens.scales, tokens.sums, np.zeros(1, np.int32)))
     slot = stage.bench.plan.key_of(2, 3)
     message = Compute(
-        seq=seq, layer=2, precision=0, kind=256, tokens=1, experts=[3], slots=[slot], starts=[0, 1]
+        seq=seq, layer=2, precision=0, activation_kind=256, tokens=1, experts=[3], slots=[slot], starts=[0, 1]
     )
     return message, frame
 

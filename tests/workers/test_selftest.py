@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from sterna.scheduler.warm import ALL_KINDS
+from sterna.scheduler.warm import ALL_MATRIX_TYPES
 from sterna.shm.errors import InternalError
 from sterna.workers import selftest
 from sterna.workers.checkpoint.held.formats import ActivationKind, Format, MatrixShape, activation_kind
@@ -16,13 +16,13 @@ from sterna.workers.checkpoint.held.packing import pack_matrix
 from sterna.workers.kernels.layers import activations
 from sterna.workers.kernels.target import TARGET
 
-NAMES = [name for name, _ in ALL_KINDS]
-SCALED = [kind for kind in ALL_KINDS if activation_kind(kind[1]) is not ActivationKind.FLOAT]
+NAMES = [name for name, _ in ALL_MATRIX_TYPES]
+SCALED = [pair for pair in ALL_MATRIX_TYPES if activation_kind(pair[1]) is not ActivationKind.FLOAT]
 ROW_39 = 7  # the last row that is no padding: lane 7 of the last group, which has no second to go with it
 
 
 def test_every_kind_passes_on_this_target() -> None:
-    selftest.run(ALL_KINDS)
+    selftest.run(ALL_MATRIX_TYPES)
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, at: int, mask: int) -> None:
@@ -30,18 +30,18 @@ def damage(monkeypatch: pytest.MonkeyPatch, at: int, mask: int) -> None:
 
     def wrong(
         raw: npt.NDArray[np.uint8],
-        kind: Any,  # noqa: ANN401 - what pack_matrix takes
+        file_type: Any,  # noqa: ANN401 - what pack_matrix takes
         shape: MatrixShape,
         out: npt.NDArray[np.uint8],
         start: int,
     ) -> None:
-        pack_matrix(raw, kind, shape, out, start)
+        pack_matrix(raw, file_type, shape, out, start)
         out[at] ^= np.uint8(mask)
 
     monkeypatch.setattr(selftest, "pack_matrix", wrong)
 
 
-@pytest.mark.parametrize(("name", "form"), ALL_KINDS, ids=NAMES)
+@pytest.mark.parametrize(("name", "form"), ALL_MATRIX_TYPES, ids=NAMES)
 def test_one_wrong_code_is_seen_and_named(monkeypatch: pytest.MonkeyPatch, name: str, form: Format) -> None:
     """The first byte of a code or float holds weights of row 0 in every format."""
     damage(monkeypatch, 0 if form not in (Format.F32, Format.F16) else 1, 0x11)
@@ -59,7 +59,7 @@ def test_a_wrong_scale_of_the_last_row_is_seen(
     monkeypatch: pytest.MonkeyPatch, name: str, form: Format
 ) -> None:
     shape = MatrixShape(form=form, rows=selftest.ROWS, columns=selftest.COLUMNS)
-    end = shape.place(0)[1] + shape.scales_nbytes
+    end = shape.offsets(0)[1] + shape.scales_nbytes
     # The last area of every format holds one number for each of 16 rows, float16 but for these.
     width = {Format.MXFP4: 1, Format.TL1_ROW: 4, Format.TL1_TOKEN: 4}.get(form, 2)
     damage(monkeypatch, end - (16 - ROW_39) * width + width - 1, 0x04)

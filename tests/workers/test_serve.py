@@ -52,7 +52,8 @@ def request(
     """Return the message for `pairs` (expert: rows) and its routing rows."""
     starts = np.concatenate(([0], np.cumsum([len(rows) for rows in pairs.values()]))).tolist()
     fields = {
-        "seq": 9, "layer": LAYER, "precision": 0, "kind": 256, "tokens": count, "experts": list(pairs),
+        "seq": 9, "layer": LAYER, "precision": 0, "activation_kind": 256, "tokens": count,
+        "experts": list(pairs),
         "slots": [bench.plan.key_of(LAYER, expert) for expert in pairs], "starts": starts,
     }  # fmt: skip
     rows = np.array([row for some in pairs.values() for row in some], np.int32)
@@ -172,7 +173,8 @@ def test_too_few_frames_are_an_error(loaded: Bench) -> None:
 
 # What makes the kernels write outside comes last: it spoils the process for the others.
 MISSHAPEN: list[dict[str, object]] = [
-    {"slots": [10**6]}, {"slots": [-1]}, {"slots": []}, {"kind": 0}, {"kind": 32}, {"kind": 7},
+    {"slots": [10**6]}, {"slots": [-1]}, {"slots": []},
+    {"activation_kind": 0}, {"activation_kind": 32}, {"activation_kind": 7},
     {"tokens": -1}, {"starts": []}, {"starts": [1, 2]}, {"starts": [-2, 2]}, {"starts": [0, 1, 2]},
     {"starts": [0, 5, 2]}, {"precision": 1}, {"precision": -1},
 ]  # fmt: skip

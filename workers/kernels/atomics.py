@@ -21,7 +21,7 @@ _SYS_FUTEX = 98 if _ARM else 202
 _WAIT_PRIVATE, _WAKE_PRIVATE = 128, 129
 
 
-def _place(context, builder, signature, args, pointee=_I64):
+def _address(context, builder, signature, args, pointee=_I64):
     """Return a pointer to element args[1] of the array args[0]."""
     offset = builder.shl(args[1], ir.Constant(args[1].type, 3))
     return pointer(context, builder, signature.args[0], args[0], offset, pointee)
@@ -32,7 +32,7 @@ def fetch_add(typing, array, index, value):
     """Add `value` to array[index] and return what was there."""
 
     def emit(context, builder, signature, args):
-        return builder.atomic_rmw("add", _place(context, builder, signature, args), args[2], "seq_cst")
+        return builder.atomic_rmw("add", _address(context, builder, signature, args), args[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), emit
 
@@ -42,7 +42,7 @@ def load(typing, array, index):
     """Return array[index]."""
 
     def emit(context, builder, signature, args):
-        return builder.load_atomic(_place(context, builder, signature, args), "seq_cst", 8)
+        return builder.load_atomic(_address(context, builder, signature, args), "seq_cst", 8)
 
     return types.int64(array, types.intp), emit
 
@@ -52,7 +52,7 @@ def store(typing, array, index, value):
     """Set array[index]."""
 
     def emit(context, builder, signature, args):
-        builder.store_atomic(args[2], _place(context, builder, signature, args), "seq_cst", 8)
+        builder.store_atomic(args[2], _address(context, builder, signature, args), "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.int64), emit
@@ -75,8 +75,8 @@ def pause(typing):
 def _futex(builder, word, operation: int, value, timeout):
     """Call futex(2) through libc's syscall(2); its result does not matter: callers look again."""
     byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(_I64, [_I64, byte, _I64, _I64, byte], var_arg=True)
-    function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+    function_type = ir.FunctionType(_I64, [_I64, byte, _I64, _I64, byte], var_arg=True)
+    function = cgutils.get_or_insert_function(builder.module, function_type, "syscall")
     numbers = [_I64(_SYS_FUTEX), builder.bitcast(word, byte), _I64(operation)]
     builder.call(function, [*numbers, value, timeout])
 
@@ -91,7 +91,7 @@ def futex_wait(typing, array, index, seen, timeout_ns):
         nanoseconds = builder.gep(time, [I32(0), I32(1)])
         builder.store(args[3], nanoseconds)
         low = builder.and_(args[2], _I64(0xFFFFFFFF))
-        word = _place(context, builder, signature, args, I32)
+        word = _address(context, builder, signature, args, I32)
         _futex(builder, word, _WAIT_PRIVATE, low, builder.bitcast(time, ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
@@ -103,7 +103,7 @@ def futex_wake(typing, array, index, count):
     """Wake up to `count` threads that sleep on array[index]."""
 
     def emit(context, builder, signature, args):
-        word = _place(context, builder, signature, args, I32)
+        word = _address(context, builder, signature, args, I32)
         _futex(builder, word, _WAKE_PRIVATE, args[2], ir.Constant(ir.IntType(8).as_pointer(), None))
         return context.get_dummy_value()
 

@@ -27,12 +27,12 @@ def address_of(dispatcher: Any, arguments: tuple[types.Type, ...]) -> int:
     return address
 
 
-def emit_call(context, builder, address, kinds, args):
-    """Emit the call of the kernel at `address`, of `kinds`, which returns nothing."""
+def emit_call(context, builder, address, arg_types, args):
+    """Emit the call of the kernel at `address`, of `arg_types`, which returns nothing."""
     convention = context.call_conv
-    pointee = convention.get_function_type(types.none, kinds)
+    pointee = convention.get_function_type(types.none, arg_types)
     function = builder.inttoptr(address, ir.PointerType(pointee))
-    status, _ = convention.call_function(builder, function, types.none, kinds, args)
+    status, _ = convention.call_function(builder, function, types.none, arg_types, args)
     with cgutils.if_unlikely(builder, status.is_error):
         convention.return_status_propagate(builder, status)
     return context.get_dummy_value()
@@ -43,10 +43,10 @@ def lend(typing, board, index, value):
     """Keep `value` on the stack until this kernel returns, and its address in board[index]."""
 
     def emit(context, builder, signature, args):
-        place = cgutils.alloca_once_value(builder, args[2])
+        stored_at = cgutils.alloca_once_value(builder, args[2])
         offset = builder.shl(args[1], ir.Constant(args[1].type, 3))
         builder.store(
-            builder.ptrtoint(place, _I64),
+            builder.ptrtoint(stored_at, _I64),
             pointer(context, builder, signature.args[0], args[0], offset, _I64),
         )
         return context.get_dummy_value()
@@ -54,17 +54,17 @@ def lend(typing, board, index, value):
     return types.void(board, types.intp, value), emit
 
 
-def borrower(kind: types.Type):
-    """Return the intrinsic (board, index) that gives the value of type `kind` lent at board[index]."""
+def borrower(value_type: types.Type):
+    """Return the intrinsic (board, index) that gives the value of type `value_type` lent at board[index]."""
 
     def borrow(typing, board, index):
         def emit(context, builder, signature, args):
             offset = builder.shl(args[1], ir.Constant(args[1].type, 3))
-            place = pointer(context, builder, signature.args[0], args[0], offset, _I64)
-            stored = context.get_value_type(kind).as_pointer()
-            value = builder.load(builder.inttoptr(builder.load(place), stored))
-            return impl_ret_borrowed(context, builder, kind, value)
+            entry = pointer(context, builder, signature.args[0], args[0], offset, _I64)
+            stored = context.get_value_type(value_type).as_pointer()
+            value = builder.load(builder.inttoptr(builder.load(entry), stored))
+            return impl_ret_borrowed(context, builder, value_type, value)
 
-        return kind(board, types.intp), emit
+        return value_type(board, types.intp), emit
 
     return intrinsic(borrow)

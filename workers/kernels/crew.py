@@ -6,10 +6,10 @@ one delays nobody by more than its chunk. Which thread computes a chunk never sh
 
     board (int64)   TURN    counts jobs; helpers sleep on it (futex)
                     TICKET  turn << 32 | chunks << 16 | next chunk: one fetch_add both claims a chunk
-                            and tells of which job, so that a late helper never takes one amiss
+                            and tells of which job, so that a late helper takes none of another
                     DONE    finished chunks; whoever runs the job sleeps on it
                     JOB     its address; MAY_HELP: threads below this number may take part
-                    THREADS, STREAMING: threads there are, and how many to use when weights stream;
+                    THREADS, STREAMING: how many threads, and how many of them when weights stream;
                     LEAST_WORK: fewer multiply-adds than these are not shared
                     ...     then the job's own arguments, from ARGUMENTS on
 

@@ -20,7 +20,7 @@ HEADS = 4
 """Heads that attention computes at a time."""
 
 K_SIDE = 24
-"""Dwords beside each block of 256 activations that products of K formats read."""
+"""Dwords that products of K formats read along with each block of 256 activations."""
 
 
 def areas_nbytes(columns: int, tokens: int, groups: int) -> int:

@@ -1,4 +1,4 @@
-"""Reading experts beside what is computed: a few threads, what is awaited first.
+"""Reading experts while others are computed: a few threads, awaited experts first.
 
     submit --> urgent queue -----------------> threads, a slab each --> finished (rings `fd`)
           `-> quiet queue (nothing urgent) --> threads, at the lowest I/O priority
@@ -177,8 +177,8 @@ class Pager:
     def _next(self) -> _Job | None:
         """Return a job with a slab to be read now, None if there is none.
 
-        Nothing quiet begins beside something urgent, nor on the last thread: that one is kept for what
-        is asked for next.
+        No quiet job begins while an urgent one runs, nor on the last thread, which is kept for the next
+        request.
         """
         quiet = sum(not job.urgent for job in self._running)
         if self._urgent:

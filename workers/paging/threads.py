@@ -48,7 +48,7 @@ def calibrated_threads(file: ModelFile, cache_dir: str, page: ExpertPage) -> int
                 fcntl.flock(lock, fcntl.LOCK_EX)  # let go of when its holder dies
                 kept = _counts(path)
         if kept.get(key) not in COUNTS:
-            speeds = measure(file, page.slabs, random.Random(0))  # noqa: S311 - places to read
+            speeds = measure(file, page.slabs, random.Random(0))  # noqa: S311 - offsets to read
             kept[key] = choose(speeds)
             if cache_dir:
                 with contextlib.suppress(OSError):
@@ -63,22 +63,22 @@ def choose(speeds: Sequence[float]) -> int:
     return next(count for count, speed in zip(COUNTS, speeds, strict=True) if speed >= ENOUGH * max(speeds))
 
 
-def measure(file: ModelFile, slabs: Sequence[FileSlab], places: random.Random) -> list[float]:
+def measure(file: ModelFile, slabs: Sequence[FileSlab], offsets: random.Random) -> list[float]:
     """Return the bytes/s of reading and using pieces as large as `slabs` with each of COUNTS threads."""
-    return [_speed(file, slabs, count, SECONDS / len(COUNTS), places) for count in COUNTS]
+    return [_speed(file, slabs, count, SECONDS / len(COUNTS), offsets) for count in COUNTS]
 
 
 def _speed(
-    file: ModelFile, slabs: Sequence[FileSlab], threads: int, seconds: float, places: random.Random
+    file: ModelFile, slabs: Sequence[FileSlab], threads: int, seconds: float, offsets: random.Random
 ) -> float:
     sizes = [os.fstat(fd).st_size for fd in file.fds]
-    begin, done = time.perf_counter(), [0] * threads
-    end = begin + seconds
+    began_s, done = time.perf_counter(), [0] * threads
+    end_s = began_s + seconds
 
     def read(index: int, choice: random.Random) -> None:
         staging = Staging()
         with contextlib.suppress(ModelReadError):  # what is wrong is said when an expert is read
-            while time.perf_counter() < end:
+            while time.perf_counter() < end_s:
                 slab = choice.choice(slabs)
                 size = sizes[slab.file]
                 nbytes = min(slab.nbytes, size)
@@ -89,14 +89,14 @@ def _speed(
                     digest(raw)
                 done[index] += nbytes
 
-    choices = [random.Random(places.random()) for _ in range(threads)]  # noqa: S311 - places to read
+    choices = [random.Random(offsets.random()) for _ in range(threads)]  # noqa: S311 - offsets to read
     others = [threading.Thread(target=read, args=(i, choices[i]), daemon=True) for i in range(1, threads)]
     for thread in others:
         thread.start()
     read(0, choices[0])
     for thread in others:
         thread.join(seconds)
-    return sum(done) / (time.perf_counter() - begin)
+    return sum(done) / (time.perf_counter() - began_s)
 
 
 def _counts(path: Path) -> dict[str, int]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...bench.kernels import Options
     from ...processes.kernel_environment import KernelEnvironment
 
-Kinds: TypeAlias = Sequence[tuple[str, int]]
+MatrixTypes: TypeAlias = Sequence[tuple[str, int]]
 
 WARM_TIMEOUT_S = 1800.0  # a small board compiles for minutes
 _PROOF = "finding the instructions that work here"
@@ -124,7 +124,7 @@ def kernels(
         from ...bench.llama import LlamaCpp
 
         peer = LlamaCpp.find(Path(llama_cpp).expanduser())
-    _warm(WARM_TIMEOUT_S, _kinds(chosen))
+    _warm(WARM_TIMEOUT_S, _matrix_types(chosen))
     from ...bench.kernels import Options
 
     options = Options(
@@ -154,8 +154,10 @@ class _TimedOut(BaseException):
     """The time for compiling is over; no Exception, because numba catches those while it compiles."""
 
 
-def _warm(timeout_s: float, kinds: Kinds | None) -> tuple[KernelEnvironment, int, list[dict[str, Any]]]:
-    """Compile what is missing for `kinds`, None for all, as `scheduler.warm.steps` has them.
+def _warm(
+    timeout_s: float, matrix_types: MatrixTypes | None
+) -> tuple[KernelEnvironment, int, list[dict[str, Any]]]:
+    """Compile what is missing for `matrix_types`, None for all, as `scheduler.warm.steps` has them.
 
     Returns where it is kept, how many kernels are new, and what each step took. Raises StartFailed
     after `timeout_s`, and what a step raises.
@@ -167,7 +169,7 @@ def _warm(timeout_s: float, kinds: Kinds | None) -> tuple[KernelEnvironment, int
     signal.signal(signal.SIGALRM, _on_alarm)
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
-        environment = _run_steps(kinds, taken)
+        environment = _run_steps(matrix_types, taken)
     except _TimedOut:
         last = taken[-1]["name"] if taken else "none"
         raise StartFailed(
@@ -179,7 +181,7 @@ def _warm(timeout_s: float, kinds: Kinds | None) -> tuple[KernelEnvironment, int
     return environment, len(environment.compiled() - before), taken
 
 
-def _run_steps(kinds: Kinds | None, taken: list[dict[str, Any]]) -> KernelEnvironment:
+def _run_steps(matrix_types: MatrixTypes | None, taken: list[dict[str, Any]]) -> KernelEnvironment:
     """Run the steps of `scheduler.warm`, and append name and seconds of each that is done."""
     with StartProgress() as progress:
         progress.update(_PROOF, 0, 1)
@@ -187,9 +189,9 @@ def _run_steps(kinds: Kinds | None, taken: list[dict[str, Any]]) -> KernelEnviro
 
         environment = prepare()
         progress.update(_PROOF, 1, 1)
-        from ....scheduler.warm import ALL_KINDS, steps
+        from ....scheduler.warm import ALL_MATRIX_TYPES, steps
 
-        todo = steps(kinds or ALL_KINDS)
+        todo = steps(matrix_types or ALL_MATRIX_TYPES)
         progress.update("kernels", 0, len(todo))
         for done, (name, run) in enumerate(todo, start=1):
             began = time.monotonic()
@@ -243,7 +245,7 @@ def _formats(text: str | None, shapes: tuple[tuple[int, int], ...]) -> tuple[For
     return chosen
 
 
-def _kinds(formats: tuple[Format, ...]) -> Kinds:
+def _matrix_types(formats: tuple[Format, ...]) -> MatrixTypes:
     """Return the (file type, format) pairs that are measured."""
     from ....workers.checkpoint.held.samples import file_type_of
 

@@ -362,7 +362,7 @@ def _scoring(
 
 
 def _window(client: Client, ctx: int | None) -> int:
-    """Return the tokens of a window; one place of the context is the answer's, which a request must have."""
+    """Return the tokens of a window; a request keeps one position of the context for its answer."""
     most = client.connect().model.context_length - 1
     if ctx is not None and ctx > most:
         raise UsageError(f"--ctx-size is {ctx}; the daemon's context leaves {most} tokens for a window")

@@ -135,9 +135,9 @@ def quantize(
     with GgufFile.open(model_path(source)) as file:
         if dry_run:
             return _show_choices(file, wanted, as_json)
-        from ...quantize.journal import check_place
+        from ...quantize.journal import check_output
 
-        check_place([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
+        check_output([*file.paths, *(path for path in (text, imatrix) if path is not None)], out, force=force)
         with _stoppable(calibrates=text is not None) as progress:
             from ...processes.kernel_environment import prepare
 
@@ -243,7 +243,7 @@ def _warn(report: Conversion) -> None:
     ]
     if lost:
         worst = max(lost, key=lambda group: group.error or 0.0)
-        more = f", so do {len(lost) - 1} other kinds of tensors" if len(lost) > 1 else ""
+        more = f", so do {len(lost) - 1} other groups of tensors" if len(lost) > 1 else ""
         click.echo(
             f"sterna: warning: {one_line(worst.name)} has an error of {worst.error:.0%} as {worst.after}"
             f"{more}: ternary types are for weights that were trained as ternary; --type Q4_K is for others",

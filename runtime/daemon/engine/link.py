@@ -124,7 +124,7 @@ class EngineLink:
         return answer.result() if done else None
 
     async def resize(self, limits: list[int]) -> wire.Resized:
-        """Have only so many slots of each class used, and return what that freed.
+        """Limit the slots in use to `limits`, one number for each class, and return what that freed.
 
         One at a time. Raises OutOfResources when there is no memory to grow into, EngineLost when the
         scheduler goes or does not answer: its successor starts with the limits that count by then.

@@ -31,20 +31,20 @@ def rotation(
         halves=halves,
     )
     # Files that do not name a scaling mean the linear one, by a factor that is 1 unless given.
-    kind = keys.text("rope.scaling.type", "linear") or "none"
-    if kind == "none":
+    scaling = keys.text("rope.scaling.type", "linear") or "none"
+    if scaling == "none":
         return plain
     multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
     if multiplier and not multiplied:
         raise keys.refuse("rope.scaling.yarn_log_multiplier", multiplier, "0 in this architecture")
     if keys.number("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
         raise keys.refuse("rope.scaling.yarn_ext_factor", keys.number("rope.scaling.yarn_ext_factor"), "1")
-    if kind not in ("linear", "yarn"):
-        raise keys.refuse("rope.scaling.type", kind, "none, linear or yarn")
+    if scaling not in ("linear", "yarn"):
+        raise keys.refuse("rope.scaling.type", scaling, "none, linear or yarn")
     linear = keys.number("rope.scale_linear", 1.0)
-    factor = keys.number("rope.scaling.factor", linear if kind == "linear" else None) or 1.0
+    factor = keys.number("rope.scaling.factor", linear if scaling == "linear" else None) or 1.0
     magnitude = keys.number("rope.scaling.attn_factor", 1.0)
-    if kind == "linear" or factor == 1.0:
+    if scaling == "linear" or factor == 1.0:
         return replace(plain, factor=factor, magnitude=magnitude)
     return replace(
         plain,

@@ -115,7 +115,7 @@ class ExpertAffinity:
         return {"scores": self.scores.copy(), "totals": self.totals.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take over what `save` returned; raise ConfigError if it is of another shape or kind."""
+        """Take over what `save` returned; raise ConfigError if it is of another shape or type."""
         for name, mine in (("scores", self.scores), ("totals", self.totals)):
             saved = state.get(name)
             if saved is None or saved.shape != mine.shape or saved.dtype != mine.dtype:

@@ -55,7 +55,7 @@ class _Hot(NamedTuple):
     """What is hot; `workers/kernels/routing/eviction.py` says what is in it."""
 
     listed: NDArray[np.int32]
-    place: NDArray[np.int32]
+    position: NDArray[np.int32]
     prefetched: NDArray[np.uint8]
     pinned: NDArray[np.uint8]
     totals: NDArray[np.int64]
@@ -93,7 +93,7 @@ class ExpertCache:
         slots = max(1, max_hot) if compat else min(max_hot, keys)
         self._hot = _Hot(
             listed=np.zeros(slots, dtype=np.int32),
-            place=np.full(keys, -1, dtype=np.int32),
+            position=np.full(keys, -1, dtype=np.int32),
             prefetched=np.zeros(keys, dtype=np.uint8),
             pinned=np.zeros(keys, dtype=np.uint8),
             totals=np.zeros(5, dtype=np.int64),
@@ -117,7 +117,7 @@ class ExpertCache:
 
     def is_hot(self, key: int) -> bool:
         """Whether `key` is hot."""
-        return bool(self._hot.place[self._checked(key)] >= 0)
+        return bool(self._hot.position[self._checked(key)] >= 0)
 
     @property
     def stats(self) -> CacheStats:
@@ -142,7 +142,7 @@ class ExpertCache:
             raise ValueError(f"{len(keys)} keys, room for {len(hits)} answers")
         policy = self._policy
         bad = eviction.access_batch(
-            policy.kind, self.compat, self.bypass, keys, hits, *policy.arrays, policy.span, *self._hot
+            policy.policy_id, self.compat, self.bypass, keys, hits, *policy.arrays, policy.span, *self._hot
         )
         if bad >= 0:
             raise ValueError(f"key {keys[bad]} of {policy.num_keys}")
@@ -153,7 +153,7 @@ class ExpertCache:
         policy = self._policy
         key = self._checked(key)
         return bool(
-            eviction.cache_admit(policy.kind, self.compat, key, *policy.arrays, policy.span, *self._hot)
+            eviction.cache_admit(policy.policy_id, self.compat, key, *policy.arrays, policy.span, *self._hot)
         )
 
     def evict(self, key: int) -> bool:
@@ -161,8 +161,8 @@ class ExpertCache:
         was_hot = self.is_hot(key)
         if was_hot:
             policy, hot = self._policy, self._hot
-            arrays = (*policy.arrays, policy.span, hot.listed, hot.place, hot.prefetched, hot.totals)
-            eviction.cache_evict(policy.kind, self.compat, key, *arrays)
+            arrays = (*policy.arrays, policy.span, hot.listed, hot.position, hot.prefetched, hot.totals)
+            eviction.cache_evict(policy.policy_id, self.compat, key, *arrays)
         return was_hot
 
     def pin(self, key: int) -> None:
@@ -191,7 +191,7 @@ class ExpertCache:
             return None
         policy, hot = self._policy, self._hot
         arrays = (policy.arrays.table, hot.listed, hot.pinned, hot.totals)
-        key = int(eviction.cache_coldest(policy.kind, self.compat, *arrays))
+        key = int(eviction.cache_coldest(policy.policy_id, self.compat, *arrays))
         return None if key < 0 else key
 
     def suggest_eviction_with_affinity(self, affinity: Affinity, weight: float) -> int | None:
@@ -257,7 +257,7 @@ class ExpertCache:
     def _priorities(self, keys: list[int]) -> NDArray[np.float64]:
         """Return what the policy ranks `keys` by."""
         table = self._policy.arrays.table
-        if self._policy.kind == eviction.ADAPTIVE:
+        if self._policy.policy_id == eviction.ADAPTIVE:
             counts = table[eviction.COUNT, keys]
             if counts.min() > 0 and counts.max() >= 3 * counts.min():
                 return counts

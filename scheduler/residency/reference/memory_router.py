@@ -35,20 +35,20 @@ BatchRoute = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRouterConfig:
-    """How much being resident counts; the `with_` methods clamp, the fields do not.
-
-    cache_bonus: added to a resident's score, as a share of the spread (highest - lowest) of the token's
-    finite scores; in compat the number itself. keep_top: this number of the true best is always selected,
-    before any bonus (not in compat). prefetch_threshold: only experts with at least this share of the
-    layer's highest affinity are prefetched (compat: all). memory_aware False is plain top-k.
-    """
+    """How much being resident counts; the `with_` methods clamp, the fields do not."""
 
     num_experts: int = 8
     top_k: int = 2
     cache_bonus: float = 0.15
+    """Added to a resident's score, as a share of the spread (highest - lowest) of the token's finite
+    scores; in compat the number itself."""
     keep_top: int = 1
+    """This number of the true best is always selected, before any bonus (not in compat)."""
     memory_aware: bool = True
+    """False is plain top-k."""
     prefetch_threshold: float = 0.1
+    """Only experts with at least this share of the layer's highest affinity are prefetched
+    (compat: all)."""
 
     def with_cache_bonus(self, bonus: float) -> Self:
         """Return a copy with `bonus`, clamped to 0..1."""

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from ....shm.errors import UsageError
 from ....workers.kernels.routing import eviction
 from ....workers.kernels.routing.replay import EventScratch, Pool, PriorEvents, replay, replay_with_prior
-from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, KINDS, PolicyArrays
+from ..policies import DEFAULT_CAP, DEFAULT_DECAY, DEFAULT_POLICY, POLICY_IDS, PolicyArrays
 from .trace import DECODE, Trace
 
 BELADY, BELADY_BYPASS, CACHE_PRIOR = "belady", "belady-bypass", "cache-prior"
-POLICIES: Final = (*KINDS, BELADY, BELADY_BYPASS, CACHE_PRIOR)
+POLICIES: Final = (*POLICY_IDS, BELADY, BELADY_BYPASS, CACHE_PRIOR)
 NEVER = np.iinfo(np.int64).max >> 1
 
 
@@ -91,7 +91,7 @@ def simulate(trace: Trace, setting: ReplaySetting) -> ReplayReport:
 
 
 def compare(trace: Trace, settings: Iterable[ReplaySetting]) -> list[ReplayReport]:
-    """Replay every setting and Belady beside it, so that `recoverable` is known."""
+    """Replay every setting, and Belady for comparison, so that `recoverable` is known."""
     bounds: dict[ReplaySetting, ReplayReport] = {}
     reports = []
     for setting in settings:
@@ -169,10 +169,10 @@ def _replay(trace: Trace, setting: ReplaySetting) -> _ReplayCounts:
     pool, arrays = _memory(trace, setting)
     starts, keys, tokens = trace.uses()
     exact = setting.policy in (BELADY, BELADY_BYPASS)
-    kind = eviction.BELADY if exact else KINDS[setting.policy]
+    policy_id = eviction.BELADY if exact else POLICY_IDS[setting.policy]
     following = next_uses(starts, keys) if exact else np.zeros(len(keys), dtype=np.int64)
     fetched = np.zeros(len(keys), dtype=np.uint8)
-    replay(kind, starts, keys, tokens, following, fetched, *arrays, pool)
+    replay(policy_id, starts, keys, tokens, following, fetched, *arrays, pool)
     sums = np.concatenate(([0], np.cumsum(fetched, dtype=np.int64)))
     return _ReplayCounts(
         distinct=np.diff(starts),
@@ -208,7 +208,7 @@ def _replay_with_prior(trace: Trace, setting: ReplaySetting) -> _ReplayCounts:
         tokens=np.zeros(largest, dtype=np.float32),
         fetched=np.zeros(largest, dtype=np.uint8),
     )
-    replay_with_prior(KINDS[DEFAULT_POLICY], events, keep, scratch, *arrays, pool, out)
+    replay_with_prior(POLICY_IDS[DEFAULT_POLICY], events, keep, scratch, *arrays, pool, out)
     return _ReplayCounts(
         distinct=out[:, 0],
         fetched=out[:, 1],

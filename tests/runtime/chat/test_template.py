@@ -84,7 +84,7 @@ TEXT_ARGUMENTS = (
     "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 NULL_TOOLS = "{% if tools is not none and tools|length > 0 %}T{% endif %}{{ messages[0].content }}"
-# minijinja has no integers of so many digits: jinja2 renders it, in the same environment.
+# minijinja has no integers this large: jinja2 renders it, in the same environment.
 FOR_JINJA2 = "{% if 1" + "0" * 60 + " %}\n{{ messages[0].content }}|{{ {'ü': 1} | tojson }}\n{% endif %}"
 
 Load = Callable[..., ChatTemplate]

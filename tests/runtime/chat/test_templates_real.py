@@ -145,7 +145,7 @@ def outcomes(path: Path) -> Iterator[tuple[str, str]]:
     try:
         for name, (messages, tools) in CONVERSATIONS.items():
             turns = [msgspec.convert(message, ChatMessage) for message in messages]
-            # Both get the messages in the forms that the template shows; the reference as `transformers`
+            # Both get the messages in the forms that the template shows; jinja2 as `transformers`
             # gives the rest.
             plain = [turn.plain(template._forms["default"]) for turn in turns]
             context = {**TOKENS, "messages": plain, "tools": tools or None, "documents": None}

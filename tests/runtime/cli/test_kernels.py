@@ -261,16 +261,16 @@ def test_bench_without_a_command() -> None:
 @pytest.mark.parametrize("form", list(Format), ids=lambda form: form.name)
 def test_random_matrices_are_valid_and_sane(form: Format) -> None:
     """Each format has one; no weight is zero by chance of its scale, denormal or infinite, and it packs."""
-    kind = TYPES_BY_NAME[file_type_of(form)]
-    raw = sample(kind, 32, 512, np.random.default_rng(5))
-    values = dequantize(kind, raw, (32, 512))
+    file_type = TYPES_BY_NAME[file_type_of(form)]
+    raw = sample(file_type, 32, 512, np.random.default_rng(5))
+    values = dequantize(file_type, raw, (32, 512))
     sizes = np.abs(values[values != 0])
     assert np.isfinite(values).all()
     assert 1e-5 < sizes.min() <= sizes.max() <= 8 * 127
     assert len(sizes) > values.size // 2
     shape = MatrixShape(form=form, rows=32, columns=512)
     packed = np.zeros(shape.nbytes, np.uint8)
-    pack_matrix(raw, kind, shape, packed, 0)
+    pack_matrix(raw, file_type, shape, packed, 0)
     assert packed.any()
 
 
@@ -313,11 +313,11 @@ def test_their_names() -> None:
     assert [their_name(name) for name in ("TQ2_0", "Q4_K", "IQ4_NL")] == ["tq2_0", "q4_K", "iq4_nl"]
 
 
-@pytest.mark.parametrize("place", ["", "bin", "build/bin"])
-def test_a_build_is_found_in_three_places(tmp_path: Path, place: str) -> None:
-    program(tmp_path / place, "echo '  --type TYPE  set test type as f16 tq2_0 q4_K (all)'; exit 1")
+@pytest.mark.parametrize("subfolder", ["", "bin", "build/bin"])
+def test_a_build_is_found_in_three_folders(tmp_path: Path, subfolder: str) -> None:
+    program(tmp_path / subfolder, "echo '  --type TYPE  set test type as f16 tq2_0 q4_K (all)'; exit 1")
     peer = LlamaCpp.find(tmp_path)
-    assert peer.program == tmp_path / place / "test-quantize-perf"
+    assert peer.program == tmp_path / subfolder / "test-quantize-perf"
     assert peer.measures("Q4_K")
     assert not peer.measures("F32")
 

@@ -42,7 +42,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 def test_choices_are_those_of_the_types() -> None:
     for name, hint in get_type_hints(Config).items():
-        assert SETTINGS[name].choices == (get_args(hint) if SETTINGS[name].kind == "choice" else ())
+        assert SETTINGS[name].choices == (get_args(hint) if SETTINGS[name].syntax == "choice" else ())
 
 
 @pytest.mark.parametrize("command", ["serve", "plan", "inspect", "perplexity", "calibrate", "trace"])

@@ -19,11 +19,11 @@ def write_flash(
     *,
     layers: int = 8,
     experts: int = 64,
-    kind: Type = Type.TQ2_0,
+    expert_type: Type = Type.TQ2_0,
     vocab: int | None = None,
     other: Mapping[int, Type] | None = None,
 ) -> Path:
-    """Write a model with the sizes of GLM-4.7-Flash; its experts are of type `kind`, attention is Q8_0.
+    """Write a model with the sizes of GLM-4.7-Flash; experts of type `expert_type`, attention is Q8_0.
 
     layers: 47 is the whole of it, some 9 GB ternary and 18 GB as Q4_K; other: the type of some layers'
     experts. The vocabulary is the embedded model's, and `vocab` may only widen the matrices.
@@ -47,7 +47,9 @@ def write_flash(
         writer.add_key_value(field.name, value, field.types[0], sub_type=sub)
     words = vocab or len(reader.fields["tokenizer.ggml.tokens"].data)
     total = 0
-    for name, shape, stored in _tensors(layers, experts, words, lambda layer: (other or {}).get(layer, kind)):
+    for name, shape, stored in _tensors(
+        layers, experts, words, lambda layer: (other or {}).get(layer, expert_type)
+    ):
         total += _add(writer, name, shape, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -58,19 +60,19 @@ def write_flash(
     return path
 
 
-def _add(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type) -> int:
-    block, nbytes = GGML_QUANT_SIZES[kind]
+def _add(writer: GGUFWriter, name: str, shape: tuple[int, ...], file_type: Type) -> int:
+    block, nbytes = GGML_QUANT_SIZES[file_type]
     count = 1
     for length in shape:
         count *= length
     size = count // block * nbytes
     stored = (*shape[:-1], shape[-1] // block * nbytes)
-    writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=kind)
+    writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=file_type)
     return -(-size // 32) * 32
 
 
 def _tensors(
-    layers: int, experts: int, vocab: int, kind_of: Callable[[int], Type]
+    layers: int, experts: int, vocab: int, type_of: Callable[[int], Type]
 ) -> list[tuple[str, tuple[int, ...], Type]]:
     d, ff, wide = 2048, 1536, 10_240
     f32, q8 = Type.F32, Type.Q8_0
@@ -89,13 +91,13 @@ def _tensors(
         if layer == 0:
             rest = [("ffn_gate", (wide, d), q8), ("ffn_up", (wide, d), q8), ("ffn_down", (d, wide), q8)]
         else:
-            kind = kind_of(layer)
+            stored = type_of(layer)
             rest = [
                 ("ffn_gate_inp", (experts, d), f32),
                 ("ffn_gate_shexp", (ff, d), q8), ("ffn_up_shexp", (ff, d), q8),
                 ("ffn_down_shexp", (d, ff), q8),
-                ("ffn_gate_exps", (experts, ff, d), kind), ("ffn_up_exps", (experts, ff, d), kind),
-                ("ffn_down_exps", (experts, d, ff), kind),
+                ("ffn_gate_exps", (experts, ff, d), stored), ("ffn_up_exps", (experts, ff, d), stored),
+                ("ffn_down_exps", (experts, d, ff), stored),
             ]  # fmt: skip
         found += [(f"blk.{layer}.{name}.weight", shape, stored) for name, shape, stored in attention + rest]
         if layer:

@@ -26,7 +26,7 @@ from ...system.gguf_copy import Type, copy_model, shard_path
 from ...workers.checkpoint.file.gguf_bytes import F32, STR, U32, build, key, text
 from .sparse_model import write_flash
 
-Kind = altered.GGUFValueType
+ValueType = altered.GGUFValueType
 
 
 def invoked(*arguments: str) -> Result:
@@ -48,7 +48,7 @@ def test_a_sound_model_is_one_line_and_no_error() -> None:
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
-    """Three kinds of missing tensors, one of another shape, one of a type without use, and the tokenizer."""
+    """Missing tensors of three roles, one of another shape, one of a type without use, and the tokenizer."""
     gone = {
         "blk.2.attn_output.weight",
         "blk.4.attn_output.weight",
@@ -56,12 +56,12 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "output_norm.weight",
     }
 
-    def change(name: str, data: npt.NDArray[Any], kind: Type) -> tuple[npt.NDArray[Any], Type] | None:
+    def change(name: str, data: npt.NDArray[Any], stored: Type) -> tuple[npt.NDArray[Any], Type] | None:
         if name == "blk.1.attn_norm.weight":
-            return data[:128], kind
+            return data[:128], stored
         if name == "blk.5.attn_q_a.weight":
             return np.zeros((256, 256), np.int8), Type.I8
-        return None if name in gone else (data, kind)
+        return None if name in gone else (data, stored)
 
     path = copy_model(tmp_path / "m.gguf", change, metadata={"tokenizer.ggml.pre": "martian"})
     found = invoked("validate", str(path))
@@ -133,8 +133,8 @@ def test_layers_that_predict_further_tokens_are_noted(tmp_path: Path) -> None:
     path = altered.write(
         tmp_path / "m.gguf",
         keys={
-            "deepseek2.block_count": (7, Kind.UINT32),
-            "deepseek2.nextn_predict_layers": (1, Kind.UINT32),
+            "deepseek2.block_count": (7, ValueType.UINT32),
+            "deepseek2.nextn_predict_layers": (1, ValueType.UINT32),
         },
         extra=dict.fromkeys(unused, norm),
     )
@@ -192,15 +192,16 @@ def test_names_tell_the_group(group: str) -> None:
 
 def test_eighteen_gigabytes_take_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large as GLM-4.7-Flash in Q4_K; the tensors' bytes are not touched at all."""
-    path = write_flash(tmp_path / "flash.gguf", layers=47, kind=Type.Q4_K)
+    path = write_flash(tmp_path / "flash.gguf", layers=47, expert_type=Type.Q4_K)
     monkeypatch.delattr(GgufFile, "data")
-    begin = time.perf_counter()
+    began_s = time.perf_counter()
     told = validate(path)
     middle = time.perf_counter()
     facts = describe(path)
     end = time.perf_counter()
     print(
-        f"\n{path.stat().st_size / 1e9:.1f} GB: validate {middle - begin:.2f} s, inspect {end - middle:.2f} s"
+        f"\n{path.stat().st_size / 1e9:.1f} GB: validate {middle - began_s:.2f} s,"
+        f" inspect {end - middle:.2f} s"
     )
     assert told["loads"]
     (experts,) = (row for row in facts["groups"] if row["group"] == "experts")

@@ -46,7 +46,7 @@ def test_ternary_bits_as_set_and_as_memory_allows() -> None:
     with GgufFile.open(embedded_model()) as file:
         wide, small = (choose(file, AMPLE, WANTS, bits) for bits in ("2", "1.6"))
         assert (wide.plan.storage.small, small.plan.storage.small) == (False, True)
-        assert ("TQ2_0", Format.B3) in small.plan.kinds
+        assert ("TQ2_0", Format.B3) in small.plan.matrix_types
         needed = wide.decision.total
         assert weights_nbytes(small.plan) < weights_nbytes(wide.plan)
         assert not choose(file, needed, WANTS).plan.storage.small

@@ -26,7 +26,7 @@ RATES = Rates(disk=1e9, memory=10e9, how="given")
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 18 GB that takes no room on the disk."""
-    path = write_flash(tmp_path_factory.mktemp("m") / "large.gguf", layers=47, kind=Type.Q4_K)
+    path = write_flash(tmp_path_factory.mktemp("m") / "large.gguf", layers=47, expert_type=Type.Q4_K)
     assert path.stat().st_size > 15e9
     return path
 

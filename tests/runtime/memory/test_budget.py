@@ -41,7 +41,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
     path = write_flash(
         tmp_path_factory.mktemp("m") / "mixed.gguf",
         experts=16,
-        kind=Type.TQ2_0,
+        expert_type=Type.TQ2_0,
         other={5: Type.Q4_K, 6: Type.Q4_K, 7: Type.Q4_K},
     )
     with GgufFile.open(path) as file:
@@ -49,7 +49,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
 
 
 def check(plan: ModelPlan, decision: SlotDecision, most: list[tuple[int, int]]) -> None:
-    """INV-3: the rows are all there is, and their sum is within the budget."""
+    """INV-3: the rows name all memory that is used, and their sum is within the budget."""
     assert decision.total == sum(decision.rows.values()) <= decision.budget
     assert decision.rows["slots"] + decision.rows["headers"] >= arena_nbytes(decision.classes)
     streams = decision.rows["kv"] + decision.rows["streams"]
@@ -178,6 +178,6 @@ def test_resizing_stays_within_the_slots_that_there_are(flash: ModelPlan) -> Non
 
 
 def test_a_file_s_size_costs_no_room(tmp_path: Path) -> None:
-    path = write_flash(tmp_path / "large.gguf", layers=47, kind=Type.Q4_K)
+    path = write_flash(tmp_path / "large.gguf", layers=47, expert_type=Type.Q4_K)
     assert path.stat().st_size > 15e9
     assert path.stat().st_blocks * 512 < 2**20

@@ -56,8 +56,8 @@ def parts(value: object) -> Iterator[object]:
         yield from value
     elif type(value).__module__.startswith("sterna."):
         yield from getattr(value, "__dict__", {}).values()
-        for kind in type(value).__mro__:
-            for name in getattr(kind, "__slots__", ()):
+        for base in type(value).__mro__:
+            for name in getattr(base, "__slots__", ()):
                 yield getattr(value, name, None)
 
 

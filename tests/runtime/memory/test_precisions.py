@@ -34,7 +34,7 @@ COUNTS = np.arange(7 * 64, 0, -1, dtype=np.float64)
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GLM-4.7-Flash's shape with 8 layers and experts of Q8_0: 448 of 10 MB."""
-    return write_flash(tmp_path_factory.mktemp("m") / "flash.gguf", layers=8, kind=Type.Q8_0)
+    return write_flash(tmp_path_factory.mktemp("m") / "flash.gguf", layers=8, expert_type=Type.Q8_0)
 
 
 def choices(file: GgufFile, precision: Precision, counts: npt.NDArray[np.float64] | None = COUNTS) -> Choices:

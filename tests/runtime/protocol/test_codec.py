@@ -30,10 +30,10 @@ JSON = st.recursive(
 )
 
 
-def values(kind: object, limits: dict[str, Any] | None = None) -> st.SearchStrategy[Any]:
+def values(annotation: object, limits: dict[str, Any] | None = None) -> st.SearchStrategy[Any]:
     """Return values of a field's type, within its declared range."""
     limits = limits or {}
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         merged = {
             k: v
@@ -52,35 +52,35 @@ def values(kind: object, limits: dict[str, Any] | None = None) -> st.SearchStrat
         )
     if origin is tuple:
         return st.tuples(*map(values, args))
-    if origin is dict or kind is dict:
+    if origin is dict or annotation is dict:
         return st.dictionaries(TEXT, JSON, max_size=3)
     if args:  # a union
         return st.one_of(*map(values, args))
-    if kind is int:
+    if annotation is int:
         high = limits.get("le", limits.get("lt", 2**63) - 1)
         return st.integers(limits.get("ge", 0), high)
-    if kind is float:
+    if annotation is float:
         low, high = limits.get("ge", limits.get("gt")), limits.get("le")
         return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="gt" in limits)
-    if kind is str:
+    if annotation is str:
         alphabet = st.characters(exclude_categories=["Cs"])
         return st.text(
             alphabet, min_size=limits.get("min_length", 0), max_size=min(30, limits.get("max_length", 30))
         )
-    if kind is bytes:
+    if annotation is bytes:
         return st.binary(max_size=30)
-    if kind is bool:
+    if annotation is bool:
         return st.booleans()
-    if kind is type(None):
+    if annotation is type(None):
         return st.none()
-    return bodies(kind)
+    return bodies(annotation)
 
 
 def bodies(cls: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     """Return messages of a class."""
     fields = {
-        name: values(kind)
-        for name, kind in get_type_hints(cls, include_extras=True).items()
+        name: values(annotation)
+        for name, annotation in get_type_hints(cls, include_extras=True).items()
         if name in cls.__struct_fields__
     }
     if cls is Embed:
@@ -234,8 +234,8 @@ def test_wrong_field_is_named_with_what_was_expected_and_found(fields: dict[str,
 
 def test_no_number_field_of_a_request_takes_a_non_finite_value() -> None:
     for tag, cls in REQUESTS.items():
-        for name, kind in get_type_hints(cls).items():
-            if kind is float:
+        for name, annotation in get_type_hints(cls).items():
+            if annotation is float:
                 for bad in (float("nan"), float("inf"), float("-inf")):
                     assert request_error(tag, **{"id": "a", "prompt": "x", name: bad}).startswith(f"{name}: ")
 
@@ -317,9 +317,9 @@ def test_frame_over_the_limit_is_not_decoded() -> None:
 
 def test_short_frame_cannot_claim_much() -> None:
     start_s = time.monotonic()
-    for kind in (0xDD, 0xDF, 0xDB):
-        poke(b"\x93\x01\xa4ping" + struct.pack(">BI", kind, 2**32 - 1))
-        poke(struct.pack(">BI", kind, 2**31) * 200)
+    for marker in (0xDD, 0xDF, 0xDB):
+        poke(b"\x93\x01\xa4ping" + struct.pack(">BI", marker, 2**32 - 1))
+        poke(struct.pack(">BI", marker, 2**31) * 200)
     assert time.monotonic() - start_s < 2
 
 

@@ -34,7 +34,7 @@ def test_rise_is_the_ratio_of_perplexities() -> None:
 
 
 def test_error_counts_what_neighbours_share() -> None:
-    """Differences that come in runs of 16 tokens are a sixteenth of so many: four times the error."""
+    """Differences in runs of 16 tokens count as one each: a sixteenth of them, four times the error."""
     rng = np.random.default_rng(2)
     exact = np.zeros(8192)
     single = rise(exact.tolist(), rng.normal(0, 0.1, 8192).tolist())[1]

@@ -1,4 +1,4 @@
-"""A file for tests of `sterna quantize`: every kind of tensor, seeded floats. No model can be made of it."""
+"""A file for tests of `sterna quantize`: every sort of tensor, seeded floats. No model can be made of it."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_experts_read_what_shared_experts_read(
     ids: list[int], sums: dict[str, tuple[Floats, Floats]]
 ) -> None:
     """Each token goes to two experts; what they read is the same, but for being rounded to int8."""
-    routed, shared = (sums[f"blk.2.ffn_up_{kind}.weight"][0].sum(axis=0) for kind in ("exps", "shexp"))
+    routed, shared = (sums[f"blk.2.ffn_up_{suffix}.weight"][0].sum(axis=0) for suffix in ("exps", "shexp"))
     np.testing.assert_allclose(routed, 2 * shared, rtol=0.02)
     assert (sums["blk.2.ffn_gate_exps.weight"][0] == sums["blk.2.ffn_up_exps.weight"][0]).all()
 
@@ -125,11 +125,11 @@ def test_what_was_measured_on_one_text_lowers_the_error_on_another(
     measure(file, other, lambda what, done, total: None)
     values, whole = tensor(file, name).astype(np.float32), ColumnSums()
     whole._sums = {name: sums[name]}  # type: ignore[dict-item]
-    kind, losses = TYPES_BY_NAME["Q2_K"], []
+    file_type, losses = TYPES_BY_NAME["Q2_K"], []
     for weights in (None, whole.weights(file)[name]):
-        out = np.zeros(kind.nbytes(values.shape), np.uint8)
-        Encoder().encode(values, kind, out, weights)
-        losses.append(np.square(read[0] @ (dequantize(kind, out, values.shape) - values).T).sum())
+        out = np.zeros(file_type.nbytes(values.shape), np.uint8)
+        Encoder().encode(values, file_type, out, weights)
+        losses.append(np.square(read[0] @ (dequantize(file_type, out, values.shape) - values).T).sum())
     print(f"error of products: {(losses[1] / losses[0]) ** 0.5:.3f} of that without calibration")
     assert losses[1] < 0.8 * losses[0]
 

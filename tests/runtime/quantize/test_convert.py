@@ -1,4 +1,4 @@
-"""`sterna quantize`: what becomes of which tensor, going on after each kind of stop, the check at the end."""
+"""`sterna quantize`: what becomes of which tensor, going on after each sort of stop, the check at the end."""
 
 from __future__ import annotations
 
@@ -176,8 +176,10 @@ def test_weights_of_columns_and_of_experts(file: GgufFile, out: Path) -> None:
     assert (found[[0, 1, 3]] == plain[[0, 1, 3]]).all()
     assert (found[2] != plain[2]).any()
     wanted = values(Path(file.path), "blk.0.ffn_down_exps.weight")[2, :, :128]
-    kind = TYPES_BY_NAME["TQ2_0"]
-    losses = [((dequantize(kind, raw[2], (512, 256))[:, :128] - wanted) ** 2).sum() for raw in (plain, found)]
+    file_type = TYPES_BY_NAME["TQ2_0"]
+    losses = [
+        ((dequantize(file_type, raw[2], (512, 256))[:, :128] - wanted) ** 2).sum() for raw in (plain, found)
+    ]
     assert losses[1] < 0.995 * losses[0]
 
 
@@ -211,7 +213,9 @@ def test_types_that_are_decoded_whole(tmp_path: Path, out: Path) -> None:
         "blk.0.attn_k.weight": ("I2_S", (512, 256), i2_s(codes[::-1], 2.0), 2.0),
         "blk.0.ffn_up_exps.weight": ("IQ2_BN", (4, 128, 256), iq2_bn(codes, scales), 0.5),
     }
-    layout = lay_out([], [(n, shape, TYPES_BY_NAME[kind]) for n, (kind, shape, *_) in tensors.items()], 32)
+    layout = lay_out(
+        [], [(n, shape, TYPES_BY_NAME[type_name]) for n, (type_name, shape, *_) in tensors.items()], 32
+    )
     path = tmp_path / "in.gguf"
     image = bytearray(layout.header.ljust(layout.nbytes, b"\0"))
     for info in layout.tensors:

@@ -204,7 +204,9 @@ def test_who_makes_float_weights_ternary_is_warned(
 ) -> None:
     _warn(quantize(file, out, replace(TERNARY, overrides=(("*_exps*", "Q8_0"),))))
     err = capsys.readouterr().err
-    warning = r"sterna: warning: blk\.\*\.\S+ has an error of 4\d% as TQ2_0, so do 2 other kinds of tensors: "
+    warning = (
+        r"sterna: warning: blk\.\*\.\S+ has an error of 4\d% as TQ2_0, so do 2 other groups of tensors: "
+    )
     assert re.search(warning, err)
     assert "ternary types are for weights that were trained as ternary; --type Q4_K is for others" in err
     _warn(quantize(file, out, Wanted(type="Q2_K"), force=True))

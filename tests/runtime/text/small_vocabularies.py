@@ -1,4 +1,4 @@
-"""Metadata of small tokenizers made by hand, one of each kind."""
+"""Metadata of small tokenizers made by hand, one of each model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def byte_level(pre: str, extra: tuple[tuple[str, int], ...] = (), **changes: obj
         "model": "gpt2",
         "pre": pre,
         "tokens": [*ALPHABET, *made, "<|bos|>", *(text for text, _ in extra)],
-        "token_type": [NORMAL] * (256 + len(made)) + [CONTROL, *(kind for _, kind in extra)],
+        "token_type": [NORMAL] * (256 + len(made)) + [CONTROL, *(token_type for _, token_type in extra)],
         "merges": merges,
         "bos_token_id": 256 + len(made),
         **changes,
@@ -43,7 +43,7 @@ def scored(
         "token_type": [UNKNOWN, CONTROL, CONTROL]
         + [BYTE] * 256
         + [NORMAL] * len(pieces)
-        + [kind for _, kind in extra],
+        + [token_type for _, token_type in extra],
         "scores": [0.0] * 259 + list(pieces.values()) + [-1000.0] * len(extra),
         **changes,
     }

@@ -93,8 +93,8 @@ def test_no_byte_is_lost_outside_of_ascii() -> None:
 def test_validate_warns_and_the_model_loads(tmp_path: Path) -> None:
     fields = altered.original().fields
     keys = {name: (f.contents(), f.types[0]) for name, f in fields.items() if name.startswith(PREFIX)}
-    merges, kind = keys[PREFIX + "merges"]
-    keys[PREFIX + "merges"] = ([*merges, "z q", "q z"], kind)
+    merges, value_type = keys[PREFIX + "merges"]
+    keys[PREFIX + "merges"] = ([*merges, "z q", "q z"], value_type)
     found = validate(altered.write(tmp_path / "merges.gguf", keys=keys))
     assert (found["loads"], found["problems"]) == (True, [])
     (line,) = [text for text in found["warnings"] if "merges[" in text]

@@ -46,7 +46,7 @@ def check(tok: Tokenizer, text: str) -> None:
 
 
 def check_scored(text: str) -> None:
-    # This kind writes a space as U+2581, so one cannot be told from the other; and a space before each text.
+    # This one writes a space as U+2581, so one cannot be told from the other; and a space before each text.
     check(words(), text.replace(SPACE, "_").replace("<tool>", ""))
 
 

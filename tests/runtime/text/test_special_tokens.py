@@ -65,8 +65,10 @@ def test_spaces_beside_tokens_by_the_models_name() -> None:
     ],
 )
 def test_tokens_that_end_an_answer(texts: str, stops: str) -> None:
-    for kind in (CONTROL, NORMAL):
-        tok = Tokenizer.from_metadata(byte_level("gpt-2", tuple((t, kind) for t in texts.split())), "m.gguf")
+    for token_type in (CONTROL, NORMAL):
+        tok = Tokenizer.from_metadata(
+            byte_level("gpt-2", tuple((t, token_type) for t in texts.split())), "m.gguf"
+        )
         assert {tok.id_to_piece(i) for i in tok.stop_ids} == set(stops.split())
         assert all(tok.token_bytes(i) == b"" for i in tok.stop_ids)
         assert set(tok.encode(stops, special=True)) >= tok.stop_ids
@@ -81,14 +83,14 @@ def test_roles_name_further_ends() -> None:
 
 
 def test_a_tag_of_ordinary_text_ends_nothing() -> None:
-    for at, kind, ends in (
+    for at, token_type, ends in (
         (9, TokenType.NORMAL, False),
         (9, TokenType.CONTROL, True),
         (2, TokenType.NORMAL, True),
     ):
         pieces = [f"t{i}" for i in range(10)]
         types = [TokenType.NORMAL] * 10
-        pieces[at], types[at] = "</s>", kind
+        pieces[at], types[at] = "</s>", token_type
         assert answer_ends(pieces, types) == ({at} if ends else set(), set())
 
 

@@ -27,7 +27,7 @@ MODELS = "vendor/llama.cpp/models"
 FOLDER = (
     Path(os.environ["STERNA_LLAMA_CPP"]) / "models" if "STERNA_LLAMA_CPP" in os.environ else CACHE / ARCHIVE
 )
-# Two kinds in a second each; the others take ten times as long together.
+# Two of them in a second each; the others take ten times as long together.
 QUICK = ("gpt-2", "llama-spm")
 CHECKED = (
     *(
@@ -130,11 +130,11 @@ def test_speed(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> N
     report = [f"{name}: built in {time.process_time() - started_s:.1f} s"]
     prose = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.md"))) * 8
     code = "\n".join(path.read_text() for path in sorted((ROOT / "runtime").glob("*.py")))
-    for kind, text in (("prose", prose), ("code", code)):
+    for name, text in (("prose", prose), ("code", code)):
         started_s = time.process_time()
         ids = tok.encode(text, add_bos=False)
         rate = len(text.encode()) / (time.process_time() - started_s) / 1e6
-        report.append(f"{kind} {rate:.1f} MB/s ({len(ids)} tokens)")
+        report.append(f"{name} {rate:.1f} MB/s ({len(ids)} tokens)")
         assert tok.decode(ids) == text
     for part in ("a", " ", "\n", "7", "\U0001f600"):
         text = part * (1_000_000 // len(part.encode())) + "x"

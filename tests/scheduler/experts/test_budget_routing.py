@@ -89,7 +89,7 @@ def test_trades_are_those_of_the_naive_router_and_the_bound_holds(
 
 
 def test_same_scores_and_same_snapshot_give_the_same_selection() -> None:
-    """INV-6."""
+    """INV-6 of docs/invariants.md."""
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((8, EXPERTS)).astype(np.float32)
     resident = (rng.random(EXPERTS) < 0.4).astype(np.uint8)

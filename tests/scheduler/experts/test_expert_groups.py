@@ -51,7 +51,7 @@ def test_groups_agree_with_the_naive_router(
 
 
 def test_a_group_is_judged_by_its_best_or_by_its_two_best() -> None:
-    """Group 0 holds the best expert of all, group 1 the best pair (spec 4.4)."""
+    """Group 0 holds the best expert of all, group 1 the best pair."""
     logits = np.array([[3.0, -3.0, -3.0, 2.0, 2.0, -3.0]], np.float32)
     none = np.zeros(6, np.float32)
     for gating, expected in ((SOFTMAX, [0, 1]), (SIGMOID, [3, 4])):

@@ -1,4 +1,4 @@
-"""MoeBatchScheduler against the pinned vectors of the reference and a naive grouping."""
+"""MoeBatchScheduler against the pinned vectors of ruvllm (ADR-092) and a naive grouping."""
 
 from __future__ import annotations
 

@@ -82,11 +82,11 @@ def test_r17_the_same_logits_give_the_same_selection() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 1, 5])
-def test_what_is_not_finite_is_never_selected(bad: float, place: int) -> None:
+@pytest.mark.parametrize("expert", [0, 1, 5])
+def test_what_is_not_finite_is_never_selected(bad: float, expert: int) -> None:
     logits = np.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
-    logits[place] = bad
-    expected = [e for e in range(6) if e != place]
+    logits[expert] = bad
+    expected = [e for e in range(6) if e != expert]
     selected, weights = route(logits, 5)
     assert selected.tolist() == [expected]
     assert np.isfinite(weights).all()
@@ -105,7 +105,7 @@ def test_a_selection_bias_that_is_not_finite_excludes_its_expert() -> None:
 
 
 def test_selection_is_by_p_plus_bias_and_weights_are_from_p() -> None:
-    """F2: the bias counts for the selection only and is added behind the sigmoid."""
+    """The bias counts for the selection only and is added behind the sigmoid."""
     logits, bias = [2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 9.0, 9.03]
     selected, weights = route(logits, 2, bias=bias, scale=1.8)
     assert selected.tolist() == [[2, 3]]  # 0.5 + 9 and 0.269 + 9.03
@@ -125,7 +125,7 @@ def test_a_small_bias_spread_decides_between_near_equals() -> None:
     ("experts", "k", "scale"), [(16, 2, 1.8), (64, 4, 1.8), (64, 8, 2.5), (3, 3, 1.0), (1, 1, 1.0)]
 )
 def test_normalised_weights_sum_to_the_scale(gating: int, experts: int, k: int, scale: float) -> None:
-    """F3: the scale is applied behind the normalisation."""
+    """The scale is applied behind the normalisation."""
     rng = np.random.default_rng(experts)
     _, weights = route(rng.standard_normal((20, experts)) * 3, k, gating=gating, scale=scale)
     np.testing.assert_allclose(weights.sum(axis=1), scale, rtol=1e-6)

@@ -103,7 +103,7 @@ class Stage:
             worker=worker,
             layer=LAYER,
             precision=0,
-            kind=256,
+            activation_kind=256,
             experts=list(pairs),
             slots=[self.plan.key_of(LAYER, expert) for expert in pairs],
             starts=np.concatenate(([0], np.cumsum([len(rows) for rows in pairs.values()]))).tolist(),
@@ -150,8 +150,8 @@ class Stage:
         worker = ExpertWorker(self.slots, self.file.fds)
         worker.configure(self.configure)
         message = Compute(
-            seq=0, layer=batch.layer, precision=0, kind=batch.kind, tokens=len(batch.activations[0]),
-            experts=batch.experts, slots=batch.slots, starts=batch.starts,
+            seq=0, layer=batch.layer, precision=0, activation_kind=batch.activation_kind,
+            tokens=len(batch.activations[0]), experts=batch.experts, slots=batch.slots, starts=batch.starts,
         )  # fmt: skip
         arrays = (*batch.activations, batch.rows)
         return worker.compute(message, [memoryview(array.tobytes()) for array in arrays])[1].copy()

@@ -189,17 +189,17 @@ def test_a_successor_ends_who_was_there_before() -> None:
     assert roster.handle(SlotsFilled(peers=(1,))) == []
 
 
-@pytest.mark.parametrize("kind", ["batch", "read"])
-def test_who_owes_what_is_overdue_is_killed(kind: str) -> None:
+@pytest.mark.parametrize("owed", ["batch", "read"])
+def test_who_owes_what_is_overdue_is_killed(owed: str) -> None:
     roster = Roster()
     joined(roster, 0, 1)
     joined(roster, 1, 2)
-    (roster.owe_batch if kind == "batch" else roster.owe_read)(7, 1)
+    (roster.owe_batch if owed == "batch" else roster.owe_read)(7, 1)
     assert roster.owing((7,)) == {1}
     kill, leave = roster.handle(AnswersOverdue(requests=(7,)))
     assert kill == KillPeer(worker=1, peer=2, reason="it gave no answer in time")
     assert leave == Leave(worker=1)
     # A batch is waited for until its step gives up; a read of one who left comes to nothing at once.
-    assert roster.owing((7,)) == ({1} if kind == "batch" else set())
+    assert roster.owing((7,)) == ({1} if owed == "batch" else set())
     roster.give_up_batches()
     assert not roster.owes(1)

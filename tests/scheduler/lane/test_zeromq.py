@@ -130,7 +130,7 @@ def test_a_worker_is_configured_first_and_given_its_batch_whole(stage: Stage, pe
     def check() -> None:
         message, frames = peer.hear()
         assert isinstance(message, Compute)
-        assert (message.layer, message.kind, message.tokens) == (LAYER, 256, 5)
+        assert (message.layer, message.activation_kind, message.tokens) == (LAYER, 256, 5)
         assert (message.experts, message.slots, message.starts) == ([3, 9], batch.slots, [0, 2, 3])
         (frame,) = frames
         assert [bytes(part) for part in split(frame)] == [

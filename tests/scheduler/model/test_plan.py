@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFValueType as Kind
+from gguf import GGUFValueType as ValueType
 
 from sterna.runtime.config import embedded_model
 from sterna.scheduler.model.attention import LatentAttention
@@ -131,25 +131,25 @@ def test_workers_are_told_what_they_need(plan: ModelPlan) -> None:
 
 # ---- keys ----
 
-# What the error says beside the file: the key with its value, or the first tensor it contradicts.
+# What the error says besides the file: the key with its value, or the first tensor it contradicts.
 KEYS = {
-    "attention.head_count": ((5, Kind.UINT32), "blk.0.attn_q_b.weight"),
-    "embedding_length": ((255, Kind.UINT32), "deepseek2.embedding_length is 255"),
-    "expert_count": ((17, Kind.UINT32), "blk.1.ffn_gate_inp.weight"),
-    "expert_used_count": ((17, Kind.UINT32), "deepseek2.expert_used_count is 17"),
-    "expert_gating_func": ((4, Kind.UINT32), "deepseek2.expert_gating_func is 4"),
-    "leading_dense_block_count": ((7, Kind.UINT32), "deepseek2.leading_dense_block_count is 7"),
-    "block_count": ((7, Kind.UINT32), "blk.6.attn_norm.weight"),
-    "expert_feed_forward_length": ((512, Kind.UINT32), "blk.1.ffn_gate_shexp.weight"),
-    "feed_forward_length": ((100, Kind.UINT32), "deepseek2.feed_forward_length is 100"),
-    "attention.kv_lora_rank": ((96, Kind.UINT32), "blk.0.attn_kv_a_mqa.weight"),
-    "attention.key_length_mla": ((32, Kind.UINT32), "deepseek2.attention.key_length_mla is 32"),
-    "attention.layer_norm_rms_epsilon": ((0.0, Kind.FLOAT32), "layer_norm_rms_epsilon is 0.0"),
-    "rope.freq_base": ((-1.0, Kind.FLOAT32), "rope.freq_base is -1.0"),
-    "rope.dimension_count": ((24, Kind.UINT32), "rope.dimension_count is 24"),
-    "rope.scaling.type": (("longrope", Kind.STRING), "deepseek2.rope.scaling.type is 'longrope'"),
-    "expert_group_count": ((8, Kind.UINT32), "deepseek2.expert_group_used_count"),
-    "context_length": ((0, Kind.UINT32), "deepseek2.context_length is 0"),
+    "attention.head_count": ((5, ValueType.UINT32), "blk.0.attn_q_b.weight"),
+    "embedding_length": ((255, ValueType.UINT32), "deepseek2.embedding_length is 255"),
+    "expert_count": ((17, ValueType.UINT32), "blk.1.ffn_gate_inp.weight"),
+    "expert_used_count": ((17, ValueType.UINT32), "deepseek2.expert_used_count is 17"),
+    "expert_gating_func": ((4, ValueType.UINT32), "deepseek2.expert_gating_func is 4"),
+    "leading_dense_block_count": ((7, ValueType.UINT32), "deepseek2.leading_dense_block_count is 7"),
+    "block_count": ((7, ValueType.UINT32), "blk.6.attn_norm.weight"),
+    "expert_feed_forward_length": ((512, ValueType.UINT32), "blk.1.ffn_gate_shexp.weight"),
+    "feed_forward_length": ((100, ValueType.UINT32), "deepseek2.feed_forward_length is 100"),
+    "attention.kv_lora_rank": ((96, ValueType.UINT32), "blk.0.attn_kv_a_mqa.weight"),
+    "attention.key_length_mla": ((32, ValueType.UINT32), "deepseek2.attention.key_length_mla is 32"),
+    "attention.layer_norm_rms_epsilon": ((0.0, ValueType.FLOAT32), "layer_norm_rms_epsilon is 0.0"),
+    "rope.freq_base": ((-1.0, ValueType.FLOAT32), "rope.freq_base is -1.0"),
+    "rope.dimension_count": ((24, ValueType.UINT32), "rope.dimension_count is 24"),
+    "rope.scaling.type": (("longrope", ValueType.STRING), "deepseek2.rope.scaling.type is 'longrope'"),
+    "expert_group_count": ((8, ValueType.UINT32), "deepseek2.expert_group_used_count"),
+    "context_length": ((0, ValueType.UINT32), "deepseek2.context_length is 0"),
 }
 
 
@@ -183,9 +183,10 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("embedding_length", ("256", Kind.STRING)), ("rope.freq_base", (10_000, Kind.UINT32))]
+    ("key", "value"),
+    [("embedding_length", ("256", ValueType.STRING)), ("rope.freq_base", (10_000, ValueType.UINT32))],
 )
-def test_a_key_of_the_wrong_type_is_named(key: str, value: tuple[object, Kind], tmp_path: Path) -> None:
+def test_a_key_of_the_wrong_type_is_named(key: str, value: tuple[object, ValueType], tmp_path: Path) -> None:
     assert f"deepseek2.{key}" in refusal(
         altered.write(tmp_path / "model.gguf", keys={f"deepseek2.{key}": value})
     )
@@ -210,7 +211,8 @@ def test_keys_that_may_be_absent_have_the_defaults_of_the_format(tmp_path: Path)
 
 def hyper_of(path: Path, **keys: int | None) -> Hyperparameters:
     changed = {
-        f"deepseek2.{key}": None if value is None else (value, Kind.UINT32) for key, value in keys.items()
+        f"deepseek2.{key}": None if value is None else (value, ValueType.UINT32)
+        for key, value in keys.items()
     }
     with GgufFile.open(altered.write(path, keys=changed)) as opened:
         return read_hyperparameters(opened)

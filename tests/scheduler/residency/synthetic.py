@@ -1,4 +1,4 @@
-"""The reference's trace generators (reference 2.5), in float32 as stated: one access after another."""
+"""The trace generators of ruvllm's MoE modules (ADR-092), in float32 as there: one access after another."""
 
 from __future__ import annotations
 

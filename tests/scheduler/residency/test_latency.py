@@ -1,4 +1,4 @@
-"""Histograms of nanoseconds and the router's metrics with the reference's pinned numbers."""
+"""Histograms of nanoseconds and the router's metrics with ruvllm's pinned numbers (ADR-092)."""
 
 from __future__ import annotations
 

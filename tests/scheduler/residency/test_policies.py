@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.policies import KINDS, Policy, with_floor
+from sterna.scheduler.residency.policies import POLICY_IDS, Policy, with_floor
 from sterna.shm.errors import ConfigError
 
 KEYS = 40
@@ -63,7 +63,7 @@ class Naive:
             self.score[key] = self.age + min(max(self.count[key], 1), self.cap)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", POLICY_IDS)
 def test_victims_are_those_of_the_naive_rules(name: str) -> None:
     rng = random.Random(5)
     policy, naive = Policy(name, KEYS, layers=3, decay=0.3, cap=6), Naive(name, 0.1, 6)
@@ -199,7 +199,7 @@ def test_wrong_use_is_refused() -> None:
 def test_times(capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     lines = []
-    for name in KINDS:
+    for name in POLICY_IDS:
         policy = Policy(name, 3000, layers=46)
         for key in range(0, 3000, 6):
             policy.touch(np.arange(key, key + 6, dtype=np.int32))

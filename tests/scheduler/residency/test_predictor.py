@@ -1,4 +1,4 @@
-"""The expert predictor: the reference's pinned numbers, naive twins of its kernels, and the meter."""
+"""The expert predictor: ruvllm's pinned numbers (ADR-092), naive twins of its kernels, and the meter."""
 
 from __future__ import annotations
 

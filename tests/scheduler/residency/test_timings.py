@@ -1,4 +1,4 @@
-"""What routing and scheduling cost here; printed, never judged. The reference's figures stand beside."""
+"""What routing and scheduling cost here; printed, never judged. ruvllm's figures (ADR-092) stand by."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_print_timings(capsys: pytest.CaptureFixture[str]) -> None:
     ends, pairs = np.zeros(65, np.int32), np.zeros((2, 2048), np.int32)
     kernel = best_ns(lambda: group_by_expert(selected, 512, ends, pairs[0], pairs[1]))
     lines.append(
-        f"schedule 512 tokens, 4 of 64: {took / 1000:.1f} us, its kernel {kernel / 1000:.1f} (reference 33.8)"
+        f"schedule 512 tokens, 4 of 64: {took / 1000:.1f} us, its kernel {kernel / 1000:.1f} (ruvllm 33.8)"
     )
     affinity = ExpertAffinity(AffinityConfig(num_experts=64))
     took = best_ns(lambda: affinity.update_batch(selected, 8))

@@ -34,20 +34,22 @@ def requests(count: int, max_tokens: int = 160) -> list[Request]:
     return [sampled(number, max_tokens) | {"logprobs": 2} for number in range(count)]
 
 
-def restarts(daemon: Daemon, kind: str) -> int:
-    count: int = daemon.status()["totals"][f"{kind}_restarts"]
+def restarts(daemon: Daemon, process: str) -> int:
+    count: int = daemon.status()["totals"][f"{process}_restarts"]
     return count
 
 
-def killer(daemon: Daemon, kind: str, times: int) -> Callable[[], None]:
-    """Return a function that kills the last process of a kind, waits for the new one, and repeats."""
+def killer(daemon: Daemon, process: str, times: int) -> Callable[[], None]:
+    """Return a function that kills the last process with a name, waits for the new one, and repeats."""
 
     def kill() -> None:
         for _ in range(times):
-            before = restarts(daemon, kind)
-            os.kill(daemon.pids(kind)[-1], signal.SIGKILL)
-            wait_until(lambda before=before: restarts(daemon, kind) > before, 10.0, f"{kind} is replaced")
-            wait_until(lambda: daemon.pids(kind), 10.0, f"{kind} is there again")
+            before = restarts(daemon, process)
+            os.kill(daemon.pids(process)[-1], signal.SIGKILL)
+            wait_until(
+                lambda before=before: restarts(daemon, process) > before, 10.0, f"{process} is replaced"
+            )
+            wait_until(lambda: daemon.pids(process), 10.0, f"{process} is there again")
             time.sleep(0.1)  # some steps with the new one
 
     return kill
@@ -182,19 +184,19 @@ def test_kills_in_prefill_lose_no_prompt_logprob(serve: Serve) -> None:
     request: Request = {"prompt": LONG, "max_tokens": 40, "temperature": 0.0, "prompt_logprobs": True}
     (expected,) = run_alone(daemon.url, [request])
 
-    def kill_soon(kind: str) -> threading.Timer:
-        (pid,) = daemon.pids(kind)
+    def kill_soon(process: str) -> threading.Timer:
+        (pid,) = daemon.pids(process)
         timer = threading.Timer(0.03, os.kill, (pid, signal.SIGKILL))
         timer.start()
         return timer
 
-    for kind in ("worker", "scheduler", "worker", "scheduler"):
-        timer = kill_soon(kind)
+    for process in ("worker", "scheduler", "worker", "scheduler"):
+        timer = kill_soon(process)
         (found,) = run_alone(daemon.url, [request])
         timer.join(5)
         assert found.prompt_logprobs == expected.prompt_logprobs
         assert found.text == expected.text
-        wait_until(lambda kind=kind: daemon.pids(kind), 10.0, f"{kind} is there again")
+        wait_until(lambda process=process: daemon.pids(process), 10.0, f"{process} is there again")
 
 
 @pytest.mark.slow
@@ -216,15 +218,15 @@ def test_scheduler_killed_when_the_oldest_stream_needs_a_block(serve: Serve) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["worker", "scheduler"])
-def test_many_kills_cost_no_token(serve: Serve, kind: str) -> None:
+@pytest.mark.parametrize("process", ["worker", "scheduler"])
+def test_many_kills_cost_no_token(serve: Serve, process: str) -> None:
     daemon = serve("--workers", "2")
     streams = requests(8, 480)
     expected = [essence(result) for result in run_together(daemon.url, streams)]
     for _ in range(4):
-        found = run_while(daemon.url, streams, killer(daemon, kind, 5))
+        found = run_while(daemon.url, streams, killer(daemon, process, 5))
         assert [essence(result) for result in found] == expected
-    assert restarts(daemon, kind) == 20
+    assert restarts(daemon, process) == 20
     assert is_idle(daemon)
 
 

@@ -27,17 +27,17 @@ def stacks(stderr: str) -> list[str]:
 def test_every_process_tells_where_it_stands(serve: Serve) -> None:
     daemon = serve("--workers", "1")
     expected = run_alone(daemon.url, [sampled(1, 64)])
-    for kind, file in IDLE_IN.items():
-        (pid,) = [daemon.pid] if kind == "daemon" else daemon.pids(kind)
+    for process, file in IDLE_IN.items():
+        (pid,) = [daemon.pid] if process == "daemon" else daemon.pids(process)
         before = len(stacks(daemon.stderr))
         os.kill(pid, signal.SIGUSR1)
-        wait_until(lambda before=before: len(stacks(daemon.stderr)) > before, 5.0, f"the stack of {kind}")
+        wait_until(lambda before=before: len(stacks(daemon.stderr)) > before, 5.0, f"the stack of {process}")
         found = stacks(daemon.stderr)[before:]
-        assert any(file in stack for stack in found), (kind, found)
+        assert any(file in stack for stack in found), (process, found)
 
     def ask_all() -> None:
-        for kind in ("scheduler", "worker"):
-            os.kill(daemon.pids(kind)[0], signal.SIGUSR1)
+        for process in ("scheduler", "worker"):
+            os.kill(daemon.pids(process)[0], signal.SIGUSR1)
 
     found_results = run_while(daemon.url, [sampled(1, 64)], ask_all)
     assert [essence(each) for each in found_results] == [essence(each) for each in expected]

@@ -44,9 +44,9 @@ def test_killed_processes_change_no_byte(serve: Serve, tmp_path: Path) -> None:
     assert len(held) >= 2
     assert "file" not in held
     assert (experts["slots"], experts["resident"]) == (60, 60)
-    for kind in ("worker", "scheduler"):
-        found = run_while(daemon.url, REQUESTS, killer(daemon, kind, 1))
-        assert restarts(daemon, kind) == 1
+    for process in ("worker", "scheduler"):
+        found = run_while(daemon.url, REQUESTS, killer(daemon, process, 1))
+        assert restarts(daemon, process) == 1
         assert [essence(result) for result in found] == expected
     assert "model.precision experts='default, without counts of use: Q4_K" in daemon.stderr
 

@@ -45,7 +45,7 @@ def multiply(
 ) -> F32:
     """Return W @ x[tokens] as (len(tokens), padded rows) by module `name`.
 
-    Checks that nothing beside the places of the output and the scratch was written.
+    Checks that nothing outside the output and the scratch was written.
     """
     module: Any = import_module(f"sterna.workers.kernels.products.{name}")
     groups, count, columns = -(-rows // 16), len(tokens), q.shape[1]

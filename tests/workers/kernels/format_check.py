@@ -14,7 +14,7 @@ from sterna.workers.kernels.target import TARGET
 if __package__:
     from .products.file_blocks import FORMATS, Matrix, quantized
 else:  # run as a script
-    from file_blocks import FORMATS, Matrix, quantized
+    from products.file_blocks import FORMATS, Matrix, quantized
 
 ROWS, COLUMNS = (1, 16, 23), (256, 768)
 COUNT = 11  # a tile of eight and three single tokens

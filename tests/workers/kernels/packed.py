@@ -154,7 +154,7 @@ class Scratch:
 def multiply(matrix: Packed, tokens: Tokens, rows: Sequence[int]) -> F32:
     """Return W @ x[rows[t]] as (len(rows), N) through the format's product.
 
-    Checks that nothing beside the output's and the scratch's place was written.
+    Checks that nothing outside the output and the scratch was written.
     """
     wide, gap, start = matrix.groups * 16, 5, 3
     out = np.full(start + len(rows) * (wide + gap) + 16, np.float32(7.0))

@@ -55,7 +55,7 @@ def assemblies() -> dict[str, str]:
 
 
 def _run(
-    name: str, form: int, arena: U8, places: tuple[int, int], rows: int, q: U8, block: int
+    name: str, form: int, arena: U8, offsets: tuple[int, int], rows: int, q: U8, block: int
 ) -> dict[str, F32]:
     """Return the products with scales of 1 and with the block scales 1, 2, 3, ... / 7."""
     module = import_module(f"sterna.workers.kernels.products.{name}")
@@ -66,13 +66,13 @@ def _run(
     ones = np.ones(sums.shape, np.float32)
     varied = (np.arange(1, sums.size + 1, dtype=np.float32) / np.float32(7)).reshape(sums.shape)
     results = {}
-    for kind, scales in (("exact", ones), ("scaled", varied)):
+    for name, scales in (("exact", ones), ("scaled", varied)):
         out = np.zeros((count, groups * 16), np.float32)
         module.gemm(
-            form, arena, *places, groups, columns, np.zeros((1, 1), np.float32), q.view(np.int8),
+            form, arena, *offsets, groups, columns, np.zeros((1, 1), np.float32), q.view(np.int8),
             scales, sums, np.arange(count, dtype=np.int32), count, scratch, out, 0, groups * 16,
         )  # fmt: skip
-        results[kind] = out[:, :rows]
+        results[name] = out[:, :rows]
     return results
 
 

@@ -177,9 +177,9 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(tokens: list[in
     w_scales, x_scales = scaled(rng, 18, 768, 7)
     packed = pack("base3", codes, w_scales)
     together = multiply("base3", packed, 18, q, x_scales, tokens)
-    for place, token in enumerate(tokens):
+    for i, token in enumerate(tokens):
         alone = multiply("base3", packed, 18, q, x_scales, [token])
-        assert together[place].tobytes() == alone[0].tobytes()
+        assert together[i].tobytes() == alone[0].tobytes()
 
 
 def test_no_tokens_write_nothing() -> None:

@@ -84,9 +84,9 @@ def test_gathered_rows_give_each_token_its_own_result(name: str, count: int) -> 
 @pytest.mark.parametrize("name", FORMATS)
 def test_worst_codes_and_activations(name: str) -> None:
     """All bits set: the largest codes, scales and minima; activations 127 and -127 only."""
-    kind = TYPES_BY_NAME[name]
+    file_type = TYPES_BY_NAME[name]
     for filling in (0x00, 0x7F, 0x80, 0xFF):
-        raw = random_blocks(name, 16, 4096, seed=5).reshape(-1, kind.block_bytes)
+        raw = random_blocks(name, 16, 4096, seed=5).reshape(-1, file_type.block_bytes)
         fixed = raw.copy()
         fixed[:] = filling
         for column in (0,) if name == "MXFP4" else [b for a in SCALES_AT[name] for b in (a, a + 1)]:
@@ -127,8 +127,8 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(
     matrix = Matrix.random(name, 40, 512, seed=seed)
     tokens = quantized(Format[name], 12, 512, seed=seed)
     together = matrix.multiply(tokens, rows)
-    for place, row in enumerate(rows):
-        assert (together[place].view(np.uint32) == matrix.multiply(tokens, [row])[0].view(np.uint32)).all()
+    for i, row in enumerate(rows):
+        assert (together[i].view(np.uint32) == matrix.multiply(tokens, [row])[0].view(np.uint32)).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -237,9 +237,9 @@ def test_an_expert_of_mixed_formats(wide: str, down: str) -> None:
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M", "NVFP4"])
 def test_a_type_without_a_kernel_becomes_float16(name: str) -> None:
-    kind = TYPES_BY_NAME[name]
-    assert is_decoded_at_load(kind)
-    assert format_of(kind, 256, "f: t") is Format.F16
+    file_type = TYPES_BY_NAME[name]
+    assert is_decoded_at_load(file_type)
+    assert format_of(file_type, 256, "f: t") is Format.F16
     raw = random_blocks(name, 20, 256, seed=1)
     if name == "IQ1_M":  # its float16 is spread over the top nibbles of the last four words: 0x2C00 = 1/16
         words = raw[:, 48:56].view("<u2")
@@ -247,9 +247,9 @@ def test_a_type_without_a_kernel_becomes_float16(name: str) -> None:
         words |= np.array([0x0000, 0x0000, 0xC000, 0x2000], np.uint16)
     shape = MatrixShape(form=Format.F16, rows=20, columns=256)
     arena = np.zeros(shape.nbytes, np.uint8)
-    pack_matrix(np.frombuffer(raw.tobytes(), np.uint8), kind, shape, arena, 0)
+    pack_matrix(np.frombuffer(raw.tobytes(), np.uint8), file_type, shape, arena, 0)
     packed = arena.view(np.float16).reshape(2, 256, 16).transpose(0, 2, 1).reshape(32, 256)
-    expected = dequantize(kind, raw.reshape(-1), (20, 256)).astype(np.float16)
+    expected = dequantize(file_type, raw.reshape(-1), (20, 256)).astype(np.float16)
     assert np.isfinite(expected).all()
     assert (packed[:20] == expected).all()
     assert (packed[20:] == 0).all()
@@ -290,13 +290,13 @@ def stored_as(name: str, tensor: str) -> altered_model.Tensor:
 
 def as_q8(stored: altered_model.Tensor) -> altered_model.Tensor:
     """Return the same weights as Q8_0, exactly: blocks of 32 with the same scales."""
-    raw, kind = np.asarray(stored[0], np.uint8), stored[1]
-    blocks = raw.reshape(-1, TYPES_BY_NAME[kind.name].block_bytes)
-    if kind == Type.MXFP4:
+    raw, file_type = np.asarray(stored[0], np.uint8), stored[1]
+    blocks = raw.reshape(-1, TYPES_BY_NAME[file_type.name].block_bytes)
+    if file_type == Type.MXFP4:
         scales = np.exp2(blocks[:, :1].astype(np.float32) - 128).astype(np.float16)
     else:
         scales = blocks[:, :2].copy().view(np.float16)
-    values = gguf_dequantize(blocks, kind)
+    values = gguf_dequantize(blocks, file_type)
     codes = np.rint(values / scales.astype(np.float32)).astype(np.int8)
     assert (codes.astype(np.float32) * scales.astype(np.float32) == values).all()
     packed = np.concatenate((scales.view(np.uint8), codes.view(np.uint8)), axis=1)

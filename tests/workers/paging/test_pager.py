@@ -215,7 +215,14 @@ def test_the_main_thread_computes_while_a_read_hangs(bench: Bench) -> None:
     parts = (tokens.q, tokens.scales, tokens.sums, np.zeros(1, np.int32))
     slot = bench.plan.key_of(LAYER, 3)
     message = Compute(
-        seq=1, layer=LAYER, precision=0, kind=256, tokens=1, experts=[3], slots=[slot], starts=[0, 1]
+        seq=1,
+        layer=LAYER,
+        precision=0,
+        activation_kind=256,
+        tokens=1,
+        experts=[3],
+        slots=[slot],
+        starts=[0, 1],
     )
     _, rows = bench.worker.compute(message, [memoryview(part.tobytes()) for part in parts])
     assert np.abs(rows).max() > 0

@@ -64,7 +64,7 @@ class GgufFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -122,16 +122,16 @@ class GgufFile:
         """All keys in file order; reading a string value may raise ModelFileError."""
         return self._metadata
 
-    def require(self, key: str, kind: type[T]) -> T:
-        """Return the value of `key`; ModelFileError if it is missing or not exactly of `kind`.
+    def require(self, key: str, value_type: type[T]) -> T:
+        """Return the value of `key`; ModelFileError if it is missing or not exactly of `value_type`.
 
-        `kind` is int, float, bool, str or GgufArray; a bool is no int, an int no float.
+        `value_type` is int, float, bool, str or GgufArray; a bool is no int, an int no float.
         """
-        return self._metadata.typed(key, kind)
+        return self._metadata.typed(key, value_type)
 
-    def get(self, key: str, kind: type[T], default: D) -> T | D:
+    def get(self, key: str, value_type: type[T], default: D) -> T | D:
         """Return the value of `key`, or `default` if there is none; a wrong type is an error."""
-        return self._shards[0].get(key, kind, default)
+        return self._shards[0].get(key, value_type, default)
 
     def raw_value(self, key: str) -> bytes:
         """Return the value of `key` as the file has it, its type and its bytes; KeyError if there is none."""

@@ -147,9 +147,9 @@ class GgufArray(Sequence["MetadataValue"]):
             return values
         bad = np.flatnonzero(values > 1)
         if bad.size:
-            place = f"key {quoted(self._key)}[{first + bad[0]}]"
+            element = f"key {quoted(self._key)}[{first + bad[0]}]"
             found = int(values[bad[0]])
-            raise refusal(self._source.label, start + int(bad[0]), place, "a bool of 0 or 1", found)
+            raise refusal(self._source.label, start + int(bad[0]), element, "a bool of 0 or 1", found)
         return values.astype(np.bool_)
 
     def _wrong_elements(self, expected: str) -> Exception:
@@ -303,21 +303,25 @@ class Metadata(Mapping[str, MetadataValue]):
         _read_value(reader, key)
         return self._source.read(start, reader.at - start)
 
-    def typed(self, key: str, kind: type[T]) -> T:
-        """Return the value if it is exactly of `kind` (a bool is no int); see GgufFile.require."""
+    def typed(self, key: str, value_type: type[T]) -> T:
+        """Return the value if it is exactly of `value_type` (a bool is no int); see GgufFile.require."""
         if key not in self._entries:
-            raise refusal(self._source.label, None, f"key {quoted(key)}", _kind_name(kind), "no such key")
+            raise refusal(
+                self._source.label, None, f"key {quoted(key)}", _type_name(value_type), "no such key"
+            )
         value = self[key]
-        if isinstance(value, kind) and type(value) is kind:
+        if isinstance(value, value_type) and type(value) is value_type:
             return value
         found = (
             type(value).__name__
             if isinstance(value, GgufArray)
-            else f"{_kind_name(type(value))} {value!r:.80}"
+            else f"{_type_name(type(value))} {value!r:.80}"
         )
-        raise refusal(self._source.label, self.offset(key), f"key {quoted(key)}", _kind_name(kind), found)
+        raise refusal(
+            self._source.label, self.offset(key), f"key {quoted(key)}", _type_name(value_type), found
+        )
 
 
-def _kind_name(kind: type) -> str:
+def _type_name(value_type: type) -> str:
     names = {int: "an integer", float: "a float", bool: "a bool", str: "a string", GgufArray: "an array"}
-    return names.get(kind, kind.__name__)
+    return names.get(value_type, value_type.__name__)

@@ -1,7 +1,7 @@
 """One file of a model: header, tensor table, tensor bytes (`Shard`, `TensorInfo`); bounded.
 
 Reads GGUF versions 2 and 3, little endian. Whatever the bytes are, opening either raises one SternaError
-that names the place or gives tensors that lie inside the file and do not overlap; every count is
+that names the offset or gives tensors that lie inside the file and do not overlap; every count is
 limited before anything is allocated for it. Not here: metadata values (`metadata.py`), tensor types
 (`checkpoint/types/`), models of several files (`gguf.py`, `split.py`).
 """
@@ -37,18 +37,18 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a model: its `nbytes` lie at absolute byte `offset` of its file number `file`.
-
-    `shape` is in numpy order (outermost first, rows of the last axis contiguous); `ne` is the same
-    reversed, as GGUF stores it.
-    """
+    """One tensor of a model."""
 
     name: str
     shape: tuple[int, ...]
+    """In numpy order: outermost first, rows of the last axis contiguous. `ne` is the same reversed, as
+    GGUF stores it."""
     type: TensorType
     offset: int
+    """First byte, counted from the start of its file."""
     nbytes: int
     file: int = 0
+    """Number of its file."""
 
     @property
     def ne(self) -> tuple[int, ...]:
@@ -81,13 +81,13 @@ def _read_magic(reader: HeaderReader) -> int:
     raise reader.refusal("little-endian version 2 or 3", found, at=4)
 
 
-def _read_count(reader: HeaderReader, kind: str, limit: int, min_bytes_each: int) -> int:
+def _read_count(reader: HeaderReader, what: str, limit: int, min_bytes_each: int) -> int:
     at = reader.at
-    count = reader.uint64(f"the number of {kind}")
+    count = reader.uint64(f"the number of {what}")
     if count > limit:
-        raise reader.refusal(f"at most {limit} {kind}", count, at=at)
+        raise reader.refusal(f"at most {limit} {what}", count, at=at)
     if count * min_bytes_each > reader.bytes_left:
-        wanted = f"{count} {kind}, at least {count * min_bytes_each} bytes"
+        wanted = f"{count} {what}, at least {count * min_bytes_each} bytes"
         raise reader.refusal(wanted, f"{reader.bytes_left} bytes left in the file", at=at)
     return count
 
@@ -164,15 +164,15 @@ def _rooms(declared: dict[str, _Declared], data_nbytes: int) -> dict[str, int]:
     return rooms
 
 
-def _nbytes_as(kind: TensorType, shape: tuple[int, ...]) -> int | None:
+def _nbytes_as(file_type: TensorType, shape: tuple[int, ...]) -> int | None:
     try:
-        return None if shape[-1] % kind.block_elements else kind.nbytes(shape)
+        return None if shape[-1] % file_type.block_elements else file_type.nbytes(shape)
     except ModelFileError:
         return None
 
 
-def _fills(kind: TensorType, tensor: _Declared, room: int, alignment: int) -> bool:
-    nbytes = _nbytes_as(kind, tensor.info.shape)
+def _fills(file_type: TensorType, tensor: _Declared, room: int, alignment: int) -> bool:
+    nbytes = _nbytes_as(file_type, tensor.info.shape)
     return nbytes is not None and nbytes <= room <= -(-nbytes // alignment) * alignment
 
 
@@ -181,7 +181,7 @@ def _settle_types(
 ) -> dict[str, _Declared]:
     """Choose by size among the types that an id may mean, for all tensors of that id alike.
 
-    ggml's own meaning stands if its sizes fit; another must fill the place of each tensor, and so must
+    ggml's own meaning stands if its sizes fit; another must fill the room of each tensor, and so must
     the one that is left of an id which has had two. How far the last tensor reaches proves nothing for
     another type: the file may be cut short.
     """
@@ -200,23 +200,27 @@ def _settle_types(
         ]
         if not misfits:
             continue
-        for kind in others:
-            if all(_fills(kind, tensor, rooms[tensor.info.name], alignment) for tensor in told):
+        for file_type in others:
+            if all(_fills(file_type, tensor, rooms[tensor.info.name], alignment) for tensor in told):
                 break
         else:
             raise _size_refusal(source, misfits[0], rooms[misfits[0].info.name])
         for tensor in members:
-            nbytes = _nbytes_as(kind, tensor.info.shape)
+            nbytes = _nbytes_as(file_type, tensor.info.shape)
             if nbytes is None:
                 raise _size_refusal(source, tensor, rooms[tensor.info.name])
-            info = replace(tensor.info, type=kind, nbytes=nbytes)
+            info = replace(tensor.info, type=file_type, nbytes=nbytes)
             settled[info.name] = replace(tensor, info=info)
     return settled
 
 
 def _size_refusal(source: Source, tensor: _Declared, room: int) -> ModelFileError:
-    sizes = [(kind, _nbytes_as(kind, tensor.info.shape)) for kind in candidates(tensor.type_id)]
-    expected = " or ".join(f"{nbytes} bytes ({kind.name})" for kind, nbytes in sizes if nbytes is not None)
+    sizes = [
+        (file_type, _nbytes_as(file_type, tensor.info.shape)) for file_type in candidates(tensor.type_id)
+    ]
+    expected = " or ".join(
+        f"{nbytes} bytes ({file_type.name})" for file_type, nbytes in sizes if nbytes is not None
+    )
     what = f"tensor {quoted(tensor.info.name)} of type id {tensor.type_id}"
     return refusal(source.label, tensor.offset_at, what, expected, f"room for {room}")
 
@@ -279,9 +283,9 @@ class Shard:
             source.close()
             raise
 
-    def get(self, key: str, kind: type[T], default: D) -> T | D:
+    def get(self, key: str, value_type: type[T], default: D) -> T | D:
         """Return the value of `key`, or `default` if there is none; a wrong type is an error."""
-        return self.metadata.typed(key, kind) if key in self.metadata else default
+        return self.metadata.typed(key, value_type) if key in self.metadata else default
 
     def close(self) -> None:
         """Give descriptor and mapping back; again is harmless."""

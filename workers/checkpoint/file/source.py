@@ -43,8 +43,8 @@ def quoted(text: str | bytes) -> str:
 
 def refusal(label: str, at: int | None, what: str, expected: str, found: object) -> ModelFileError:
     """Return the one-line error: file, byte offset, the part, what was expected and what was found."""
-    place = "" if at is None else f"byte {at}: "
-    return ModelFileError(f"{label}: {place}{what}: expected {expected}, found {found}")
+    where = "" if at is None else f"byte {at}: "
+    return ModelFileError(f"{label}: {where}{what}: expected {expected}, found {found}")
 
 
 def _open_error(label: str, error: OSError) -> SternaError:
@@ -73,7 +73,7 @@ class Source:
     __slots__ = ("_map", "fd", "label", "path", "size_bytes")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open and map `path`; any SternaError of the model-file kinds names it."""
+        """Open and map `path`; any SternaError of a model file names it."""
         self._map: mmap.mmap | None = None
         self.fd = -1
         self.path = os.fspath(path)
@@ -181,12 +181,12 @@ class HeaderReader:
         """Return an error at byte `at` (default: here) of the current part."""
         return refusal(self.source.label, self.at if at is None else at, self.what, expected, found)
 
-    def _field(self, count: int, kind: str) -> int:
+    def _field(self, count: int, what: str) -> int:
         """Make `count` bytes from `at` available and step over them; return their window index."""
         start = self.at - self._base
         if start < 0 or start + count > len(self._window):
             if count > self.bytes_left:
-                raise self.refusal(f"{count} bytes of {kind}", f"the end of the file after {self.bytes_left}")
+                raise self.refusal(f"{count} bytes of {what}", f"the end of the file after {self.bytes_left}")
             if self.at + count > MAX_HEADER_BYTES:
                 raise self.refusal(f"a header of at most {MAX_HEADER_BYTES} bytes", "more")
             self._window = self.source.read(self.at, max(count, self._window_bytes))
@@ -195,45 +195,45 @@ class HeaderReader:
         self.at += count
         return start
 
-    def uint32(self, kind: str) -> int:
-        """Read an unsigned 32-bit integer; `kind` says what it is."""
-        start = self._field(4, kind)
+    def uint32(self, what: str) -> int:
+        """Read an unsigned 32-bit integer; `what` says what it is."""
+        start = self._field(4, what)
         return int(_UINT32.unpack_from(self._window, start)[0])
 
-    def uint64(self, kind: str) -> int:
-        """Read an unsigned 64-bit integer; `kind` says what it is."""
-        start = self._field(8, kind)
+    def uint64(self, what: str) -> int:
+        """Read an unsigned 64-bit integer; `what` says what it is."""
+        start = self._field(8, what)
         return int(_UINT64.unpack_from(self._window, start)[0])
 
-    def bytes_of(self, count: int, kind: str) -> bytes:
+    def bytes_of(self, count: int, what: str) -> bytes:
         """Read `count` bytes; the caller has bounded `count` (it is memory)."""
-        start = self._field(count, kind)
+        start = self._field(count, what)
         return self._window[start : start + count]
 
-    def skip(self, count: int, kind: str) -> None:
+    def skip(self, count: int, what: str) -> None:
         """Step over `count` bytes without reading them; they must lie in the file."""
         if count > self.bytes_left:
-            raise self.refusal(f"{count} bytes of {kind}", f"the end of the file after {self.bytes_left}")
+            raise self.refusal(f"{count} bytes of {what}", f"the end of the file after {self.bytes_left}")
         self.at += count
 
-    def text(self, max_bytes: int, kind: str) -> str:
+    def text(self, max_bytes: int, what: str) -> str:
         """Read a length-prefixed UTF-8 string of at most `max_bytes` bytes."""
         length_at = self.at
-        length = self.uint64(f"the length of {kind}")
+        length = self.uint64(f"the length of {what}")
         if length > max_bytes:
-            raise self.refusal(f"{kind} of at most {max_bytes} bytes", length, at=length_at)
-        raw = self.bytes_of(length, kind)
+            raise self.refusal(f"{what} of at most {max_bytes} bytes", length, at=length_at)
+        raw = self.bytes_of(length, what)
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise self.refusal(f"{kind} in UTF-8", quoted(raw), at=length_at + 8) from None
+            raise self.refusal(f"{what} in UTF-8", quoted(raw), at=length_at + 8) from None
 
-    def skip_string(self, kind: str) -> None:
+    def skip_string(self, what: str) -> None:
         """Step over a length-prefixed string; only its length is read."""
-        length = self.uint64(f"the length of {kind}")
+        length = self.uint64(f"the length of {what}")
         if length > MAX_STRING_BYTES:
-            raise self.refusal(f"{kind} of at most {MAX_STRING_BYTES} bytes", length, at=self.at - 8)
-        self.skip(length, kind)
+            raise self.refusal(f"{what} of at most {MAX_STRING_BYTES} bytes", length, at=self.at - 8)
+        self.skip(length, what)
 
     def skip_strings(self, count: int) -> array[int]:
         """Step over `count` strings; return where each starts (its length field), then the end.

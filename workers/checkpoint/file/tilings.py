@@ -26,7 +26,7 @@ class TiledFile(Protocol):
     def path(self) -> str:
         """Where it lies."""
 
-    def get(self, key: str, kind: type[GgufArray], default: None) -> GgufArray | None:
+    def get(self, key: str, value_type: type[GgufArray], default: None) -> GgufArray | None:
         """Return an array of its metadata."""
 
 

@@ -56,12 +56,12 @@ def lay_out(
     too many dimensions or a shape that the type cannot have.
     """
     pairs, placed, offset = list(keys), [], 0
-    for name, shape, kind in tensors:
+    for name, shape, file_type in tensors:
         if len(name.encode()) > MAX_TENSOR_NAME_BYTES or not 1 <= len(shape) <= MAX_DIMENSIONS:
             limits = f"at most {MAX_TENSOR_NAME_BYTES} bytes and 1 to {MAX_DIMENSIONS} dimensions"
             raise ModelFileError(f"tensor {quoted(name)} of shape {shape}: expected {limits}")
-        nbytes = kind.nbytes(shape)
-        placed.append(TensorInfo(name=name, shape=shape, type=kind, offset=offset, nbytes=nbytes))
+        nbytes = file_type.nbytes(shape)
+        placed.append(TensorInfo(name=name, shape=shape, type=file_type, offset=offset, nbytes=nbytes))
         offset += align(nbytes, alignment)
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(placed), len(pairs))]
     parts += [_text(name) + value for name, value in pairs]

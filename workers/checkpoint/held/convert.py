@@ -72,7 +72,7 @@ def warm() -> None:
     """Compile or load every kernel of a conversion, for a process that others are forked from."""
     converter = Converter()
     for name in ("F16", "Q8_0", "Q6_K"):
-        kind = TYPES_BY_NAME[name]
-        raw = np.frombuffer(bytes(kind.nbytes((1, 256))), np.uint8)
+        file_type = TYPES_BY_NAME[name]
+        raw = np.frombuffer(bytes(file_type.nbytes((1, 256))), np.uint8)
         for target in TARGETS:
-            converter.convert(raw, kind, 1, 256, TYPES_BY_NAME[target])
+            converter.convert(raw, file_type, 1, 256, TYPES_BY_NAME[target])

@@ -51,14 +51,12 @@ class ActivationKind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """How ternary matrices are held and read where there is a choice; the same in all processes.
-
-    small: 1.6 bits a weight instead of 2, for block scales; per_token: activations with one scale for each
-    token instead of each 256 values, for row scales.
-    """
+    """How ternary matrices are held and read where there is a choice; the same in all processes."""
 
     small: bool = False
+    """1.6 bits a weight instead of 2, for types with block scales."""
     per_token: bool = False
+    """Activations with one scale for each token, not for each 256 values, for types with row scales."""
 
 
 DEFAULT_STORAGE = Storage()
@@ -197,6 +195,6 @@ class MatrixShape:
         """Bytes of both areas, each rounded up to 64."""
         return align(self.codes_nbytes) + align(self.scales_nbytes)
 
-    def place(self, at: int) -> tuple[int, int]:
+    def offsets(self, at: int) -> tuple[int, int]:
         """Return (codes_at, scales_at) of this matrix when it starts at byte `at`."""
         return at, at + align(self.codes_nbytes)

@@ -30,7 +30,7 @@ _TERNARY = {
 def matrix_entry(shape: MatrixShape, at: int) -> tuple[int, int, int, int, int]:
     """Return (product, format, codes_at, scales_at, block), as `kernels.ffn` names the matrix at `at`."""
     block = activation_kind(shape.form).block(shape.columns)
-    return product(shape.form), int(shape.form), *shape.place(at), block
+    return product(shape.form), int(shape.form), *shape.offsets(at), block
 
 
 def pack_matrix(
@@ -48,7 +48,7 @@ def pack_matrix(
     ternary, and for a value of a type without a kernel that float16 cannot hold.
     """
     check_size(file_type, raw, (shape.rows, shape.columns))
-    codes_at, scales_at = shape.place(at)
+    codes_at, scales_at = shape.offsets(at)
     if shape.form is Format.F16 and file_type.name != "F16":
         _pack_decoded(raw, file_type, shape, out, codes_at, tiling)
     elif shape.form is Format.B3:
@@ -59,7 +59,7 @@ def pack_matrix(
     elif file_type.name in _TERNARY:
         pack = _TERNARY[file_type.name]
         if pack(raw, shape.rows, shape.columns, out, codes_at, scales_at) >= 0:
-            ternary_matrix(file_type, raw, (shape.rows, shape.columns))  # raises, and names the place
+            ternary_matrix(file_type, raw, (shape.rows, shape.columns))  # raises, and names the row
     elif shape.form is Format.Q8:
         pack_q8 = repack.q5_0 if file_type.name == "Q5_0" else repack.q8_0
         pack_q8(raw, shape.rows, shape.columns, out, codes_at, scales_at)
@@ -84,7 +84,7 @@ def _pack_base3(
     wide = replace(shape, form=Format.TL1)
     packed = np.empty(wide.nbytes, np.uint8)
     pack_matrix(raw, file_type, wide, packed, 0)
-    base3.repack(packed, *wide.place(0), shape.groups, shape.columns, out, *shape.place(at))
+    base3.repack(packed, *wide.offsets(0), shape.groups, shape.columns, out, *shape.offsets(at))
 
 
 def _pack_decoded(

@@ -27,38 +27,38 @@ def file_type_of(form: Format) -> str:
 
 
 def sample(
-    kind: TensorType, rows: int, columns: int, random: np.random.Generator, *, worst: bool = False
+    file_type: TensorType, rows: int, columns: int, random: np.random.Generator, *, worst: bool = False
 ) -> Bytes:
-    """Return the bytes of a (rows, columns) matrix of `kind`, uint8, as a file holds it.
+    """Return the bytes of a (rows, columns) matrix of `file_type`, uint8, as a file holds it.
 
     Scales are 2^-10, or 2^-8 for MXFP4, floats small integers; worst: the largest codes of all. The array
     is read-only as a mapping is: numba has a type of its own for that. Raises KeyError for a type that has
     no kernel of its own or holds its tile sizes elsewhere, ModelFileError for columns that it cannot have.
     """
-    if kind.name not in _SCALES_AT:
-        raise KeyError(kind.name)
-    nbytes = kind.nbytes((rows, columns))
-    if kind.name in ("F32", "F16", "BF16"):
+    if file_type.name not in _SCALES_AT:
+        raise KeyError(file_type.name)
+    nbytes = file_type.nbytes((rows, columns))
+    if file_type.name in ("F32", "F16", "BF16"):
         values = random.integers(-8, 9, (rows, columns)).astype(np.float32)
         narrow: dict[str, npt.NDArray[np.generic]] = {
             "F32": values,
             "F16": values.astype(np.float16),
             "BF16": values.view(np.uint16)[:, 1::2],
         }
-        return np.frombuffer(narrow[kind.name].tobytes(), np.uint8)
-    if kind.name in ROW_SCALED:
-        return _row_scaled(kind.name, rows, columns, random, worst)
-    blocks = random.integers(0, 256, (nbytes // kind.block_bytes, kind.block_bytes))
+        return np.frombuffer(narrow[file_type.name].tobytes(), np.uint8)
+    if file_type.name in ROW_SCALED:
+        return _row_scaled(file_type.name, rows, columns, random, worst)
+    blocks = random.integers(0, 256, (nbytes // file_type.block_bytes, file_type.block_bytes))
     if worst:
-        blocks[:] = {"Q8_0": 0x7F, "Q5_0": 0x00}.get(kind.name, 0xAA)
-    elif kind.name in ("TQ2_0", "BITNET_T158"):
+        blocks[:] = {"Q8_0": 0x7F, "Q5_0": 0x00}.get(file_type.name, 0xAA)
+    elif file_type.name in ("TQ2_0", "BITNET_T158"):
         blocks &= 0x55 << random.integers(0, 2, blocks.shape)  # no code 3
-    elif kind.name == "Q8_0":
+    elif file_type.name == "Q8_0":
         blocks[blocks == 0x80] = 0x81  # no encoder writes -128
     raw = blocks.astype(np.uint8)
-    for at in _SCALES_AT[kind.name]:
+    for at in _SCALES_AT[file_type.name]:
         raw[:, at : at + 2] = np.frombuffer(_SCALE.tobytes(), np.uint8)
-    if kind.name == "MXFP4":
+    if file_type.name == "MXFP4":
         raw[:, 0] = 120  # its scale, 2^(120 - 128)
     return np.frombuffer(raw.tobytes(), np.uint8)
 

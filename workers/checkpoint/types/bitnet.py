@@ -18,7 +18,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 CONFIG_NAME: Final = "kernel_config.ini"
 _SCALE_NBYTES: Final = 32  # one float32 and padding
-# Within 32 rows the second and third eight change places.
+# Within 32 rows the second and third eight are swapped.
 _SLOTS: Final = np.arange(32).reshape(4, 8)[[0, 2, 1, 3]].reshape(-1)
 
 

@@ -30,9 +30,9 @@ def _signs(packed: Bytes) -> Floats:
     return np.float32(1) - np.float32(2) * spread(packed, 1, 1)
 
 
-def _words(blocks: Bytes, begin: int, end: int, kind: str) -> npt.NDArray[np.uint32]:
-    """Return bytes begin..end of each block as little-endian integers of type `kind`, widened."""
-    return np.ascontiguousarray(blocks[:, begin:end]).view(kind).astype(np.uint32)
+def _words(blocks: Bytes, start: int, end: int, dtype: str) -> npt.NDArray[np.uint32]:
+    """Return bytes start..end of each block as little-endian integers of type `dtype`, widened."""
+    return np.ascontiguousarray(blocks[:, start:end]).view(dtype).astype(np.uint32)
 
 
 def _values(scales: Floats, magnitudes: Floats, signs: Floats) -> Floats:

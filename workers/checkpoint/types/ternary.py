@@ -32,15 +32,13 @@ TL1_BLOCK: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TernaryMatrix:
-    """A ternary matrix as its file holds it; a weight is (code - 1) * scale.
-
-    codes: uint8 (rows, columns) of 0, 1, 2. scales, as stored: float16 (rows, columns / group) where
-    `group` columns share one; float32 (rows, 1) where group is the number of columns; float32 (1, 1)
-    where group is PER_TENSOR.
-    """
+    """A ternary matrix as its file holds it; a weight is (code - 1) * scale."""
 
     codes: Bytes
+    """uint8 (rows, columns) of 0, 1, 2."""
     scales: Scales
+    """As stored: float16 (rows, columns / group) where `group` columns share one; float32 (rows, 1) where
+    group is the number of columns; float32 (1, 1) where group is PER_TENSOR."""
     group: int
 
     def block_scales(self) -> npt.NDArray[np.float16] | None:
@@ -148,8 +146,8 @@ def _read_i2_s(data: Bytes, rows: int, columns: int, tiling: Tiling | None) -> T
     return TernaryMatrix(codes=codes.reshape(rows, columns), scales=scale.reshape(1, 1), group=PER_TENSOR)
 
 
-def _row_matrix(codes: Bytes, scales: Bytes, kind: str) -> TernaryMatrix:
-    stored = np.ascontiguousarray(scales).view(kind).astype(np.float32)
+def _row_matrix(codes: Bytes, scales: Bytes, dtype: str) -> TernaryMatrix:
+    stored = np.ascontiguousarray(scales).view(dtype).astype(np.float32)
     return TernaryMatrix(codes=codes, scales=stored, group=codes.shape[1])
 
 

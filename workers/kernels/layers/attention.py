@@ -43,7 +43,7 @@ _floats = borrower(types.Array(types.float32, 1, "C"))
 _rows = borrower(types.Array(types.float32, 2, "C"))
 _tables = borrower(types.Array(types.int32, 2, "C"))
 _numbers = borrower(types.Array(types.int32, 1, "C"))
-_places = borrower(types.Array(types.int64, 2, "C"))
+_offsets = borrower(types.Array(types.int64, 2, "C"))
 _scale = borrower(types.float32)
 
 
@@ -79,15 +79,15 @@ def softmax(scores, at, count, sink, cache):
 
 
 @kernel
-def _scores(q, width, cache, places, shift, length, scale, scores, step):
+def _scores(q, width, cache, offsets, shift, length, scale, scores, step):
     """scores[j * step + p] = scale * (row j of `q` . key p) for four rows and p < length.
 
-    q: float32 scratch, four rows of `width` rounded to float16; key p at byte places[p] + shift.
+    q: float32 scratch, four rows of `width` rounded to float16; key p at byte offsets[p] + shift.
     """
     for p in range(length):
         a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
         for i in range(0, width, 16):
-            v = load_cached(cache, places[p] + shift + value_nbytes(cache) * i)
+            v = load_cached(cache, offsets[p] + shift + value_nbytes(cache) * i)
             a = fma_f32(v, load_f32(q, 4 * i), a)
             b = fma_f32(v, load_f32(q, 4 * (i + width)), b)
             c = fma_f32(v, load_f32(q, 4 * (i + 2 * width)), c)
@@ -99,12 +99,12 @@ def _scores(q, width, cache, places, shift, length, scale, scores, step):
 
 
 @kernel
-def _weigh(scores, step, cache, places, shift, length, out, out_at, out_step):
+def _weigh(scores, step, cache, offsets, shift, length, out, out_at, out_step):
     """Add sixteen columns of the values with four heads' weights; head j's are at out_at + j * out_step."""
     a, b = load_f32(out, 4 * out_at), load_f32(out, 4 * (out_at + out_step))
     c, d = load_f32(out, 4 * (out_at + 2 * out_step)), load_f32(out, 4 * (out_at + 3 * out_step))
     for p in range(length):
-        v = load_cached(cache, places[p] + shift)
+        v = load_cached(cache, offsets[p] + shift)
         a = fma_f32(v, splat_f32(scores[p]), a)
         b = fma_f32(v, splat_f32(scores[step + p]), b)
         c = fma_f32(v, splat_f32(scores[2 * step + p]), c)
@@ -116,17 +116,17 @@ def _weigh(scores, step, cache, places, shift, length, out, out_at, out_step):
 
 
 @kernel
-def _scores_alone(q, at, width, cache, places, shift, length, scale, scores, to):
+def _scores_alone(q, at, width, cache, offsets, shift, length, scale, scores, to):
     """As _scores for the row at element `at` of q alone: scores[to + p], four positions at a time."""
     fours = length // 4 * 4
     for p in range(0, fours, 4):
         a, b, c, d = zero_f32(), zero_f32(), zero_f32(), zero_f32()
         for i in range(0, width, 16):
             v, byte = load_f32(q, 4 * (at + i)), shift + value_nbytes(cache) * i
-            a = fma_f32(load_cached(cache, places[p] + byte), v, a)
-            b = fma_f32(load_cached(cache, places[p + 1] + byte), v, b)
-            c = fma_f32(load_cached(cache, places[p + 2] + byte), v, c)
-            d = fma_f32(load_cached(cache, places[p + 3] + byte), v, d)
+            a = fma_f32(load_cached(cache, offsets[p] + byte), v, a)
+            b = fma_f32(load_cached(cache, offsets[p + 1] + byte), v, b)
+            c = fma_f32(load_cached(cache, offsets[p + 2] + byte), v, c)
+            d = fma_f32(load_cached(cache, offsets[p + 3] + byte), v, d)
         scores[to + p] = sum_f32(a) * scale
         scores[to + p + 1] = sum_f32(b) * scale
         scores[to + p + 2] = sum_f32(c) * scale
@@ -135,13 +135,13 @@ def _scores_alone(q, at, width, cache, places, shift, length, scale, scores, to)
         a = zero_f32()
         for i in range(0, width, 16):
             a = fma_f32(
-                load_cached(cache, places[p] + shift + value_nbytes(cache) * i), load_f32(q, 4 * (at + i)), a
+                load_cached(cache, offsets[p] + shift + value_nbytes(cache) * i), load_f32(q, 4 * (at + i)), a
             )
         scores[to + p] = sum_f32(a) * scale
 
 
 @kernel
-def _weigh_alone(scores, at, rank, cache, places, shift, length, out, out_at):
+def _weigh_alone(scores, at, rank, cache, offsets, shift, length, out, out_at):
     """As _weigh for one head's weights from scores[at] on: all `rank` columns, 64 at a time."""
     whole, size = rank // 64 * 64, value_nbytes(cache)
     for i in range(0, whole, 64):
@@ -149,11 +149,11 @@ def _weigh_alone(scores, at, rank, cache, places, shift, length, out, out_at):
         a, b = load_f32(out, first), load_f32(out, first + 64)
         c, d = load_f32(out, first + 128), load_f32(out, first + 192)
         for p in range(length):
-            weight, place = splat_f32(scores[at + p]), places[p] + shift + value_nbytes(cache) * i
-            a = fma_f32(load_cached(cache, place), weight, a)
-            b = fma_f32(load_cached(cache, place + 16 * size), weight, b)
-            c = fma_f32(load_cached(cache, place + 32 * size), weight, c)
-            d = fma_f32(load_cached(cache, place + 48 * size), weight, d)
+            weight, value_at = splat_f32(scores[at + p]), offsets[p] + shift + value_nbytes(cache) * i
+            a = fma_f32(load_cached(cache, value_at), weight, a)
+            b = fma_f32(load_cached(cache, value_at + 16 * size), weight, b)
+            c = fma_f32(load_cached(cache, value_at + 32 * size), weight, c)
+            d = fma_f32(load_cached(cache, value_at + 48 * size), weight, d)
         store_f32(out, first, a)
         store_f32(out, first + 64, b)
         store_f32(out, first + 128, c)
@@ -162,19 +162,19 @@ def _weigh_alone(scores, at, rank, cache, places, shift, length, out, out_at):
         a = load_f32(out, 4 * (out_at + i))
         for p in range(length):
             a = fma_f32(
-                load_cached(cache, places[p] + shift + value_nbytes(cache) * i), splat_f32(scores[at + p]), a
+                load_cached(cache, offsets[p] + shift + value_nbytes(cache) * i), splat_f32(scores[at + p]), a
             )
         store_f32(out, 4 * (out_at + i), a)
 
 
 @kernel
-def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, sinks, cache, places, keys,
+def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale, sinks, cache, offsets, keys,
           values, length, scratch, context, out, t):  # fmt: skip
     """Compute up to four heads of token t, from `first` on and not beyond `last`.
 
     A query is `rank` elements of q and `width` - `rank` of q_more, head h at more_at + h * more_step; a key
-    lies at byte places[p] + keys, a value of `rank` elements at places[p] + values. sinks: empty, or one for
-    each head. One or two heads are computed one by one, three as four of which the last is repeated.
+    lies at byte offsets[p] + keys, a value of `rank` elements at offsets[p] + values. sinks: empty, or one
+    for each head. One or two heads are computed one by one; three are computed as four, the last one twice.
     """
     here = min(last - first + 1, HEADS)
     together = here > 2
@@ -189,18 +189,18 @@ def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale,
     scores = scratch[HEADS * width :]
     sums = scores[HEADS * context :]
     if together:
-        _scores(scratch, width, cache, places, keys, length, scale, scores, context)
+        _scores(scratch, width, cache, offsets, keys, length, scale, scores, context)
     else:
         for j in range(here):
-            _scores_alone(scratch, j * width, width, cache, places, keys, length, scale, scores, j * context)
+            _scores_alone(scratch, j * width, width, cache, offsets, keys, length, scale, scores, j * context)
     for j in range(HEADS if together else here):
         h = min(first + j, last)
         softmax(scores, j * context, length, sinks[h] if len(sinks) else np.float32(-np.inf), cache)
     for i in range(0, HEADS * rank, 16):
         store_f32(sums, 4 * i, zero_f32())
-    for begin in range(0, length, _SPAN):
+    for start in range(0, length, _SPAN):
         # Sliced: an index that counts from 0 needs no test for below 0, which cost a quarter of the time.
-        weights, rows, size = scores[begin:], places[begin:], min(_SPAN, length - begin)
+        weights, rows, size = scores[start:], offsets[start:], min(_SPAN, length - start)
         if together:
             for i in range(0, rank, 16):
                 at = values + value_nbytes(cache) * i
@@ -214,12 +214,12 @@ def _tile(q, q_more, more_at, more_step, heads, first, last, rank, width, scale,
 
 
 @kernel
-def _find_rows(tables, slot, block, first, length, cache_at, row_nbytes, places):
+def _find_rows(tables, slot, block, first, length, cache_at, row_nbytes, offsets):
     """Write where the rows of `length` positions from `first` on lie in the cache."""
     for p in range(length):
         position = first + p
-        place = np.int64(tables[slot, position // block]) * block + position % block
-        places[p] = cache_at + place * row_nbytes
+        row_index = np.int64(tables[slot, position // block]) * block + position % block
+        offsets[p] = cache_at + row_index * row_nbytes
 
 
 @kernel
@@ -228,7 +228,7 @@ def _latent_chunk(board, chunk, thread, cache):
     tables = _tables(board, ARGUMENTS + 3)
     slots, positions = _numbers(board, ARGUMENTS + 4), _numbers(board, ARGUMENTS + 5)
     out, scale = _rows(board, ARGUMENTS + 6), _scale(board, ARGUMENTS + 7)
-    scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
+    scratch, offsets = _rows(board, ARGUMENTS + 8)[thread], _offsets(board, ARGUMENTS + 9)[thread]
     n = board[ARGUMENTS + 10 :]
     rope_at, rope_step, rope_head_step, heads, rank, width = n[0], n[1], n[2], n[3], n[4], n[5]
     cache_at, block, count, chunks, context = n[6], n[7], n[8], n[9], n[10]
@@ -240,10 +240,10 @@ def _latent_chunk(board, chunk, thread, cache):
         if t != known:
             known = t
             length = positions[t] + 1
-            _find_rows(tables, slots[t], block, 0, length, cache_at, width * value_nbytes(cache), places)
+            _find_rows(tables, slots[t], block, 0, length, cache_at, width * value_nbytes(cache), offsets)
         _tile(
             q_latent, q_rope, rope_at + t * rope_step, rope_head_step, heads, first, heads - 1, rank, width,
-            scale, scratch[:0], cache, places, 0, 0, length, scratch, context, out, t,
+            scale, scratch[:0], cache, offsets, 0, 0, length, scratch, context, out, t,
         )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def latent_chunk_f32(board, chunk, thread):
 @kernel
 def latent_attention(
     board, job, q_latent, q_rope, rope_at, rope_step, rope_head_step, heads, rank, width, scale,
-    cache, cache_at, tables, slots, positions, block, count, scratch, places, out,
+    cache, cache_at, tables, slots, positions, block, count, scratch, offsets, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * (q_latent[t, h] . c + q_rope[t, h] . k)) @ c over positions 0..p.
 
@@ -270,7 +270,7 @@ def latent_attention(
     q_latent, out: float32, head h of token t at element (t * heads + h) * rank; q_rope: float32 flat, head h
     of row t at rope_at + t * rope_step + h * rope_head_step; cache: see `cached`, rows of `width` = rank +
     rope, this layer from byte cache_at; tables: int32 (slots, blocks) block tables; slots, positions: int32
-    (count,); scratch, places: see `scratch.attention_shapes`. rank % 16 == 0, rope % 16 == 0.
+    (count,); scratch, offsets: see `scratch.attention_shapes`. rank % 16 == 0, rope % 16 == 0.
     """
     total = 0
     for t in range(count):
@@ -287,11 +287,11 @@ def latent_attention(
     lend(board, ARGUMENTS + 6, out)
     lend(board, ARGUMENTS + 7, scale)
     lend(board, ARGUMENTS + 8, scratch)
-    lend(board, ARGUMENTS + 9, places)
+    lend(board, ARGUMENTS + 9, offsets)
     n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5] = rope_at, rope_step, rope_head_step, heads, rank, width
     n[6], n[7], n[8], n[9] = cache_at, block, count, chunks
-    n[10] = places.shape[1]
+    n[10] = offsets.shape[1]
     run(board, job, chunks, threads)
 
 
@@ -307,7 +307,7 @@ def _grouped_chunk(board, chunk, thread, cache):
     tables, slots = _tables(board, ARGUMENTS + 2), _numbers(board, ARGUMENTS + 3)
     positions, out = _numbers(board, ARGUMENTS + 4), _rows(board, ARGUMENTS + 5)
     scale, sinks = _scale(board, ARGUMENTS + 6), _floats(board, ARGUMENTS + 7)
-    scratch, places = _rows(board, ARGUMENTS + 8)[thread], _places(board, ARGUMENTS + 9)[thread]
+    scratch, offsets = _rows(board, ARGUMENTS + 8)[thread], _offsets(board, ARGUMENTS + 9)[thread]
     n = board[ARGUMENTS + 10 :]
     heads, shared, width, cache_at, block = n[0], n[1], n[2], n[3], n[4]
     count, chunks, context, window = n[5], n[6], n[7], n[8]
@@ -323,10 +323,10 @@ def _grouped_chunk(board, chunk, thread, cache):
             known = t
             length = _seen(positions[t], window)
             start = positions[t] + 1 - length
-            _find_rows(tables, slots[t], block, start, length, cache_at, 2 * size * shared * width, places)
+            _find_rows(tables, slots[t], block, start, length, cache_at, 2 * size * shared * width, offsets)
         first = head * group + tile * HEADS
         _tile(
-            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, places,
+            q, flat, 0, 0, heads, first, head * group + group - 1, width, width, scale, sinks, cache, offsets,
             size * head * width, size * (shared + head) * width, length, scratch, context, out, t,
         )  # fmt: skip
 
@@ -346,7 +346,7 @@ def grouped_chunk_f32(board, chunk, thread):
 @kernel
 def grouped_attention(
     board, job, q, heads, shared, width, scale, window, sinks, cache, cache_at, tables, slots, positions,
-    block, count, scratch, places, out,
+    block, count, scratch, offsets, out,
 ):  # fmt: skip
     """out[t, h] = softmax(scale * q[t, h] . k) @ v over positions 0..p: `heads` queries, `shared` keys.
 
@@ -373,8 +373,8 @@ def grouped_attention(
     lend(board, ARGUMENTS + 6, scale)
     lend(board, ARGUMENTS + 7, sinks)
     lend(board, ARGUMENTS + 8, scratch)
-    lend(board, ARGUMENTS + 9, places)
+    lend(board, ARGUMENTS + 9, offsets)
     n = board[ARGUMENTS + 10 :]
     n[0], n[1], n[2], n[3], n[4], n[5], n[6] = heads, shared, width, cache_at, block, count, chunks
-    n[7], n[8] = places.shape[1], window
+    n[7], n[8] = offsets.shape[1], window
     run(board, job, chunks, threads)

@@ -51,8 +51,8 @@ def add_bias(w, at, x, x_at, x_step, count, width):
         return
     for t in range(count):
         for i in range(0, width, 16):
-            place = 4 * (x_at + t * x_step + i)
-            store_f32(x, place, add_f32(load_f32(x, place), load_f32(w, at + 4 * i)))
+            offset = 4 * (x_at + t * x_step + i)
+            store_f32(x, offset, add_f32(load_f32(x, offset), load_f32(w, at + 4 * i)))
 
 
 @piece

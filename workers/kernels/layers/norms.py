@@ -83,15 +83,15 @@ def rope_halves(x, start, step, heads, head_step, half, positions, cosine, sine,
 
 
 @kernel
-def store_latent(latent, rope, rope_at, rope_step, rank, width, places, count, cache, cache_at):
+def store_latent(latent, rope, rope_at, rope_step, rank, width, cache_rows, count, cache, cache_at):
     """Append each token's normalised latent and rotated key to the cache.
 
-    latent: float32 (count, rank); rope: float32 flat, row t at rope_at + t * rope_step; places: the
+    latent: float32 (count, rank); rope: float32 flat, row t at rope_at + t * rope_step; cache_rows: the
     token's row in this layer's cache; cache: see `cached`, this layer at byte cache_at, rows of `width`.
     """
     size = value_nbytes(cache)
     for t in range(count):
-        at = cache_at + places[t] * width * size
+        at = cache_at + cache_rows[t] * width * size
         for i in range(0, rank, 16):
             store_cached(cache, at + size * i, load_f32(latent, 4 * (t * rank + i)))
         for i in range(0, width - rank, 16):

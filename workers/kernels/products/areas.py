@@ -36,7 +36,7 @@ def scratch_nbytes(columns: int, tokens: int) -> int:
 
 @merged
 def aligned(scratch):
-    """Return the first place in `scratch` whose address is a multiple of 64."""
+    """Return the first element of `scratch` whose address is a multiple of 64."""
     return -address(scratch) & 63
 
 
@@ -75,7 +75,7 @@ def clear(scratch, totals, count):
 
 
 @merged
-def write(w, scales, by_row, scratch, totals, count, groups, out, place, out_step):
+def write(w, scales, by_row, scratch, totals, count, groups, out, element, out_step):
     """Write the totals of `count` tokens for the first `groups` of GROUPS groups to `out`.
 
     by_row: multiply them with the float32 [group][16 rows] at byte `scales` of `w`.
@@ -84,14 +84,14 @@ def write(w, scales, by_row, scratch, totals, count, groups, out, place, out_ste
         last = load_f32(w, scales + 64 * g) if by_row else splat_f32(np.float32(1.0))
         for t in range(count):
             total = load_f32(scratch, totals + 64 * (t * GROUPS + g))
-            store_f32(out, 4 * (place + t * out_step + 16 * g), mul_f32(total, last))
+            store_f32(out, 4 * (element + t * out_step + 16 * g), mul_f32(total, last))
 
 
 @merged
 def tile_spread(weights, scratch, base, panel, start, scale, totals):
     """Add one block of GROUPS groups, spread at `base`, to the totals of TOKENS tokens.
 
-    weights: the groups' scales of this block; the other arguments are places in scratch.
+    weights: the groups' scales of this block; the other arguments are offsets in scratch.
     """
     c = start_tile(_zeros(), scratch, start)
     for k in range(64):

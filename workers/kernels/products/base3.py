@@ -142,7 +142,7 @@ def _finish(acc, sums, weight_scales, x_sum, x_scale):
 
 
 @kernel
-def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, place):
+def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, element):
     """Compute a group of 16 rows for one token, if GROUPS is 2 and `pair` not 0 that `pair` bytes on too."""
     second = pair // BLOCK_NBYTES * _SCALES_NBYTES
     a = zero_f32()
@@ -158,9 +158,9 @@ def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, p
         at = scales + b * _SCALES_NBYTES
         a = _finish(a, _whole_first(sums), load_f16(w, at), s, h)
         d = _finish(d, _whole_second(sums), load_f16(w, at + second), s, h)
-    store_f32(out, 4 * place, a)
+    store_f32(out, 4 * element, a)
     if GROUPS == 2 and pair:
-        store_f32(out, 4 * (place + 16), d)
+        store_f32(out, 4 * (element + 16), d)
 
 
 @kernel
@@ -172,7 +172,7 @@ def _unpack(w, at, out, out_at):
 
 
 @kernel
-def _tiles(w, codes, scales, pair, here, columns, tiled, count, scratch, base, out, place, out_step):
+def _tiles(w, codes, scales, pair, here, columns, tiled, count, scratch, base, out, element, out_step):
     """Compute `here` of GROUPS groups for `count` tokens, whose area is filled up to `tiled` tokens."""
     blocks = columns // BLOCK
     area = base + AREAS_AT
@@ -188,7 +188,7 @@ def _tiles(w, codes, scales, pair, here, columns, tiled, count, scratch, base, o
             start = starts + 4 * (b * tiled + t)
             total = totals + t * 64 * GROUPS
             tile_spread(weights, scratch, base, panel, start, start + 4 * blocks * tiled, total)
-    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
+    write(w, 0, False, scratch, totals, count, here, out, element, out_step)
 
 
 @kernel
@@ -224,12 +224,12 @@ def gemm(
         scales = scales_at + group * blocks * _SCALES_NBYTES
         here = min(GROUPS, groups - group)
         pair = blocks * BLOCK_NBYTES if here > 1 else 0
-        place = out_at + group * 16
+        element = out_at + group * 16
         if tiled:
             _tiles(
-                w, codes, scales, pair, here, columns, tiled, together, scratch, base, out, place, out_step
+                w, codes, scales, pair, here, columns, tiled, together, scratch, base, out, element, out_step
             )
         for t in range(together, count):
             _one_token(
-                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, place + t * out_step
+                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, element + t * out_step
             )

@@ -24,7 +24,7 @@ def _weights(form, w, at):
 
 
 @kernel
-def _one_token(form, w, first, second, columns, x, row, out, place):
+def _one_token(form, w, first, second, columns, x, row, out, element):
     """Compute two groups of 16 rows, at bytes `first` and `second` of w, for one token."""
     step = 64 if form == F32 else 32
     a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
@@ -42,13 +42,13 @@ def _one_token(form, w, first, second, columns, x, row, out, place):
         b2 = fma_f32(_weights(form, w, r + 2 * step), x2, b2)
         a3 = fma_f32(_weights(form, w, p + 3 * step), x3, a3)
         b3 = fma_f32(_weights(form, w, r + 3 * step), x3, b3)
-    store_f32(out, 4 * place, add_f32(add_f32(a0, a1), add_f32(a2, a3)))
+    store_f32(out, 4 * element, add_f32(add_f32(a0, a1), add_f32(a2, a3)))
     if second != first:
-        store_f32(out, 4 * (place + 16), add_f32(add_f32(b0, b1), add_f32(b2, b3)))
+        store_f32(out, 4 * (element + 16), add_f32(add_f32(b0, b1), add_f32(b2, b3)))
 
 
 @kernel
-def _three_tokens(form, w, start, columns, x, r0, r1, r2, out, place, out_step):
+def _three_tokens(form, w, start, columns, x, r0, r1, r2, out, element, out_step):
     """Compute a group of 16 rows at byte `start` of w for three tokens, loading its weights once."""
     step = 64 if form == F32 else 32
     a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
@@ -73,9 +73,9 @@ def _three_tokens(form, w, start, columns, x, r0, r1, r2, out, place, out_step):
         a3 = fma_f32(v, broadcast_f32(x, x0 + 12), a3)
         b3 = fma_f32(v, broadcast_f32(x, x1 + 12), b3)
         c3 = fma_f32(v, broadcast_f32(x, x2 + 12), c3)
-    store_f32(out, 4 * place, add_f32(add_f32(a0, a1), add_f32(a2, a3)))
-    store_f32(out, 4 * (place + out_step), add_f32(add_f32(b0, b1), add_f32(b2, b3)))
-    store_f32(out, 4 * (place + 2 * out_step), add_f32(add_f32(c0, c1), add_f32(c2, c3)))
+    store_f32(out, 4 * element, add_f32(add_f32(a0, a1), add_f32(a2, a3)))
+    store_f32(out, 4 * (element + out_step), add_f32(add_f32(b0, b1), add_f32(b2, b3)))
+    store_f32(out, 4 * (element + 2 * out_step), add_f32(add_f32(c0, c1), add_f32(c2, c3)))
 
 
 @kernel

@@ -73,22 +73,22 @@ def _sides(form, q, row, columns, scratch, at, step):
     offset = OFFSETS[form - Q2_K]
     subs, quads = SUBS[form - Q2_K], QUADS[form - Q2_K]
     for b in range(columns // BLOCK):
-        place = at + b * _SIDE * step
+        side_at = at + b * _SIDE * step
         rest = 0
         for s in range(16):
             total = 0
             for i in range(16):
                 total += q[row, b * BLOCK + s * 16 + i]
-            store_dword(scratch, place + s * step, np.uint32(-offset * total))
+            store_dword(scratch, side_at + s * step, np.uint32(-offset * total))
             if PAIRS and offset:
-                to = place + (_LOWEST + s // 2) * step + s % 2 * 2
+                to = side_at + (_LOWEST + s // 2) * step + s % 2 * 2
                 scratch[to] = np.uint8(-total & 255)
                 scratch[to + 1] = np.uint8((-total >> 8) & 255)
             rest -= total
             if quads and (subs == 16 or s % 2 == 1):
                 sub = s * subs // 16
                 high = (rest + 32) >> 6
-                to = place + (_LOWEST + sub // 4) * step + sub % 4
+                to = side_at + (_LOWEST + sub // 4) * step + sub % 4
                 scratch[to] = np.uint8(high & 255)
                 scratch[to + quads * step] = np.uint8((rest - 64 * high) & 255)
                 rest = 0
@@ -96,7 +96,7 @@ def _sides(form, q, row, columns, scratch, at, step):
 
 @kernel
 def _one_token(
-    form, w, codes_at, scales_at, columns, pair, pair_scales, q, x_scales, row, scratch, side, out, place
+    form, w, codes_at, scales_at, columns, pair, pair_scales, q, x_scales, row, scratch, side, out, element
 ):
     """Compute one group of 16 rows, or two if `pair` is the bytes from one to the next, for one token."""
     literally(form)
@@ -117,9 +117,9 @@ def _one_token(
         lowest = start + _LOWEST * 4
         first = add_block(form, first, total, h, w, block, scratch, lowest)
         second = add_block(form, second, other, h, w, block + pair_scales, scratch, lowest)
-    store_f32(out, 4 * place, first)
+    store_f32(out, 4 * element, first)
     if pair:
-        store_f32(out, 4 * (place + 16), second)
+        store_f32(out, 4 * (element + 16), second)
 
 
 @inner
@@ -181,7 +181,7 @@ def _minima_sums(quads, scratch, base, lowest):
 
 @inner
 def _tiles(form, w, codes_at, scales_at, pair, pair_scales, here, columns, count, scratch, base, sides_at,
-           out, place, out_step):  # fmt: skip
+           out, element, out_step):  # fmt: skip
     """Compute `here` of GROUPS groups for `count` tokens, a multiple of TOKENS, whose area is filled.
 
     The float sums take the two fma of simd.planes.add_block.
@@ -206,7 +206,7 @@ def _tiles(form, w, codes_at, scales_at, pair, pair_scales, here, columns, count
             if quads:
                 tile = _minima_sums(quads, scratch, base, side + _LOWEST * 4 * TOKENS)
                 tile_finish(tile, load_scales(w, block + DMIN_AT, pair_scales), scratch, h, scratch, total)
-    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
+    write(w, 0, False, scratch, totals, count, here, out, element, out_step)
 
 
 @kernel

@@ -65,7 +65,7 @@ def pack(form, raw, rows, columns, out, codes_at, scales_at):
     width = 1 if form == MXFP4 else 2
     for group in range((rows + 15) // 16):
         for b in range(blocks):
-            place = codes_at + (group * blocks + b) * 256
+            block_at = codes_at + (group * blocks + b) * 256
             scale = scales_at + (group * blocks + b) * 16 * width
             for lane in range(16):
                 row = group * 16 + lane
@@ -74,7 +74,7 @@ def pack(form, raw, rows, columns, out, codes_at, scales_at):
                     out[scale + lane * width + i] = raw[source + i] if row < rows else np.uint8(0)
                 for n in range(4):
                     word = load_dword(raw, source + width + 4 * n) if row < rows else np.uint32(0)
-                    store_dword(out, place + n * 64 + lane * 4, word)
+                    store_dword(out, block_at + n * 64 + lane * 4, word)
 
 
 @piece
@@ -92,7 +92,7 @@ def _pair(acc, table, v, low, high):
 
 
 @kernel
-def _one_token(form, w, codes, scales, columns, pair, pair_scales, q, x_scales, x_sums, row, out, place):
+def _one_token(form, w, codes, scales, columns, pair, pair_scales, q, x_scales, x_sums, row, out, element):
     """Compute one group of 16 rows, or two if `pair` is the bytes from one to the next, for one token."""
     table = load_table(_TABLES, 16 * (form - Q4_0))
     a = zero_f32()
@@ -111,17 +111,17 @@ def _one_token(form, w, codes, scales, columns, pair, pair_scales, q, x_scales, 
         at = scales + b * _SCALE_NBYTES[form - Q4_0]
         a = fma_f32(to_f32(first), mul_f32(_scales(form, w, at), h), a)
         d = fma_f32(to_f32(second), mul_f32(_scales(form, w, at + pair_scales), h), d)
-    store_f32(out, 4 * place, a)
+    store_f32(out, 4 * element, a)
     if pair:
-        store_f32(out, 4 * (place + 16), d)
+        store_f32(out, 4 * (element + 16), d)
 
 
 @merged
-def _spread(table, w, at, scratch, place):
+def _spread(table, w, at, scratch, tile_at):
     for n in range(4):
         v = load_bytes(w, at + 64 * n)
-        store_bytes(scratch, place + 64 * n, lookup(table, _low(v)))
-        store_bytes(scratch, place + 256 + 64 * n, lookup(table, _low(_right4(v))))
+        store_bytes(scratch, tile_at + 64 * n, lookup(table, _low(v)))
+        store_bytes(scratch, tile_at + 256 + 64 * n, lookup(table, _low(_right4(v))))
 
 
 @merged
@@ -132,7 +132,7 @@ def _tile_scales(form, w, at, step):
 
 
 @inner
-def _tiles(form, w, codes, scales, pair, pair_scales, here, columns, count, scratch, base, out, place,
+def _tiles(form, w, codes, scales, pair, pair_scales, here, columns, count, scratch, base, out, element,
            out_step):  # fmt: skip
     """Compute `here` of GROUPS groups for `count` tokens, a multiple of TOKENS, whose area is filled."""
     table = load_table(_TABLES, 16 * (form - Q4_0))
@@ -150,7 +150,7 @@ def _tiles(form, w, codes, scales, pair, pair_scales, here, columns, count, scra
             start = area + count * columns + 4 * (b * count + t)
             scale, total = start + 4 * blocks * count, totals + t * 64 * GROUPS
             tile_weights(weights, scratch, base, SPREAD, scratch, panel, start, scale, total)
-    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
+    write(w, 0, False, scratch, totals, count, here, out, element, out_step)
 
 
 @kernel

@@ -41,7 +41,7 @@ def fill(q, x_scales, x_sums, columns, rows, count, scratch, area):
 def tile_weights(weights, source, at, step, scratch, panel, start, scale, totals):
     """Add one block of GROUPS groups, from byte `at` of `source` and `step` apart, to TOKENS totals.
 
-    weights: the groups' scales of this block; the other arguments are places in scratch.
+    weights: the groups' scales of this block; the other arguments are offsets in scratch.
     """
     c = start_tile(_zeros(), scratch, start)
     for k in range(SPAN // 4):

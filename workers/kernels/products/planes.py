@@ -143,28 +143,28 @@ def _place_codes(form, work, out, at, lane):
     pairs, pair_shift = form not in (Q4_K, Q5_K), 4 if form == Q6_K else 0
     bits, bit_shift = form in (Q3_K, Q5_K), 4 if form == Q5_K else 2
     for chunk in range(8):
-        place = at + chunk * step + lane * 4
+        byte = at + chunk * step + lane * 4
         source = chunk * 32
         if nibbles:
             for n in range(4):
                 low = _field(load_dword(work, source + 4 * n), 0, 0x0F0F0F0F)
                 high = _field(load_dword(work, source + 16 + 4 * n), 0, 0x0F0F0F0F)
-                store_dword(out, place + 64 * n, low | (high << np.uint32(4)))
-            place += 256
+                store_dword(out, byte + 64 * n, low | (high << np.uint32(4)))
+            byte += 256
         if pairs:
             for n in range(2):
                 whole = np.uint32(0)
                 for s in range(4):
                     code = _field(load_dword(work, source + 16 * n + 4 * s), pair_shift, 0x03030303)
                     whole |= np.uint32(code << np.uint32(2 * s))
-                store_dword(out, place + 64 * n, whole)
-            place += 128
+                store_dword(out, byte + 64 * n, whole)
+            byte += 128
         if bits:
             whole = np.uint32(0)
             for k in range(8):
                 code = _field(load_dword(work, source + 4 * k), bit_shift, 0x01010101)
                 whole |= np.uint32(code << np.uint32(k))
-            store_dword(out, place, whole)
+            store_dword(out, byte, whole)
 
 
 @kernel
@@ -177,8 +177,8 @@ def _place_scales(form, work, out, at, lane):
     elif form == Q2_K:
         for s in range(8):
             out[at + s * 16 + lane] = work[256 + 2 * s] | (work[257 + 2 * s] << 4)
-            place = at + MINIMA_AT + (s // 4) * 64 + lane * 4 + s % 4
-            out[place] = work[272 + s] | (work[280 + s] << 4)
+            byte = at + MINIMA_AT + (s // 4) * 64 + lane * 4 + s % 4
+            out[byte] = work[272 + s] | (work[280 + s] << 4)
     else:
         for s in range(16):
             out[at + s * 16 + lane] = work[256 + s]
@@ -204,6 +204,6 @@ def pack(form, raw, rows, columns, work, out, codes_at, scales_at):
                     _unpack(form, raw, (row * blocks + b) * block_nbytes, work)
                 else:
                     work[:] = 0
-                place = group * blocks + b
-                _place_codes(form, work, out, codes_at + place * 8 * CHUNK_NBYTES[form - Q2_K], lane)
-                _place_scales(form, work, out, scales_at + place * SCALE_NBYTES[form - Q2_K], lane)
+                block = group * blocks + b
+                _place_codes(form, work, out, codes_at + block * 8 * CHUNK_NBYTES[form - Q2_K], lane)
+                _place_scales(form, work, out, scales_at + block * SCALE_NBYTES[form - Q2_K], lane)

@@ -47,7 +47,7 @@ def scales_nbytes(rows: int, columns: int) -> int:
 
 
 @piece
-def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, place):
+def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, element):
     """Compute two groups of 16 rows (one if `pair` is 0), `pair` bytes apart, for one token."""
     a = zero_f32()
     d = zero_f32()
@@ -67,13 +67,13 @@ def _one_token(w, codes, scales, columns, pair, q, x_scales, x_sums, row, out, p
         h = splat_f32(x_scales[row, b])
         a = fma_f32(to_f32(add_i32(c0, c1)), mul_f32(load_f16(w, scales + b * 32), h), a)
         d = fma_f32(to_f32(add_i32(e0, e1)), mul_f32(load_f16(w, scales + pair // 16 + b * 32), h), d)
-    store_f32(out, 4 * place, a)
+    store_f32(out, 4 * element, a)
     if pair:
-        store_f32(out, 4 * (place + 16), d)
+        store_f32(out, 4 * (element + 16), d)
 
 
 @inner
-def _tiles(w, codes, scales, pair, here, columns, count, scratch, base, out, place, out_step):
+def _tiles(w, codes, scales, pair, here, columns, count, scratch, base, out, element, out_step):
     """Compute `here` of GROUPS groups, `pair` bytes apart, for `count` tokens, a multiple of TOKENS."""
     blocks = columns // BLOCK
     area = base + AREAS_AT
@@ -93,7 +93,7 @@ def _tiles(w, codes, scales, pair, here, columns, count, scratch, base, out, pla
                 tile_weights(weights, scratch, base, SPREAD, scratch, panel, start, scale, total)
             else:
                 tile_weights(weights, w, at, pair, scratch, panel, start, scale, total)
-    write(w, 0, False, scratch, totals, count, here, out, place, out_step)
+    write(w, 0, False, scratch, totals, count, here, out, element, out_step)
 
 
 @kernel
@@ -111,12 +111,12 @@ def gemm(
         scales = scales_at + group * columns
         here = min(2, groups - group)
         pair = columns * 16 if here == 2 else 0
-        place = out_at + group * 16
+        element = out_at + group * 16
         if tiled:
             for g in range(0, here, GROUPS):
-                c, s, to = codes + g * pair, scales + g * columns, place + g * 16
+                c, s, to = codes + g * pair, scales + g * columns, element + g * 16
                 _tiles(w, c, s, pair, min(GROUPS, here), columns, tiled, scratch, base, out, to, out_step)
         for t in range(tiled, count):
             _one_token(
-                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, place + t * out_step
+                w, codes, scales, columns, pair, q, x_scales, x_sums, rows[t], out, element + t * out_step
             )

@@ -135,7 +135,7 @@ _CHUNK = 1024  # columns at most whose fields `_fields` takes one after the othe
 
 
 @merged
-def _places(group, last, columns, by_row, codes_at, scales_at):
+def _offsets(group, last, columns, by_row, codes_at, scales_at):
     """Return where the groups from `group` lie: codes, scales, bytes to the second, how many of GROUPS."""
     scales = scales_at + group * (64 if by_row else columns // BLOCK * 32)
     here = min(GROUPS, last - group)
@@ -143,18 +143,18 @@ def _places(group, last, columns, by_row, codes_at, scales_at):
 
 
 # The kernels below compute the groups first..last - 1 for the tokens of one area of scratch, and write them
-# from element `place` of out, a token's row `out_step` after the other's.
+# from element `element` of out, a token's row `out_step` after the other's.
 
 
 @inner
 def _one(
-    w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, place, out_step
+    w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, element, out_step
 ):  # fmt: skip
     """Compute one token: the four fields at once."""
     spans = columns // span
     totals = totals_at(area, 1, columns, span)
     for group in range(first, last, GROUPS):
-        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        codes, scales, pair, here = _offsets(group, last, columns, by_row, codes_at, scales_at)
         clear(scratch, totals, 1)
         for b in range(spans):
             c0 = start_tile(_zero1(), scratch, area + columns + 4 * b)
@@ -170,7 +170,7 @@ def _one(
             c0 = _add(_add_quarter(c0, c1), _add_upper(c2, c3))
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
             tile_finish(c0, weights, scratch, area + columns + 4 * (spans + b), scratch, totals)
-        write(w, scales, by_row, scratch, totals, 1, here, out, place + group * 16, out_step)
+        write(w, scales, by_row, scratch, totals, 1, here, out, element + group * 16, out_step)
 
 
 if TARGET == "avx2":
@@ -179,13 +179,13 @@ if TARGET == "avx2":
 
 @inner
 def _few(
-    like, w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, place, out_step
+    like, w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, element, out_step
 ):  # fmt: skip
     """Compute one tile of two or four tokens, as `like` has: two fields at once, the upper ones first."""
     tokens, spans = tokens_of(like), columns // span
     totals = totals_at(area, tokens, columns, span)
     for group in range(first, last, GROUPS):
-        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        codes, scales, pair, here = _offsets(group, last, columns, by_row, codes_at, scales_at)
         clear(scratch, totals, tokens)
         for b in range(spans):
             at, panel = codes + b * span * 4, area + b * span * tokens
@@ -204,16 +204,16 @@ def _few(
             c = _add_quarter(c, d)
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
             tile_finish(c, weights, scratch, area + tokens * (columns + 4 * (spans + b)), scratch, totals)
-        write(w, scales, by_row, scratch, totals, tokens, here, out, place + group * 16, out_step)
+        write(w, scales, by_row, scratch, totals, tokens, here, out, element + group * 16, out_step)
 
 
 @inner
 def _fields(
-    w, codes_at, scales_at, first, last, columns, span, by_row, count, scratch, area, out, place, out_step
+    w, codes_at, scales_at, first, last, columns, span, by_row, count, scratch, area, out, element, out_step
 ):  # fmt: skip
     """Compute `count` tokens, a multiple of TOKENS, one field after the other.
 
-    Between two fields the sums shift to the next one's place in its byte.
+    Between two fields the sums shift to the next one's bits of its byte.
     The largest sum is that of a whole row, shifted up again for the next chunk: below
     64 * (128 * columns + 256 * _CHUNK).
     """
@@ -221,7 +221,7 @@ def _fields(
     starts = area + count * columns
     totals = totals_at(area, count, columns, span)
     for group in range(first, last, GROUPS):
-        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        codes, scales, pair, here = _offsets(group, last, columns, by_row, codes_at, scales_at)
         clear(scratch, totals, count)
         for b in range(spans):
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
@@ -256,26 +256,26 @@ def _fields(
                     chunk += size
                 side = starts + 4 * (spans * count + b * count + t)
                 tile_finish(c, weights, scratch, side, scratch, totals + t * 64 * GROUPS)
-        write(w, scales, by_row, scratch, totals, count, here, out, place + group * 16, out_step)
+        write(w, scales, by_row, scratch, totals, count, here, out, element + group * 16, out_step)
 
 
 @merged
-def _spread_dot(tile, field, scratch, place, panel):
+def _spread_dot(tile, field, scratch, tile_at, panel):
     """Store the field of the codes, and add its products with the panel."""
-    spread_codes(scratch, place, field)
+    spread_codes(scratch, tile_at, field)
     return tile_dot(tile, field, scratch, panel)
 
 
 @inner
 def _tiles(
-    w, codes_at, scales_at, first, last, columns, by_row, count, scratch, base, area, out, place, out_step
+    w, codes_at, scales_at, first, last, columns, by_row, count, scratch, base, area, out, element, out_step
 ):  # fmt: skip
     """Compute `count` tokens, a multiple of TOKENS, with each block's codes spread once to a byte each."""
     blocks = columns // BLOCK
     starts = area + count * columns
     totals = totals_at(area, count, columns, BLOCK)
     for group in range(first, last, GROUPS):
-        codes, scales, pair, here = _places(group, last, columns, by_row, codes_at, scales_at)
+        codes, scales, pair, here = _offsets(group, last, columns, by_row, codes_at, scales_at)
         clear(scratch, totals, count)
         for b in range(blocks):
             weights = no_scales() if by_row else load_scales(w, scales + b * 32, pair // 32)
@@ -294,7 +294,7 @@ def _tiles(
                     weights, scratch, base, panel + t * BLOCK, start + 4 * t, here_scales,
                     totals + t * 64 * GROUPS,
                 )  # fmt: skip
-        write(w, scales, by_row, scratch, totals, count, here, out, place + group * 16, out_step)
+        write(w, scales, by_row, scratch, totals, count, here, out, element + group * 16, out_step)
 
 
 @kernel
@@ -341,7 +341,7 @@ def gemm(
         done += two
     if one:
         fill_area(_zero1(), q, x_scales, x_sums, columns, span, rows, done, one, one, scratch, area1)
-    # All tokens meet a group's codes before the next ones are read; one kind of tile walks by itself.
+    # All tokens meet a group's codes before the next ones are read; a single size of tile walks by itself.
     alone = (many > 0) + (four > 0) + (two > 0) + one == 1
     step = groups if alone else GROUPS
     for first in range(0, groups, step):

@@ -32,7 +32,7 @@ _quarter = shift_right_i32(2)
 
 @inner
 def one_token(
-    w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, place, out_step
+    w, codes_at, scales_at, first, last, columns, span, by_row, scratch, area, out, element, out_step
 ):  # fmt: skip
     """Compute the groups first..last - 1 for the one token of the area."""
     spans = columns // span
@@ -58,4 +58,4 @@ def one_token(
             h = broadcast_f32(scratch, area + columns + 4 * (spans + b))
             scale = h if by_row else mul_f32(load_f16(w, scales + b * 32), h)
             store_f32(scratch, totals, fma_f32(to_f32(total), scale, load_f32(scratch, totals)))
-        write(w, scales, by_row, scratch, totals, 1, 1, out, place + group * 16, out_step)
+        write(w, scales, by_row, scratch, totals, 1, 1, out, element + group * 16, out_step)

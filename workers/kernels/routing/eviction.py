@@ -28,16 +28,16 @@ LAST, COUNT, PRIORITY = range(3)
 LARGEST_UNIT = 2.0**512  # a power of two: dividing by it rounds nothing
 
 # One cache that is filled key by key: `listed`, int32 (cap,), in order of insertion with swap-removal;
-# `place`, int32 (keys,), index in it or -1; `prefetched`, uint8 (keys,), admitted by a prefetch and not used
-# since; `pinned`, uint8 (keys,), never a victim; `totals`, int64 (5,).
+# `position`, int32 (keys,), index in it or -1; `prefetched`, uint8 (keys,), admitted by a prefetch and not
+# used since; `pinned`, uint8 (keys,), never a victim; `totals`, int64 (5,).
 HITS, MISSES, EVICTIONS, PREFETCH_HITS, SIZE = range(5)
 
 
 @merged
-def tick(kind, scalars, table):
+def tick(policy, scalars, table):
     """Begin an event."""
     scalars[CLOCK] += 1.0
-    if kind == LRFU:
+    if policy == LRFU:
         scalars[UNIT] *= scalars[GROWTH]
         if scalars[UNIT] > LARGEST_UNIT:
             scalars[UNIT] /= LARGEST_UNIT
@@ -46,57 +46,57 @@ def tick(kind, scalars, table):
 
 
 @merged
-def score(kind, key, weight, scalars, table, span):
+def score(policy, key, weight, scalars, table, span):
     """Set the priority of `key` after a use of `weight`, or (0) when it is admitted without one."""
-    if kind == LRFU:
+    if policy == LRFU:
         if weight > 0.0:
             table[PRIORITY, key] += weight * scalars[UNIT]
         else:
             table[PRIORITY, key] = max(table[PRIORITY, key], scalars[UNIT])
-    elif kind == LFUDA:
+    elif policy == LFUDA:
         table[PRIORITY, key] = scalars[AGE + key // span] + min(max(table[COUNT, key], 1.0), scalars[CAP])
-    elif kind == LFU:
+    elif policy == LFU:
         table[PRIORITY, key] = table[COUNT, key]
-    elif kind != BELADY:
+    elif policy != BELADY:
         table[PRIORITY, key] = scalars[CLOCK]
 
 
 @merged
-def use(kind, key, tokens, scalars, table, span):
+def use(policy, key, tokens, scalars, table, span):
     """Count a use of `key` by `tokens` tokens in the event that the clock shows."""
     # Uses in one event are one burst: on the Qwen3 trace their root predicts best
     # (scheduler/residency/policies.py).
-    weight = math.sqrt(tokens) if kind >= LRFU else 1.0
+    weight = math.sqrt(tokens) if policy >= LRFU else 1.0
     table[LAST, key] = scalars[CLOCK]
     table[COUNT, key] += weight
-    score(kind, key, weight, scalars, table, span)
+    score(policy, key, weight, scalars, table, span)
 
 
 @merged
-def admit(kind, key, scalars, table, resident, span):
+def admit(policy, key, scalars, table, resident, span):
     """Note that `key` is resident; one that was not just used starts as if used now, uncounted."""
     resident[key] = 1
     # LFUDA's age may have grown since the use.
-    if kind == LFUDA or table[LAST, key] != scalars[CLOCK]:
+    if policy == LFUDA or table[LAST, key] != scalars[CLOCK]:
         table[LAST, key] = scalars[CLOCK]
-        score(kind, key, 0.0, scalars, table, span)
+        score(policy, key, 0.0, scalars, table, span)
 
 
 @merged
-def evict(kind, key, scalars, table, resident, span):
+def evict(policy, key, scalars, table, resident, span):
     """Note that `key` is gone."""
     resident[key] = 0
-    if kind == LFUDA:
+    if policy == LFUDA:
         group = AGE + key // span
         scalars[group] = max(scalars[group], table[PRIORITY, key])
         table[COUNT, key] = np.floor(table[COUNT, key] * 0.5)
 
 
 @merged
-def victim(kind, candidates, low, high, table):
+def victim(policy, candidates, low, high, table):
     """Return the candidate of lowest priority in [low, high), or -1; ADAPTIVE judges by the candidates."""
     among, last, row = candidates[low:high], table[LAST, low:high], PRIORITY
-    if kind == ADAPTIVE:
+    if policy == ADAPTIVE:
         count = table[COUNT, low:high]
         least, most = np.inf, -1.0
         for i in range(among.shape[0]):
@@ -120,7 +120,7 @@ def victim(kind, candidates, low, high, table):
 
 
 @kernel
-def touch(kind, keys, tokens, scalars, table, resident, span):
+def touch(policy, keys, tokens, scalars, table, resident, span):
     """Count one event: the clock advances once, `keys` int32 (n,) are used by `tokens` float32 (n,).
 
     Returns the first index whose key or number of tokens is out of range, then nothing is counted; else -1.
@@ -128,28 +128,28 @@ def touch(kind, keys, tokens, scalars, table, resident, span):
     for i in range(keys.shape[0]):
         if not (0 <= keys[i] < resident.shape[0] and tokens[i] >= 1.0):
             return i
-    tick(kind, scalars, table)
+    tick(policy, scalars, table)
     for i in range(keys.shape[0]):
-        use(kind, keys[i], tokens[i], scalars, table, span)
+        use(policy, keys[i], tokens[i], scalars, table, span)
     return -1
 
 
 @kernel
-def find_victim(kind, candidates, table):
+def find_victim(policy, candidates, table):
     """Return the key of lowest priority where `candidates`, uint8 (keys,), is set, or -1."""
-    return victim(kind, candidates, 0, candidates.shape[0], table)
+    return victim(policy, candidates, 0, candidates.shape[0], table)
 
 
 @kernel
-def note_admitted(kind, key, scalars, table, resident, span):
+def note_admitted(policy, key, scalars, table, resident, span):
     """Note that `key` is resident."""
-    admit(kind, key, scalars, table, resident, span)
+    admit(policy, key, scalars, table, resident, span)
 
 
 @kernel
-def note_evicted(kind, key, scalars, table, resident, span):
+def note_evicted(policy, key, scalars, table, resident, span):
     """Note that `key` is gone."""
-    evict(kind, key, scalars, table, resident, span)
+    evict(policy, key, scalars, table, resident, span)
 
 
 @kernel
@@ -163,10 +163,10 @@ def with_floor(resident, layer_counts, floor, layer_of_key, out):
 
 
 @merged
-def coldest(kind, compat, table, listed, pinned, size):
+def coldest(policy, compat, table, listed, pinned, size):
     """Return the hot key that leaves first, or -1 if all are pinned; `compat`: ties to the first listed."""
     row = PRIORITY
-    if kind == ADAPTIVE:
+    if policy == ADAPTIVE:
         least, most = np.inf, -1.0
         for i in range(size):
             least = min(least, table[COUNT, listed[i]])
@@ -188,31 +188,31 @@ def coldest(kind, compat, table, listed, pinned, size):
 
 
 @merged
-def unlist(compat, key, listed, place, prefetched, totals):
-    """Take the hot `key` off the list; the last listed takes its place."""
+def unlist(compat, key, listed, position, prefetched, totals):
+    """Take the hot `key` off the list; the last listed takes its position."""
     end = totals[SIZE] - 1
     moved = listed[end]
-    listed[place[key]] = moved
-    place[moved] = place[key]
-    place[key] = -1
+    listed[position[key]] = moved
+    position[moved] = position[key]
+    position[key] = -1
     totals[SIZE] = end
     if not compat:
         prefetched[key] = 0
 
 
 @merged
-def enlist(key, listed, place, totals):
+def enlist(key, listed, position, totals):
     """Put `key` at the end of the list."""
     end = totals[SIZE]
     listed[end] = key
-    place[key] = end
+    position[key] = end
     totals[SIZE] = end + 1
 
 
 @kernel
 def access_batch(
-    kind, compat, bypass, keys, hits, scalars, table, resident, span,
-    listed, place, prefetched, pinned, totals,
+    policy, compat, bypass, keys, hits, scalars, table, resident, span,
+    listed, position, prefetched, pinned, totals,
 ):  # fmt: skip
     """Use `keys`, int32 (n,), one after the other, each an event; `hits`, uint8 (n,), says which were hot.
 
@@ -224,9 +224,9 @@ def access_batch(
             return i
     for i in range(keys.shape[0]):
         key = keys[i]
-        tick(kind, scalars, table)
-        use(kind, key, 1.0, scalars, table, span)
-        hits[i] = place[key] >= 0
+        tick(policy, scalars, table)
+        use(policy, key, 1.0, scalars, table, span)
+        hits[i] = position[key] >= 0
         if hits[i]:
             totals[HITS] += 1
             totals[PREFETCH_HITS] += prefetched[key]
@@ -234,44 +234,44 @@ def access_batch(
             continue
         totals[MISSES] += 1
         if totals[SIZE] >= listed.shape[0]:
-            out = coldest(kind, compat, table, listed, pinned, totals[SIZE])
+            out = coldest(policy, compat, table, listed, pinned, totals[SIZE])
             if out < 0 or (bypass and table[PRIORITY, key] < table[PRIORITY, out]):
                 continue
-            unlist(compat, out, listed, place, prefetched, totals)
-            evict(kind, out, scalars, table, resident, span)
+            unlist(compat, out, listed, position, prefetched, totals)
+            evict(policy, out, scalars, table, resident, span)
             totals[EVICTIONS] += 1
-        enlist(key, listed, place, totals)
-        admit(kind, key, scalars, table, resident, span)
+        enlist(key, listed, position, totals)
+        admit(policy, key, scalars, table, resident, span)
     return -1
 
 
 @kernel
 def cache_admit(
-    kind, compat, key, scalars, table, resident, span, listed, place, prefetched, pinned, totals
+    policy, compat, key, scalars, table, resident, span, listed, position, prefetched, pinned, totals
 ):  # fmt: skip
     """Make `key` hot without a use; return whether it is hot now."""
-    if place[key] >= 0:
+    if position[key] >= 0:
         return True
     if totals[SIZE] >= listed.shape[0]:
-        out = coldest(kind, compat, table, listed, pinned, totals[SIZE])
+        out = coldest(policy, compat, table, listed, pinned, totals[SIZE])
         if out < 0:
             return False
-        unlist(compat, out, listed, place, prefetched, totals)
-        evict(kind, out, scalars, table, resident, span)
+        unlist(compat, out, listed, position, prefetched, totals)
+        evict(policy, out, scalars, table, resident, span)
         totals[EVICTIONS] += 1
-    enlist(key, listed, place, totals)
-    admit(kind, key, scalars, table, resident, span)
+    enlist(key, listed, position, totals)
+    admit(policy, key, scalars, table, resident, span)
     return True
 
 
 @kernel
-def cache_evict(kind, compat, key, scalars, table, resident, span, listed, place, prefetched, totals):
+def cache_evict(policy, compat, key, scalars, table, resident, span, listed, position, prefetched, totals):
     """Remove `key`, which is hot."""
-    unlist(compat, key, listed, place, prefetched, totals)
-    evict(kind, key, scalars, table, resident, span)
+    unlist(compat, key, listed, position, prefetched, totals)
+    evict(policy, key, scalars, table, resident, span)
 
 
 @kernel
-def cache_coldest(kind, compat, table, listed, pinned, totals):
+def cache_coldest(policy, compat, table, listed, pinned, totals):
     """Return the key that would leave first, or -1."""
-    return coldest(kind, compat, table, listed, pinned, totals[SIZE])
+    return coldest(policy, compat, table, listed, pinned, totals[SIZE])

@@ -32,7 +32,7 @@ class Pool(NamedTuple):
 
 
 @merged
-def make_room(kind, key, scalars, table, resident, pool):
+def make_room(policy, key, scalars, table, resident, pool):
     """Evict until `key` fits; whether it does, and `bypass` does not refuse it."""
     group, size = key // pool.span, pool.sizes[key // pool.experts]
     low, asked = group * pool.span, False
@@ -45,11 +45,11 @@ def make_room(kind, key, scalars, table, resident, pool):
             for other in range(low, low + pool.span):
                 above = pool.layer_counts[other // pool.experts] > pool.floor
                 among[other] = pool.candidates[other] if above else 0
-        out = victim(kind, among, low, low + pool.span, table)
+        out = victim(policy, among, low, low + pool.span, table)
         if out < 0 or (pool.bypass and not asked and table[PRIORITY, key] < table[PRIORITY, out]):
             return False
         asked = True
-        evict(kind, out, scalars, table, resident, pool.span)
+        evict(policy, out, scalars, table, resident, pool.span)
         pool.candidates[out] = 0
         pool.used[group] -= pool.sizes[out // pool.experts]
         pool.layer_counts[out // pool.experts] -= 1
@@ -57,19 +57,19 @@ def make_room(kind, key, scalars, table, resident, pool):
 
 
 @merged
-def replay_event(kind, keys, tokens, next_use, fetched, scalars, table, resident, pool):
+def replay_event(policy, keys, tokens, next_use, fetched, scalars, table, resident, pool):
     """One event: count its uses, mark in `fetched` what was not resident, admit what fits."""
-    tick(kind, scalars, table)
+    tick(policy, scalars, table)
     for i in range(keys.shape[0]):
-        use(kind, keys[i], tokens[i], scalars, table, pool.span)
+        use(policy, keys[i], tokens[i], scalars, table, pool.span)
         pool.candidates[keys[i]] = 0
-        if kind == BELADY:
+        if policy == BELADY:
             table[PRIORITY, keys[i]] = -np.float64(next_use[i])
     for i in range(keys.shape[0]):
         key = keys[i]
         fetched[i] = 0 if resident[key] else 1
-        if fetched[i] and make_room(kind, key, scalars, table, resident, pool):
-            admit(kind, key, scalars, table, resident, pool.span)
+        if fetched[i] and make_room(policy, key, scalars, table, resident, pool):
+            admit(policy, key, scalars, table, resident, pool.span)
             group = key // pool.span
             pool.used[group] += pool.sizes[key // pool.experts]
             pool.peak[group] = max(pool.peak[group], pool.used[group])
@@ -79,7 +79,7 @@ def replay_event(kind, keys, tokens, next_use, fetched, scalars, table, resident
 
 
 @kernel
-def replay(kind, starts, keys, tokens, next_use, fetched, scalars, table, resident, pool):
+def replay(policy, starts, keys, tokens, next_use, fetched, scalars, table, resident, pool):
     """Replay all events.
 
     starts: int64 (events + 1,), where each event's part of the rest begins; keys: int32 (n,), distinct in an
@@ -89,7 +89,7 @@ def replay(kind, starts, keys, tokens, next_use, fetched, scalars, table, reside
     for event in range(starts.shape[0] - 1):
         a, b = starts[event], starts[event + 1]
         replay_event(
-            kind, keys[a:b], tokens[a:b], next_use[a:b], fetched[a:b], scalars, table, resident, pool
+            policy, keys[a:b], tokens[a:b], next_use[a:b], fetched[a:b], scalars, table, resident, pool
         )
 
 
@@ -145,7 +145,7 @@ class EventScratch(NamedTuple):
 
 
 @kernel
-def replay_with_prior(kind, events, keep, scratch, scalars, table, resident, pool, out):
+def replay_with_prior(policy, events, keep, scratch, scalars, table, resident, pool, out):
     """Replay `events`, a PriorEvents, with routing that prefers what is resident.
 
     As docs/expert-memory.md has it, without its budget. keep: ranks that are never swapped; scratch: an
@@ -171,7 +171,7 @@ def replay_with_prior(kind, events, keep, scratch, scalars, table, resident, poo
                     tokens[n] = 0.0
                     n += 1
                 tokens[seen[key]] += 1.0
-        replay_event(kind, keys[:n], tokens[:n], keys[:n], fetched[:n], scalars, table, resident, pool)
+        replay_event(policy, keys[:n], tokens[:n], keys[:n], fetched[:n], scalars, table, resident, pool)
         out[event, 0], out[event, 1], out[event, 2] = n, 0, swapped
         for i in range(n):
             out[event, 1] += fetched[i]

@@ -29,5 +29,5 @@ def emit_barrier(builder: ir.IRBuilder, register: ir.Value) -> ir.Value:
     """Return `register`, one of `emit_registers`, as a value of unknown origin."""
     if not _CLASS:
         return register
-    kind = ir.FunctionType(register.type, [register.type])
-    return builder.call(ir.InlineAsm(kind, "", f"={_CLASS},0", side_effect=False), [register])
+    function_type = ir.FunctionType(register.type, [register.type])
+    return builder.call(ir.InlineAsm(function_type, "", f"={_CLASS},0", side_effect=False), [register])

@@ -157,8 +157,8 @@ def store_dword(typing, array, byte_offset, value):
     """Store the low 32 bits of `value` at any byte of `array`."""
 
     def emit(context, builder, signature, args):
-        place = pointer(context, builder, signature.args[0], args[0], args[1], I32)
-        builder.store(args[2], place).align = 1
+        address = pointer(context, builder, signature.args[0], args[0], args[1], I32)
+        builder.store(args[2], address).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.uint32), emit

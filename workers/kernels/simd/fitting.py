@@ -27,8 +27,8 @@ def half_at(typing, array, byte_offset):
     """The float16 at a byte of `array`, as float32."""
 
     def emit(context, builder, signature, args):
-        place = pointer(context, builder, signature.args[0], args[0], args[1], F16)
-        value = builder.load(place)
+        address = pointer(context, builder, signature.args[0], args[0], args[1], F16)
+        value = builder.load(address)
         value.align = 1
         return builder.fpext(value, F32)
 
@@ -40,9 +40,9 @@ def store_half(typing, array, byte_offset, value):
     """Write a float32 as the nearest float16 at a byte of `array`."""
 
     def emit(context, builder, signature, args):
-        place = pointer(context, builder, signature.args[0], args[0], args[1], I16)
+        address = pointer(context, builder, signature.args[0], args[0], args[1], I16)
         bits = builder.bitcast(builder.fptrunc(args[2], F16), I16)
-        builder.store(bits, place).align = 1
+        builder.store(bits, address).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float32), emit

@@ -61,8 +61,8 @@ def _load(result, whole: ir.ArrayType, stored: ir.Type, widen=None, doc: str = "
             array, at, step = args
             value = ir.Constant(whole, ir.Undefined)
             for group in range(GROUPS):
-                place = pointer(context, builder, signature.args[0], array, at, stored)
-                vector = builder.load(place)
+                address = pointer(context, builder, signature.args[0], array, at, stored)
+                vector = builder.load(address)
                 vector.align = 1
                 value = builder.insert_value(value, widen(builder, vector) if widen else vector, group)
                 at = builder.add(at, step)
@@ -103,8 +103,8 @@ def spread_codes(typing, array, byte_offset, codes):
     def emit(context, builder, signature, args):
         for group in range(GROUPS):
             at = builder.add(args[1], ir.Constant(args[1].type, SPREAD * group))
-            place = pointer(context, builder, signature.args[0], args[0], at, llvm_type(I8, PACKET))
-            builder.store(builder.extract_value(args[2], group), place).align = 1
+            address = pointer(context, builder, signature.args[0], args[0], at, llvm_type(I8, PACKET))
+            builder.store(builder.extract_value(args[2], group), address).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.intp, codes_type), emit

@@ -31,8 +31,8 @@ from .vector import (
 def _load(result, stored: ir.Type, widen=None, doc: str = ""):
     def load(typing, array, byte_offset):
         def emit(context, builder, signature, args):
-            place = pointer(context, builder, signature.args[0], args[0], args[1], stored)
-            value = builder.load(place)
+            address = pointer(context, builder, signature.args[0], args[0], args[1], stored)
+            value = builder.load(address)
             value.align = 1
             return widen(builder, value) if widen else value
 
@@ -45,9 +45,9 @@ def _load(result, stored: ir.Type, widen=None, doc: str = ""):
 def _store(source, stored: ir.Type, narrow=None, doc: str = ""):
     def store(typing, array, byte_offset, vector):
         def emit(context, builder, signature, args):
-            place = pointer(context, builder, signature.args[0], args[0], args[1], stored)
+            address = pointer(context, builder, signature.args[0], args[0], args[1], stored)
             value = narrow(builder, args[2]) if narrow else args[2]
-            builder.store(value, place).align = 1
+            builder.store(value, address).align = 1
             return context.get_dummy_value()
 
         return types.void(array, types.intp, source), emit

@@ -37,8 +37,8 @@ class _Memory:
 
     def load(self, distance: int, stored: ir.Type):
         builder = self._builder
-        place = builder.gep(self._base, [ir.Constant(self._at.type, distance)])
-        value = builder.load(builder.bitcast(place, stored.as_pointer()))
+        address = builder.gep(self._base, [ir.Constant(self._at.type, distance)])
+        value = builder.load(builder.bitcast(address, stored.as_pointer()))
         value.align = 1
         return value
 
@@ -68,17 +68,17 @@ def _emit_codes(builder, form: int, memory: _Memory):
     """Return the eight quartets of a chunk as vectors of bytes below 64."""
     codes = emit_nibbles(builder, memory) if form in _NIBBLES else [None] * 8
     at = 256 if form in _NIBBLES else 0
-    place = 4 if form in _NIBBLES else 0
+    shift = 4 if form in _NIBBLES else 0
     if form in (Q2_K, Q3_K, Q6_K):
         planes = [memory.bytes(at), memory.bytes(at + 64)]
-        pairs = [_field(builder, planes[k // 4], k % 4 * 2 - place, 3 << place) for k in range(8)]
+        pairs = [_field(builder, planes[k // 4], k % 4 * 2 - shift, 3 << shift) for k in range(8)]
         codes = [
             pair if code is None else builder.or_(code, pair) for code, pair in zip(codes, pairs, strict=True)
         ]
-        at, place = at + 128, place + 2
+        at, shift = at + 128, shift + 2
     if form in (Q3_K, Q5_K):
         plane = memory.bytes(at)
-        codes = [builder.or_(codes[k], _field(builder, plane, k - place, 1 << place)) for k in range(8)]
+        codes = [builder.or_(codes[k], _field(builder, plane, k - shift, 1 << shift)) for k in range(8)]
     return codes
 
 
@@ -107,12 +107,12 @@ def add_chunk(typing, form, total, w, at, scales_at, q, x_at, sides, side_at):
     number = _constant_form(form)
 
     def emit(context, builder, signature, args):
-        kinds = signature.args
-        memory = _Memory(context, builder, kinds[2], args[2], args[3])
+        arg_types = signature.args
+        memory = _Memory(context, builder, arg_types[2], args[2], args[3])
         codes = _emit_codes(builder, number, memory)
-        x = _Memory(context, builder, kinds[5], args[5], args[6])
-        starts = _Memory(context, builder, kinds[7], args[7], args[8])
-        scales = _emit_scales(builder, number, _Memory(context, builder, kinds[2], args[2], args[4]))
+        x = _Memory(context, builder, arg_types[5], args[5], args[6])
+        starts = _Memory(context, builder, arg_types[7], args[7], args[8])
+        scales = _emit_scales(builder, number, _Memory(context, builder, arg_types[2], args[2], args[4]))
         halves = []
         for half in range(2):
             acc = starts.dword(4 * half) if number in _OFFSET else constant(I32, 0)
@@ -133,11 +133,11 @@ def spread_chunk(typing, form, w, at, scales_at, out, codes_to, scales_to):
     number = _constant_form(form)
 
     def emit(context, builder, signature, args):
-        kinds = signature.args
-        codes = _emit_codes(builder, number, _Memory(context, builder, kinds[1], args[1], args[2]))
-        scales = _emit_scales(builder, number, _Memory(context, builder, kinds[1], args[1], args[3]))
+        arg_types = signature.args
+        codes = _emit_codes(builder, number, _Memory(context, builder, arg_types[1], args[1], args[2]))
+        scales = _emit_scales(builder, number, _Memory(context, builder, arg_types[1], args[1], args[3]))
         for values, to in ((codes, args[5]), (scales, args[6])):
-            _store_all(context, builder, kinds[4], args[4], to, values)
+            _store_all(context, builder, arg_types[4], args[4], to, values)
         return context.get_dummy_value()
 
     return types.void(form, w, types.intp, types.intp, out, types.intp, types.intp), emit
@@ -145,8 +145,8 @@ def spread_chunk(typing, form, w, at, scales_at, out, codes_to, scales_to):
 
 def _store_all(context, builder, array_type, array, at, vectors) -> None:
     for k, vector in enumerate(vectors):
-        place = pointer(context, builder, array_type, array, _at(builder, at, 64 * k), vector.type)
-        builder.store(vector, place).align = 1
+        address = pointer(context, builder, array_type, array, _at(builder, at, 64 * k), vector.type)
+        builder.store(vector, address).align = 1
 
 
 def _emit_minima(builder, form: int, minima: _Memory):
@@ -163,9 +163,9 @@ def spread_minima(typing, form, w, at, out, to):
     number = _constant_form(form)
 
     def emit(context, builder, signature, args):
-        kinds = signature.args
-        minima = _Memory(context, builder, kinds[1], args[1], _at(builder, args[2], MINIMA_AT))
-        _store_all(context, builder, kinds[3], args[3], args[4], _emit_minima(builder, number, minima))
+        arg_types = signature.args
+        minima = _Memory(context, builder, arg_types[1], args[1], _at(builder, args[2], MINIMA_AT))
+        _store_all(context, builder, arg_types[3], args[3], args[4], _emit_minima(builder, number, minima))
         return context.get_dummy_value()
 
     return types.void(form, w, types.intp, out, types.intp), emit
@@ -188,13 +188,13 @@ def add_block(typing, form, acc, total, h, w, at, sides, side_at):
     number = _constant_form(form)
 
     def emit(context, builder, signature, args):
-        kinds = signature.args
-        scales = _Memory(context, builder, kinds[4], args[4], args[5])
+        arg_types = signature.args
+        scales = _Memory(context, builder, arg_types[4], args[4], args[5])
         acc = _emit_scaled(builder, args[1], args[2], scales, D_AT, args[3])
         if number in _OFFSET:
             return acc
-        side = _Memory(context, builder, kinds[6], args[6], args[7])
-        minima = _Memory(context, builder, kinds[4], args[4], _at(builder, args[5], MINIMA_AT))
+        side = _Memory(context, builder, arg_types[6], args[6], args[7])
+        minima = _Memory(context, builder, arg_types[4], args[4], _at(builder, args[5], MINIMA_AT))
         vectors = _emit_minima(builder, number, minima)
         sums = []
         for part in range(2):

@@ -86,12 +86,12 @@ def tile_dot_scales(typing, tile, array, scale_at, panel, byte_offset):
     """
 
     def emit(context, builder, signature, args):
-        value, array, at, panel, place = args
-        kind = signature.args[1]
-        low = _load(context, builder, kind, array, at)
-        scales = _pair(builder, low, _load(context, builder, kind, array, _at(builder, at, 4 * LANES)))
+        value, array, at, panel, panel_at = args
+        array_type = signature.args[1]
+        low = _load(context, builder, array_type, array, at)
+        scales = _pair(builder, low, _load(context, builder, array_type, array, _at(builder, at, 4 * LANES)))
         for token in range(tile.count):
-            x = _dword(context, builder, signature.args[3], panel, place, token)
+            x = _dword(context, builder, signature.args[3], panel, panel_at, token)
             new = builder.add(builder.extract_value(value, token), _multiply_pairs(builder, scales, x))
             value = builder.insert_value(value, new, token)
         return value
@@ -108,18 +108,18 @@ def tile_add_scaled(typing, array, byte_offset, tile, scale_at, step):
 
     def emit(context, builder, signature, args):
         array, offset, value, at, step = args
-        kind = signature.args[0]
+        array_type = signature.args[0]
         scales = []
         for _ in range(GROUPS):
-            scale = _load(context, builder, kind, array, at)
+            scale = _load(context, builder, array_type, array, at)
             scales.append(_pair(builder, scale, scale) if PAIRS else scale)
             at = builder.add(at, step)
         for row in range(tile.count):
             here = _at(builder, offset, 4 * LANES * row)
             operands = [builder.extract_value(value, row), scales[row % GROUPS]]
             scaled = _multiply_pairs(builder, *operands) if PAIRS else builder.mul(*operands)
-            new = builder.add(_load(context, builder, kind, array, here), scaled)
-            builder.store(new, pointer(context, builder, kind, array, here, new.type)).align = 1
+            new = builder.add(_load(context, builder, array_type, array, here), scaled)
+            builder.store(new, pointer(context, builder, array_type, array, here, new.type)).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.intp, tile, types.intp, types.intp), emit

@@ -43,8 +43,8 @@ def store_tile(count: int):
         def emit(context, builder, signature, args):
             for i in range(count):
                 at = builder.add(args[1], ir.Constant(args[1].type, 64 * i))
-                place = pointer(context, builder, signature.args[0], args[0], at, llvm_type(I32))
-                builder.store(builder.extract_value(args[2], i), place).align = 1
+                address = pointer(context, builder, signature.args[0], args[0], at, llvm_type(I32))
+                builder.store(builder.extract_value(args[2], i), address).align = 1
             return context.get_dummy_value()
 
         return types.void(array, types.intp, Tile(count)), emit
@@ -62,11 +62,13 @@ def _spread(builder, like: Tile, vectors):
 
 def zero_tile(tokens: int):
     """Return the intrinsic () that makes a tile of zeros for `tokens` tokens."""
-    kind = Tile(tokens * GROUPS)
+    tile_type = Tile(tokens * GROUPS)
 
     def make(typing):
-        zeros = ir.Constant(ir.ArrayType(llvm_type(I32), kind.count), [constant(I32, 0)] * kind.count)
-        return kind(), lambda context, builder, signature, args: zeros
+        zeros = ir.Constant(
+            ir.ArrayType(llvm_type(I32), tile_type.count), [constant(I32, 0)] * tile_type.count
+        )
+        return tile_type(), lambda context, builder, signature, args: zeros
 
     return intrinsic(make)
 
@@ -86,9 +88,10 @@ def start_tile(typing, like, array, byte_offset):
     """A tile as large as `like` with the dword of token i, at byte_offset + 4 i, in its lanes."""
 
     def emit(context, builder, signature, args):
-        kind = signature.args[1]
+        array_type = signature.args[1]
         dwords = [
-            load_scalar(context, builder, kind, args[1], args[2], i, I32) for i in range(like.count // GROUPS)
+            load_scalar(context, builder, array_type, args[1], args[2], i, I32)
+            for i in range(like.count // GROUPS)
         ]
         return _spread(builder, like, dwords)
 
@@ -215,11 +218,11 @@ def tile_finish(typing, tile, scales, x_scales, scale_at, sums, sum_at):
             scale = builder.fmul(builder.extract_value(scales, group), x_scale)
             exact = builder.sitofp(builder.extract_value(value, row), llvm_type(F32))
             here = builder.add(at, ir.Constant(at.type, 4 * LANES * row))
-            place = pointer(context, builder, signature.args[4], array, here, llvm_type(F32))
-            old = builder.load(place)
+            address = pointer(context, builder, signature.args[4], array, here, llvm_type(F32))
+            old = builder.load(address)
             old.align = 1
             new = call(builder, "llvm.fma.v16f32", llvm_type(F32), [exact, scale, old])
-            builder.store(new, place).align = 1
+            builder.store(new, address).align = 1
         return context.get_dummy_value()
 
     return types.void(tile, scales_type, x_scales, types.intp, sums, types.intp), emit
@@ -272,8 +275,8 @@ def _copy_panel(dwords: int):
                 vectors.append(vector)
             for i, vector in enumerate(_interleave(builder, vectors)):
                 here = builder.add(at, ir.Constant(at.type, 4 * dwords * i))
-                place = pointer(context, builder, signature.args[6], panel, here, columns)
-                builder.store(vector, place).align = 1
+                address = pointer(context, builder, signature.args[6], panel, here, columns)
+                builder.store(vector, address).align = 1
             return context.get_dummy_value()
 
         number = types.intp
@@ -308,8 +311,8 @@ def copy_column(typing, like, table, width, rows, first, column, factor, array, 
             value = builder.load(pointer(context, builder, signature.args[1], table, source, stored))
             times = builder.fmul if stored is F32 else builder.mul
             here = builder.add(at, ir.Constant(at.type, 4 * token))
-            place = pointer(context, builder, signature.args[7], array, here, stored)
-            builder.store(times(value, factor), place).align = 1
+            address = pointer(context, builder, signature.args[7], array, here, stored)
+            builder.store(times(value, factor), address).align = 1
         return context.get_dummy_value()
 
     number = types.intp

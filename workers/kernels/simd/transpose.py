@@ -43,8 +43,8 @@ def _in_quads(pattern):
     return [4 * quad + lane for quad in range(LANES // 4) for lane in pattern]
 
 
-def _load(builder, place, kind):
-    value = builder.load(place)
+def _load(builder, address, value_type):
+    value = builder.load(address)
     value.align = 1
     return value
 
@@ -75,13 +75,15 @@ def load_rows(typing, array, at, step, last):
 
 @intrinsic
 def load_quads(typing, array, at, step, last):
-    """Return 16 bytes from each place `at` + min(i, last) * `step`, i = 0..3, one after the other."""
+    """Return 16 bytes from each offset `at` + min(i, last) * `step`, i = 0..3, one after the other."""
 
     def emit(context, builder, signature, args):
         four = llvm_type(I32, 4)
         offsets = [_row_offset(builder, args[1], args[2], args[3], i) for i in range(4)]
-        places = [pointer(context, builder, signature.args[0], args[0], offset, four) for offset in offsets]
-        return join(builder, [_load(builder, place, four) for place in places])
+        addresses = [
+            pointer(context, builder, signature.args[0], args[0], offset, four) for offset in offsets
+        ]
+        return join(builder, [_load(builder, address, four) for address in addresses])
 
     return v16i32(array, types.intp, types.intp, types.intp), emit
 
@@ -92,8 +94,8 @@ def _gather(element: ir.Type):
             value = ir.Constant(llvm_type(I32), ir.Undefined)
             for i in range(LANES):
                 offset = _row_offset(builder, args[1], args[2], args[3], i)
-                place = pointer(context, builder, signature.args[0], args[0], offset, element)
-                scalar = _load(builder, place, element)
+                address = pointer(context, builder, signature.args[0], args[0], offset, element)
+                scalar = _load(builder, address, element)
                 if element is not I32:
                     scalar = builder.zext(scalar, I32)
                 value = builder.insert_element(value, scalar, I32(i))
@@ -137,8 +139,8 @@ def store_rows(count: int, fill: int):
             array, at, step, tile, keep = args
             for i, vector in enumerate(_vectors(builder, tile, count)):
                 offset = builder.add(at, builder.mul(step, ir.Constant(step.type, i)))
-                place = pointer(context, builder, signature.args[0], array, offset, llvm_type(I32))
-                builder.store(_blend(builder, keep, vector, fill), place).align = 1
+                address = pointer(context, builder, signature.args[0], array, offset, llvm_type(I32))
+                builder.store(_blend(builder, keep, vector, fill), address).align = 1
             return context.get_dummy_value()
 
         return types.void(array, types.intp, types.intp, Tile(count), v16i32), emit
@@ -151,8 +153,8 @@ def store_lanes(fill: int):
 
     def store(typing, array, at, vector, keep):
         def emit(context, builder, signature, args):
-            place = pointer(context, builder, signature.args[0], args[0], args[1], llvm_type(I32))
-            builder.store(_blend(builder, args[3], args[2], fill), place).align = 1
+            address = pointer(context, builder, signature.args[0], args[0], args[1], llvm_type(I32))
+            builder.store(_blend(builder, args[3], args[2], fill), address).align = 1
             return context.get_dummy_value()
 
         return types.void(array, types.intp, v16i32, v16i32), emit
@@ -166,8 +168,8 @@ def store_u16(typing, array, at, vector, keep):
 
     def emit(context, builder, signature, args):
         narrow = builder.trunc(builder.and_(args[2], args[3]), llvm_type(I16))
-        place = pointer(context, builder, signature.args[0], args[0], args[1], llvm_type(I16))
-        builder.store(narrow, place).align = 1
+        address = pointer(context, builder, signature.args[0], args[0], args[1], llvm_type(I16))
+        builder.store(narrow, address).align = 1
         return context.get_dummy_value()
 
     return types.void(array, types.intp, v16i32, v16i32), emit

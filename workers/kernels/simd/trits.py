@@ -6,7 +6,7 @@ A byte u stands for the fraction u / 256, whose first five base-3 digits are the
 * telescoped: sum digit(n) a(n) = (3 sum u(n) a(n) - sum u(n + 1) a(n)) / 256, two dot products of whole
   bytes for each digit and nothing to extract. Over 256 columns either sum is at most 255 * 128 * 256 =
   2^23, so that nothing wraps in 32 bits.
-* digit by digit where a dot product of whole bytes is not exact (AVX2) or dear (generic): two comparisons.
+* digit by digit where a dot product of whole bytes is not exact (AVX2) or slow (generic): two comparisons.
 
 With s = u - 128 as a signed byte the same holds for the digit less one: 3 s - s' = 256 * (digit - 1), with
 the same thresholds. FLIP is what stored bytes are xored with to be of the form that the target reads.
@@ -100,8 +100,8 @@ def _whole_small(builder, acc):
 def _activations(context, builder, q_type, q, at, digits: int):
     """Return `digits` vectors with a dword of activations in all lanes each."""
     if TARGET != "neon":
-        places = [_ahead(builder, at, 4 * n) for n in range(digits)]
-        return [splat(builder, _load(context, builder, q_type, q, place, I32)) for place in places]
+        offsets = [_ahead(builder, at, 4 * n) for n in range(digits)]
+        return [splat(builder, _load(context, builder, q_type, q, offset, I32)) for offset in offsets]
     # Four dwords in a register, of which sdot takes any: to repeat one costs the pipes that compute.
     found = []
     for n in range(digits):
@@ -132,11 +132,11 @@ def add_packet(digits: int):
     def add(typing, sums, w, at, pair, q, x_at):
         def emit(context, builder, signature, args):
             sums, w, at, pair, q, x_at = args
-            kinds = signature.args
+            arg_types = signature.args
             parts = [builder.extract_value(sums, i) for i in range(_SUMS.count)]
-            places = (at, builder.add(at, pair))[:GROUPS]
-            bytes_of = [_load(context, builder, kinds[1], w, place, _BYTES) for place in places]
-            xs = _activations(context, builder, kinds[4], q, x_at, digits)
+            offsets = (at, builder.add(at, pair))[:GROUPS]
+            bytes_of = [_load(context, builder, arg_types[1], w, offset, _BYTES) for offset in offsets]
+            xs = _activations(context, builder, arg_types[4], q, x_at, digits)
             for n, x in enumerate(xs):
                 for group in range(GROUPS):
                     first = group * _PER_GROUP
@@ -187,14 +187,14 @@ def spread_packet(digits: int):
 
     def spread(typing, w, at, out, out_at):
         def emit(context, builder, signature, args):
-            kinds = signature.args
-            s = _load(context, builder, kinds[0], args[0], args[1], _BYTES)
+            arg_types = signature.args
+            s = _load(context, builder, arg_types[0], args[0], args[1], _BYTES)
             if not FLIP:
                 s = builder.xor(s, constant(I8, -128, 4 * LANES))
             for n in range(digits):
                 at_n = _ahead(builder, args[3], 64 * n)
-                place = pointer(context, builder, kinds[2], args[2], at_n, _BYTES)
-                builder.store(_digit(builder, s), place).align = 1
+                address = pointer(context, builder, arg_types[2], args[2], at_n, _BYTES)
+                builder.store(_digit(builder, s), address).align = 1
                 s = _tripled(builder, s)
             return context.get_dummy_value()
 
@@ -274,10 +274,10 @@ def encode_block(typing, source, at, out, out_at):
     """Turn a block of two-bit codes (16 rows, 256 columns, as `ternary` lays them out) into 13 packets."""
 
     def emit(context, builder, signature, args):
-        kinds = signature.args
+        arg_types = signature.args
         fields = []
         for kb in range(16):
-            packed = _load(context, builder, kinds[0], args[0], _ahead(builder, args[1], 64 * kb), _BYTES)
+            packed = _load(context, builder, arg_types[0], args[0], _ahead(builder, args[1], 64 * kb), _BYTES)
             words = builder.bitcast(packed, llvm_type(I16, 2 * LANES))
             for bits in (0, 2, 4, 6):
                 down = builder.bitcast(builder.lshr(words, constant(I16, bits, 2 * LANES)), _BYTES)
@@ -287,10 +287,10 @@ def encode_block(typing, source, at, out, out_at):
             v = constant(I8, 0, 4 * LANES)
             for digit in fields[DIGITS * packet : DIGITS * packet + DIGITS]:
                 v = _appended(builder, v, digit)
-            place = pointer(
-                context, builder, kinds[2], args[2], _ahead(builder, args[3], 64 * packet), _BYTES
+            address = pointer(
+                context, builder, arg_types[2], args[2], _ahead(builder, args[3], 64 * packet), _BYTES
             )
-            builder.store(_encoded(builder, v), place).align = 1
+            builder.store(_encoded(builder, v), address).align = 1
         return context.get_dummy_value()
 
     return types.void(source, types.intp, out, types.intp), emit

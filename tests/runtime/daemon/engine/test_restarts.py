@@ -44,7 +44,7 @@ class World:
             assert not self.errors, "an order after it was given up"
             match order:
                 case BeginGeneration(generation=generation):
-                    assert not self.living, "a generation begins beside processes of the last one"
+                    assert not self.living, "a generation begins while processes of the last one live"
                     self.generations.append(generation)
                 case StartMember():
                     assert order.generation == self.generations[-1]

@@ -1,4 +1,4 @@
-"""The reference's precision classes: its pinned table and golden vectors."""
+"""The precision classes of ruvllm's MoE modules (ADR-092): its pinned table and golden vectors."""
 
 from __future__ import annotations
 

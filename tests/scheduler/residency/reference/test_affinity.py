@@ -1,4 +1,4 @@
-"""Expert affinity: the reference's pinned rows and golden vectors, the moving average, INV-2."""
+"""Expert affinity: ruvllm's pinned rows and golden vectors (ADR-092), the moving average, INV-2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The expert cache: the reference's sequences and pinned numbers, and where the default differs."""
+"""The expert cache: ruvllm's sequences and pinned numbers (ADR-092), and where the default differs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.policies import DEFAULT_POLICY, POLICY_IDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.shm.errors import ConfigError
 
@@ -62,10 +62,10 @@ def test_reference_sequences(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("policy", "accesses", "hot", "evictions"),
     [
-        ("lru", [0, 1, 2, 0, 3], {0, 2, 3}, 1),  # C1
-        ("lfu", [0, 0, 0, 1, 2, 2, 3], {0, 2, 3}, 1),  # C2
-        ("adaptive", [*[0] * 9, *[1] * 3, 2, 3], {0, 1, 3}, 1),  # C3
-        ("lru", [0, 1, 2, 3], {1, 2, 3}, 1),  # C11
+        ("lru", [0, 1, 2, 0, 3], {0, 2, 3}, 1),
+        ("lfu", [0, 0, 0, 1, 2, 2, 3], {0, 2, 3}, 1),
+        ("adaptive", [*[0] * 9, *[1] * 3, 2, 3], {0, 1, 3}, 1),
+        ("lru", [0, 1, 2, 3], {1, 2, 3}, 1),
     ],
 )
 def test_pinned_sequences(policy: str, accesses: list[int], hot: set[int], evictions: int) -> None:
@@ -76,7 +76,7 @@ def test_pinned_sequences(policy: str, accesses: list[int], hot: set[int], evict
     assert cache.stats.evictions == evictions
 
 
-def test_never_more_than_its_capacity() -> None:  # C4
+def test_never_more_than_its_capacity() -> None:
     cache = ExpertCache(8, 4, compat=True, policy="lru")
     for key in range(8):
         cache.access(key)
@@ -85,7 +85,7 @@ def test_never_more_than_its_capacity() -> None:  # C4
 
 
 @pytest.mark.parametrize("compat", [True, False])
-def test_hits_and_their_rate(compat: bool) -> None:  # C5, C6, C14, C15
+def test_hits_and_their_rate(compat: bool) -> None:
     cache = ExpertCache(8, 3, "lru", compat=compat)
     assert cache.stats.hit_rate == 0.0
     assert [cache.access(3) for _ in range(2)] == [False, True]
@@ -105,7 +105,7 @@ def test_hits_and_their_rate(compat: bool) -> None:  # C5, C6, C14, C15
 
 
 @pytest.mark.parametrize("compat", [True, False])
-def test_prefetches(compat: bool) -> None:  # C7, C10
+def test_prefetches(compat: bool) -> None:
     cache = ExpertCache(8, 4, "lru", prefetch_threshold=0.15, compat=compat)
     assert [cache.should_prefetch(0, w) for w in (0.2, 0.16, 0.15, 0.1, 0.0)] == [True, True, *[False] * 3]
     cache.prefetch_admit(5)
@@ -117,7 +117,7 @@ def test_prefetches(compat: bool) -> None:  # C7, C10
     assert found == [0, 1, 1]
 
 
-def test_affinity_joins_the_choice() -> None:  # C16, C17, C18
+def test_affinity_joins_the_choice() -> None:
     def filled(policy: str, accesses: list[int]) -> ExpertCache:
         cache = ExpertCache(8, 3, policy, compat=True)
         for key in accesses:
@@ -132,7 +132,7 @@ def test_affinity_joins_the_choice() -> None:  # C16, C17, C18
     assert lfu.suggest_eviction_with_affinity(only_first, 0.0) == lfu.suggest_eviction() == 0
 
 
-def test_prefetch_by_affinity() -> None:  # C19, C20
+def test_prefetch_by_affinity() -> None:
     cache = ExpertCache(8, 6, "lru", compat=True)
     assert cache.prefetch_by_affinity(Scores([0, 0, 0, 1.0, 0, 1.0, 0, 1.0]), 2) == [3, 5]
     cache = ExpertCache(8, 4, "lru", compat=True)
@@ -192,7 +192,7 @@ def test_default_corrects_limits() -> None:
         ExpertCache(8, 2, "lrfu", compat=True)
 
 
-@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize("policy", POLICY_IDS)
 @pytest.mark.parametrize("bypass", [False, True])
 def test_a_batch_is_the_same_as_one_by_one(policy: str, bypass: bool) -> None:
     rng = random.Random(3)

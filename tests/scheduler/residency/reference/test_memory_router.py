@@ -1,4 +1,4 @@
-"""The memory-aware router: the reference's pinned rows and golden vectors, and what is corrected."""
+"""The memory-aware router: ruvllm's pinned rows and golden vectors (ADR-092), and what is corrected."""
 
 from __future__ import annotations
 

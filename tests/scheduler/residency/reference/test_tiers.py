@@ -1,4 +1,4 @@
-"""Memory tiers: presets, the reference's pinned table and golden vectors, and real swaps in bytes."""
+"""Memory tiers: presets, ruvllm's pinned table and golden vectors (ADR-092), and real swaps in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The golden vectors of the reference, by kind; numbers are float32 except in 'precision' and ids."""
+"""The golden vectors of ruvllm's MoE modules (ADR-092), by subject.
+
+Numbers are float32 except in 'precision' and ids.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 FILE = Path(__file__).parents[3] / "data" / "moe-reference.jsonl"
 
 
-def cases(kind: str) -> list[dict[str, Any]]:
-    return [case for case in map(json.loads, FILE.read_text().splitlines()) if case["kind"] == kind]
+def cases(subject: str) -> list[dict[str, Any]]:
+    return [case for case in map(json.loads, FILE.read_text().splitlines()) if case["kind"] == subject]
 
 
 def number_of(case: dict[str, Any]) -> str:

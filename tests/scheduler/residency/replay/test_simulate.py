@@ -1,4 +1,4 @@
-"""Replays: a naive twin, the published trace, the reference's table, bytes, and cache-prior routing."""
+"""Replays: a naive twin, the published trace, ruvllm's table, bytes, and cache-prior routing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sterna.scheduler.residency.policies import DEFAULT_POLICY, KINDS
+from sterna.scheduler.residency.policies import DEFAULT_POLICY, POLICY_IDS
 from sterna.scheduler.residency.reference.expert_cache import ExpertCache
 from sterna.scheduler.residency.replay import simulate as s
 from sterna.scheduler.residency.replay.simulate import (
@@ -65,7 +65,7 @@ def random_trace(seed: int, events: int, layers: int = 4, experts: int = 24, tok
 
 
 def naive_lru(trace: Trace, memory_bytes: int) -> list[int]:
-    """Return what an event-atomic global LRU of so many bytes fetches in each event."""
+    """Return what an event-atomic global LRU of `memory_bytes` fetches in each event."""
     last: dict[int, int] = {}
     resident: set[int] = set()
     fetched = []
@@ -101,7 +101,7 @@ def test_replay_is_that_of_a_naive_lru() -> None:
         )
 
 
-@pytest.mark.parametrize("policy", [*KINDS, "belady", "belady-bypass"])
+@pytest.mark.parametrize("policy", [*POLICY_IDS, "belady", "belady-bypass"])
 @pytest.mark.parametrize("floor", [0, 3])
 def test_what_is_resident_is_what_was_counted(policy: str, floor: int) -> None:
     """INV-3 from outside: after every ten of 10^5 random events the residents' bytes are summed."""
@@ -109,9 +109,9 @@ def test_what_is_resident_is_what_was_counted(policy: str, floor: int) -> None:
     pool, arrays = s._memory(trace, ReplaySetting(policy=policy, memory_bytes=30_000, floor=floor))
     starts, keys, tokens = trace.uses()
     following, fetched = s.next_uses(starts, keys), np.zeros(len(keys), dtype=np.uint8)
-    kind = KINDS.get(policy, eviction.BELADY)
+    policy_id = POLICY_IDS.get(policy, eviction.BELADY)
     for first in range(0, trace.num_events, 10):
-        replay(kind, starts[first : first + 11], keys, tokens, following, fetched, *arrays, pool)
+        replay(policy_id, starts[first : first + 11], keys, tokens, following, fetched, *arrays, pool)
         held = arrays.resident.reshape(trace.num_layers, -1).sum(axis=1, dtype=np.int64)
         assert int(held @ trace.expert_bytes) == pool.used[0] <= 30_000
         assert (held == pool.layer_counts).all()
@@ -175,7 +175,7 @@ def test_default_policy_beats_lru(
             print(f"\n{share:.1%} {'per layer' if per_layer else 'pool'}: {rates}")
 
 
-# name: LRU, LFU, Adaptive, best LRFU, bypass, Belady forced, Belady with bypass (reference 2.5)
+# name: LRU, LFU, Adaptive, best LRFU, bypass, Belady forced, Belady with bypass
 TABLE = {
     "realistic": (95.25, 96.80, 96.80, 96.80, 95.4, 97.10, 97.20),
     "skewed": (43.30, 69.75, 56.55, 69.80, 78.05, 69.90, 78.15),
@@ -294,7 +294,7 @@ def test_next_uses() -> None:
 def test_sample_and_unknown_settings() -> None:
     trace = read_trace(SAMPLE)
     reports = compare(
-        trace, [ReplaySetting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*KINDS, "belady")]
+        trace, [ReplaySetting(policy=p, memory_bytes=trace.total_bytes // 4) for p in (*POLICY_IDS, "belady")]
     )
     assert all(0.5 < report.hit_rate < 0.63 for report in reports)
     assert all(report.recoverable is not None and report.recoverable >= 0 for report in reports)

@@ -129,7 +129,7 @@ ROW = "0,1,5,0,0,3,0.5,0,100\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "problem"),
+    ("text", "where", "problem"),
     [
         ("", ":1:1:", "expected a header line"),
         ("# x\n" + HEADER, ":2:1:", "without a row"),
@@ -151,12 +151,12 @@ ROW = "0,1,5,0,0,3,0.5,0,100\n"
         (HEADER + ROW.replace("100", "1e300"), ":2:9:", "expert_bytes is 1e+300"),
     ],
 )
-def test_broken_files_are_named(tmp_path: Path, text: str, place: str, problem: str) -> None:
+def test_broken_files_are_named(tmp_path: Path, text: str, where: str, problem: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ModelFileError) as caught:
         read_trace(path)
-    assert place in str(caught.value)
+    assert where in str(caught.value)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
 

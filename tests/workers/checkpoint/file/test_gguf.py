@@ -196,7 +196,7 @@ def test_typed_access(tmp_path: Path) -> None:
         assert file.get("n", int, 3) == 7
         assert file.get("none", int, 3) == 3
         assert file.get("none", str, None) is None
-        for name, kind, message in (
+        for name, value_type, message in (
             ("none", int, "key 'none': expected an integer, found no such key"),
             ("b", int, "key 'b': expected an integer, found a bool True"),
             ("n", bool, "key 'n': expected a bool, found an integer 7"),
@@ -205,7 +205,7 @@ def test_typed_access(tmp_path: Path) -> None:
             ("n", GgufArray, "key 'n': expected an array, found an integer 7"),
         ):
             with pytest.raises(ModelFileError) as caught:
-                file.require(name, kind)
+                file.require(name, value_type)
             assert str(caught.value).startswith(file.path)
             assert str(caught.value).endswith(message)
         with pytest.raises(ModelFileError, match=f"byte {KEY_AT + 8 + 1 + 4}: key 'n'"):

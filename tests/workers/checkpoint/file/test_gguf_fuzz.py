@@ -20,7 +20,7 @@ POWERS = (31, 32, 40, 62, 63)
 
 
 def original(folder: Path) -> tuple[bytes, int]:
-    """Return a file with every kind of value and several tensor types, and where its data starts."""
+    """Return a file with every type of value and several tensor types, and where its data starts."""
     path = folder / "original.gguf"
     writer = gguf.GGUFWriter(path, "deepseek2")
     writer.add_uint32("deepseek2.block_count", 6)
@@ -34,9 +34,9 @@ def original(folder: Path) -> tuple[bytes, int]:
     writer.add_array("flags", [True, False, True])
     writer.add_array("nested", [[1, 2], [3, 4, 5]])
     rng = np.random.default_rng(1)
-    for index, kind in enumerate(("F32", "F16", "Q8_0", "TQ1_0", "TQ2_0", "BF16")):
+    for index, type_name in enumerate(("F32", "F16", "Q8_0", "TQ1_0", "TQ2_0", "BF16")):
         values = rng.standard_normal((2, 3, 256)[index % 3 :]).astype(np.float32)
-        number = GGMLQuantizationType[kind]
+        number = GGMLQuantizationType[type_name]
         writer.add_tensor(f"blk.{index}.weight", gguf.quants.quantize(values, number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[bytes, tuple[str, ...]]] = {
         ("key 'a'", "at most 65536 nested arrays", "65537"),
     ),
     "alignment type": (build((key(ALIGN_KEY, U64, FOUR + FOUR),)), (ALIGN_KEY, "power of two", "found 0")),
-    "alignment kind": (build((key(ALIGN_KEY, STR, text("32")),)), (ALIGN_KEY, "an integer", "a string '32'")),
+    "alignment text": (build((key(ALIGN_KEY, STR, text("32")),)), (ALIGN_KEY, "an integer", "a string '32'")),
     "alignment 48": (
         build((key(ALIGN_KEY, U32, struct.pack("<I", 48)),)),
         (f"byte {KEY_AT + 29}:", ALIGN_KEY, "power of two from 8 to 1048576", "found 48"),

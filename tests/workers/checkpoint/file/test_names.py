@@ -40,8 +40,8 @@ def write(tmp_path: Path) -> Iterator[Write]:
         path = tmp_path / f"{len(files)}.gguf"
         writer = gguf.GGUFWriter(path, "deepseek2")
         for name, values in tensors.items():
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            tensor_type = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, tensor_type), raw_dtype=tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -170,8 +170,10 @@ def test_expert_slab_is_the_experts_matrix(write: Write, layout: str) -> None:
             assert slab.type.name == "Q8_0"
             assert info.offset <= slab.offset <= slab.offset + slab.nbytes <= info.offset + info.nbytes
             raw = np.fromfile(file.path, np.uint8, slab.nbytes, offset=slab.offset)
-            kind = GGMLQuantizationType.Q8_0
-            through_disk = gguf.quants.dequantize(gguf.quants.quantize(expected[expert], kind), kind)
+            tensor_type = GGMLQuantizationType.Q8_0
+            through_disk = gguf.quants.dequantize(
+                gguf.quants.quantize(expected[expert], tensor_type), tensor_type
+            )
             assert np.array_equal(dequantize(slab.type, raw, (ROWS, COLS)), through_disk)
 
 

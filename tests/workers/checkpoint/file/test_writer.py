@@ -1,4 +1,4 @@
-"""Files laid out by us, read by the reference package and by our own reader."""
+"""Files laid out by us, read by the gguf package and by our own reader."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_a_copy_of_a_real_header_is_the_same_file(tmp_path: Path, alignment: int
 
 
 def test_an_id_that_was_given_twice_is_written_as_its_files_have_it(tmp_path: Path) -> None:
-    kind = TYPES_BY_NAME["BITNET_T158"]
+    file_type = TYPES_BY_NAME["BITNET_T158"]
     layout = lay_out(
-        [], [("a", (4, 256), kind), ("b", (4,), F32), ("c", (8, 256), kind), ("d", (4,), F32)], 32
+        [], [("a", (4, 256), file_type), ("b", (4,), F32), ("c", (8, 256), file_type), ("d", (4,), F32)], 32
     )
     write(tmp_path / "x.gguf", layout)
     with GgufFile.open(tmp_path / "x.gguf") as file:

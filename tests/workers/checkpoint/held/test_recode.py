@@ -1,4 +1,4 @@
-"""Rows from one file type to another: the reference package's bytes, no needless loss, bad values."""
+"""Rows from one file type to another: the gguf package's bytes, no needless loss, bad values."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def recoded(
     raw: Bytes, source: str, target: str, shape: tuple[int, int], **options: object
 ) -> tuple[Bytes, Loss]:
     out = np.empty(TYPES_BY_NAME[target].nbytes(shape), np.uint8)
-    kinds = TYPES_BY_NAME[source], TYPES_BY_NAME[target]
-    loss = Recoder().recode(raw, *kinds, shape[1], out, **options)  # type: ignore[arg-type]
+    types = TYPES_BY_NAME[source], TYPES_BY_NAME[target]
+    loss = Recoder().recode(raw, *types, shape[1], out, **options)  # type: ignore[arg-type]
     return frozen(out), loss
 
 

@@ -42,10 +42,10 @@ def read_only(array: npt.NDArray[np.generic]) -> U8:
     return _joined([array.tobytes()])
 
 
-def _packed(count: int, places: Iterator[tuple[int, int, int]]) -> bytes:
+def _packed(count: int, fields: Iterator[tuple[int, int, int]]) -> bytes:
     """Return `count` bytes with (byte, bit, code) or-ed in."""
     out = bytearray(count)
-    for byte, bit, code in places:
+    for byte, bit, code in fields:
         out[byte] |= code << bit
     return bytes(out)
 
@@ -53,8 +53,8 @@ def _packed(count: int, places: Iterator[tuple[int, int, int]]) -> bytes:
 def tq2_0(codes: U8, scales: F16) -> U8:
     parts = []
     for row, b, w in _blocks(codes, 256):
-        places = ((h + m, 2 * i, w[4 * h + 32 * i + m]) for h in (0, 32) for m in range(32) for i in range(4))
-        parts.append(_packed(64, places) + scales[row, b].tobytes())
+        fields = ((h + m, 2 * i, w[4 * h + 32 * i + m]) for h in (0, 32) for m in range(32) for i in range(4))
+        parts.append(_packed(64, fields) + scales[row, b].tobytes())
     return _joined(parts)
 
 
@@ -115,14 +115,14 @@ def iq2_bn_r4(codes: U8, scales: F32) -> U8:
         parts.append(scales[first : first + 4].tobytes())
         for b in range(codes.shape[1] // 64):
             w = codes[first : first + 4, 64 * b : 64 * b + 64].tolist()
-            places = (
+            fields = (
                 (16 * q + 4 * k + i, 2 * s, w[k][16 * q + 4 * s + i])
                 for q in range(4)
                 for k in range(4)
                 for i in range(4)
                 for s in range(4)
             )
-            parts.append(_packed(64, places))
+            parts.append(_packed(64, fields))
     return _joined(parts)
 
 

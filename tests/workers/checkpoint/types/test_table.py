@@ -48,7 +48,7 @@ def test_newer_type_than_the_oracle() -> None:
 
 
 def test_the_oracle_reads_nothing_that_we_do_not() -> None:
-    readable = {kind.name for kind in gguf.quants._type_traits} | {"F32", "F16"}
+    readable = {ggml_type.name for ggml_type in gguf.quants._type_traits} | {"F32", "F16"}
     assert readable == set(DECODED)
 
 
@@ -57,11 +57,11 @@ def test_the_oracle_reads_nothing_that_we_do_not() -> None:
 def test_written_by_the_oracle_read_by_us(name: str, shape: tuple[int, ...], tmp_path: object) -> None:
     values = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
     values.reshape(-1)[:40] = 0
-    kind = GGMLQuantizationType[name]
-    raw = gguf.quants.quantize(values, kind)
+    ggml_type = GGMLQuantizationType[name]
+    raw = gguf.quants.quantize(values, ggml_type)
     path = f"{tmp_path}/m.gguf"
     writer = gguf.GGUFWriter(path, "test")
-    writer.add_tensor("t", raw, raw_dtype=kind)
+    writer.add_tensor("t", raw, raw_dtype=ggml_type)
     writer.add_tensor("after", np.ones(3, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -73,18 +73,18 @@ def test_written_by_the_oracle_read_by_us(name: str, shape: tuple[int, ...], tmp
         ours = dequantize(info.type, file.data(info), info.shape)
         after = dequantize(TYPES_BY_NAME["F32"], file.data(file.tensors["after"]), (3,))
     assert ours.shape == shape
-    assert same_bits(ours, gguf.quants.dequantize(raw, kind).reshape(shape))
+    assert same_bits(ours, gguf.quants.dequantize(raw, ggml_type).reshape(shape))
     assert after.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", DECODED)
 def test_any_bytes_decode_as_the_oracle_does(name: str) -> None:
     """All bit patterns, among them code 3, infinite scales and the like; only NaNs may differ."""
-    kind, tensor_type = GGMLQuantizationType[name], TYPES_BY_NAME[name]
+    ggml_type, tensor_type = GGMLQuantizationType[name], TYPES_BY_NAME[name]
     raw = np.random.default_rng(11).integers(0, 256, (64, tensor_type.row_bytes(1024)), np.uint8)
     ours = dequantize(tensor_type, raw.reshape(-1), (64, 1024))
     with np.errstate(all="ignore"):
-        theirs = gguf.quants.dequantize(raw, kind)
+        theirs = gguf.quants.dequantize(raw, ggml_type)
     numbers = ~np.isnan(theirs)
     assert np.array_equal(np.isnan(ours), ~numbers)
     assert same_bits(ours[numbers], theirs[numbers])

@@ -13,7 +13,7 @@ from ..packed import F32, Tokens, same_bits
 BLOCKS = (Q8_BLOCK, TERNARY_BLOCK)
 
 
-def rows_of_many_kinds(width: int) -> F32:
+def rows_of_all_sorts(width: int) -> F32:
     """Return normal rows, huge and tiny ones, spikes, ties at .5, zeros and constants."""
     rng = np.random.default_rng(width)
     x = rng.standard_normal((12, width)).astype(np.float32)
@@ -33,7 +33,7 @@ def rows_of_many_kinds(width: int) -> F32:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("width", [256, 768, 2048])
 def test_scales_codes_and_sums_are_those_documented(block: int, width: int) -> None:
-    x = rows_of_many_kinds(width)
+    x = rows_of_all_sorts(width)
     with np.errstate(over="ignore"):  # 1e30 / 127 is no float16: the scale is infinite, and says so
         q, scales, sums = oracles.quantize_rows(x, block)
     found = Tokens.quantized(x, block)
@@ -63,14 +63,14 @@ def test_a_value_comes_back_within_half_a_step(block: int, bound: float) -> None
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 15, 16, 255])
-def test_what_is_not_finite_makes_its_scale_nan_and_no_other(block: int, bad: float, place: int) -> None:
+@pytest.mark.parametrize("column", [0, 15, 16, 255])
+def test_what_is_not_finite_makes_its_scale_nan_and_no_other(block: int, bad: float, column: int) -> None:
     x = np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
     clean = Tokens.quantized(x, block)
-    x[1, place] = bad
+    x[1, column] = bad
     scales = Tokens.quantized(x, block).scales
-    assert np.isnan(scales[1, place // block])
-    clean.scales[1, place // block] = scales[1, place // block]
+    assert np.isnan(scales[1, column // block])
+    clean.scales[1, column // block] = scales[1, column // block]
     assert same_bits(scales, clean.scales)
 
 

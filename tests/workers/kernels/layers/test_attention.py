@@ -55,12 +55,12 @@ class Cache:
         """Run the kernel for rows of q_latent (T, HEADS * RANK) and q (T, HEADS * HEAD)."""
         count = len(streams)
         out = np.full((count + 1, HEADS * RANK), np.float32(7.0))
-        scratch, places = attention_shapes(crew.threads, max(positions) + 1, RANK, WIDTH)
+        scratch, offsets = attention_shapes(crew.threads, max(positions) + 1, RANK, WIDTH)
         latent_attention(
             crew.board, job_address(latent_chunk), q_latent, q.reshape(-1), HEAD - ROPE, HEADS * HEAD,
             HEAD, HEADS, RANK, WIDTH, np.float32(SCALE), self.memory, LAYER_AT, self.tables,
             np.array(streams, np.int32), np.array(positions, np.int32), BLOCK, count,
-            np.full(scratch, np.nan, np.float32), np.full(places, -1, np.int64), out,
+            np.full(scratch, np.nan, np.float32), np.full(offsets, -1, np.int64), out,
         )  # fmt: skip
         assert (out[count] == 7.0).all()
         return out[:count]
@@ -171,13 +171,13 @@ class Grouped:
         crew = Crew(threads, least_work=0)
         longest = max(self.positions) + 1
         context = min(longest, self.window or longest)
-        scratch, places = attention_shapes(threads, context, self.width, self.width)
+        scratch, offsets = attention_shapes(threads, context, self.width, self.width)
         try:
             grouped_attention(
                 crew.board, job_address(grouped_chunk), self.q[streams], self.heads, self.shared, self.width,
                 np.float32(SCALE), self.window, self.sinks, self.memory, LAYER_AT, self.tables,
                 np.array(streams, np.int32), np.array(self.positions, np.int32)[streams], BLOCK, count,
-                np.full(scratch, np.nan, np.float32), np.full(places, -1, np.int64), out,
+                np.full(scratch, np.nan, np.float32), np.full(offsets, -1, np.int64), out,
             )  # fmt: skip
         finally:
             crew.close()

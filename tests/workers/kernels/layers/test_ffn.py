@@ -195,9 +195,9 @@ def test_the_middle_agrees_with_float64(activation: Activation) -> None:
 
 @pytest.mark.parametrize("activation", list(Activation))
 def test_a_nan_in_the_middle_surfaces(activation: Activation) -> None:
-    for place in (0, 1):
+    for row in (0, 1):
         middle = np.ones((2, 1, 16), np.float32)
-        middle[place, 0, 3] = np.nan
+        middle[row, 0, 3] = np.nan
         ffn.gated(middle[0], middle[1], 0, 1, 16, int(activation))
         assert np.flatnonzero(np.isnan(middle[0, 0])).tolist() == [3]
 

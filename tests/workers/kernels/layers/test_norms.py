@@ -114,7 +114,7 @@ def test_rotation_turns_the_two_halves_and_nothing_else(rope: int, heads: int, g
     assert same_bits(x[start : start + rope], before[start : start + rope])  # position 0 stays
 
 
-def test_latents_are_stored_as_float16_in_their_places() -> None:
+def test_latents_are_stored_as_float16_in_their_rows() -> None:
     rng = np.random.default_rng(2)
     rank, width, count, step, at = 32, 48, 3, 20, 64
     latent = rng.standard_normal((count, rank)).astype(np.float32)
@@ -122,9 +122,9 @@ def test_latents_are_stored_as_float16_in_their_places() -> None:
     cache = np.zeros(at + 10 * width * 2, np.uint8)
     store_latent(latent, rope, 5, step, rank, width, np.array([7, 0, 4]), count, cache, at)
     rows = cache[at:].view(np.float16).reshape(10, width)
-    for t, place in enumerate((7, 0, 4)):
-        assert (rows[place, :rank] == latent[t].astype(np.float16)).all()
-        assert (rows[place, rank:] == rope[5 + t * step :][: width - rank].astype(np.float16)).all()
+    for t, row in enumerate((7, 0, 4)):
+        assert (rows[row, :rank] == latent[t].astype(np.float16)).all()
+        assert (rows[row, rank:] == rope[5 + t * step :][: width - rank].astype(np.float16)).all()
     assert (cache[:at] == 0).all()
     assert (rows[[1, 2, 3, 5, 6, 8, 9]] == 0).all()
 

@@ -117,11 +117,16 @@ def test_available_memory_is_known_and_allocated_memory_is_there() -> None:
 
 
 def test_all_last_level_caches_count_once(tmp_path: Path) -> None:
-    def cache(cpu: int, index: int, level: int, kind: str, size: str, shared: str) -> None:
-        place = tmp_path / f"cpu{cpu}/cache/index{index}"
-        place.mkdir(parents=True)
-        for name, text in (("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared)):
-            (place / name).write_text(f"{text}\n")
+    def cache(cpu: int, index: int, level: int, cache_type: str, size: str, shared: str) -> None:
+        folder = tmp_path / f"cpu{cpu}/cache/index{index}"
+        folder.mkdir(parents=True)
+        for name, text in (
+            ("level", level),
+            ("type", cache_type),
+            ("size", size),
+            ("shared_cpu_list", shared),
+        ):
+            (folder / name).write_text(f"{text}\n")
 
     for cpu in range(4):
         cache(cpu, 0, 1, "Data", "32K", str(cpu))

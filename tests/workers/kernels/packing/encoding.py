@@ -17,14 +17,14 @@ U8 = npt.NDArray[np.uint8]
 
 def encoded(name: str, values: F32, weights: F32 | None = None) -> U8:
     """Return the bytes of `values` as `name`, one row of blocks for each row."""
-    kind = TYPES_BY_NAME[name]
-    out = np.zeros(kind.nbytes(values.shape), np.uint8)
-    Encoder().encode(values, kind, out, weights)
+    file_type = TYPES_BY_NAME[name]
+    out = np.zeros(file_type.nbytes(values.shape), np.uint8)
+    Encoder().encode(values, file_type, out, weights)
     return out.reshape(len(values), -1)
 
 
 def decoded(name: str, blocks: U8) -> F32:
-    """Return the values as the reference package reads them."""
+    """Return the values as the gguf package reads them."""
     return np.asarray(dequantize(blocks, GGMLQuantizationType[name]), np.float32)
 
 
@@ -39,14 +39,14 @@ def loss(values: npt.ArrayLike, after: npt.ArrayLike) -> float:
     return float(((np.asarray(after, np.float64) - wide) ** 2).sum() / (wide**2).sum())
 
 
-def rows(kind: str, count: int, columns: int, seed: int = 1) -> F32:
+def rows(distribution: str, count: int, columns: int, seed: int = 1) -> F32:
     """Return random rows of about the size of weights: "gaussian", "heavy" tails, or "shifted"."""
     random = np.random.default_rng(seed)
     drawn = {
         "gaussian": lambda: random.standard_normal((count, columns)),
         "heavy": lambda: random.standard_t(3, (count, columns)),
         "shifted": lambda: random.standard_normal((count, columns)) + 2.0,
-    }[kind]()
+    }[distribution]()
     return (drawn * 0.02).astype(np.float32)
 
 

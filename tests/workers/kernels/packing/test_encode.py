@@ -1,4 +1,4 @@
-"""Encoders against the reference package's decoders and against naive searches for the best scales."""
+"""Encoders against the gguf package's decoders and against naive searches for the best scales."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_error_on_gaussian_weights(name: str) -> None:
 
 # How much more than the best that each sub could have alone, with a scale (and minimum) of its own in full
 # precision: what sharing d and integers costs.
-@pytest.mark.parametrize("kind", ["gaussian", "heavy", "shifted"])
+@pytest.mark.parametrize("distribution", ["gaussian", "heavy", "shifted"])
 @pytest.mark.parametrize(
     ("name", "width", "most", "slack"),
     [("Q5_K", 32, 31, 1.25), ("Q4_K", 32, 15, 1.12), ("Q2_K", 16, 3, 1.22), ("Q3_K", 16, None, 1.08)],
 )
 def test_no_search_finds_much_better_scales(
-    kind: str, name: str, width: int, most: int | None, slack: float
+    distribution: str, name: str, width: int, most: int | None, slack: float
 ) -> None:
-    values = twin.rows(kind, 2, 768)
+    values = twin.rows(distribution, 2, 768)
     subs = values.reshape(-1, width).astype(np.float64)
     best = sum(twin.best_signed(s) if most is None else twin.best_affine(s, most) for s in subs)
     found = float(((twin.through(name, values) - values.astype(np.float64)) ** 2).sum())
-    print(f"{name} {kind}: {found / best:.3f} of the best")
+    print(f"{name} {distribution}: {found / best:.3f} of the best")
     assert found < slack * best
 
 
@@ -56,8 +56,8 @@ def test_no_search_finds_much_better_scales(
 def test_values_on_the_grid_come_back(name: str) -> None:
     """Blocks whose subs use all codes are found again: with d a power of two, nearly bit for bit."""
     random = np.random.default_rng(3)
-    kind = TYPES_BY_NAME[name]
-    blocks = random.integers(0, 256, (24, kind.block_bytes)).astype(np.uint8)
+    file_type = TYPES_BY_NAME[name]
+    blocks = random.integers(0, 256, (24, file_type.block_bytes)).astype(np.uint8)
     d = np.frombuffer(np.float16(2**-10).tobytes(), np.uint8)
     for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ2_0": (64,), "TQ1_0": (52,)}.get(
         name, (0, 2)
@@ -142,19 +142,19 @@ def real_weights() -> twin.F32:
         return dequantize(info.type, file.data(info), info.shape)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "heavy", "real"])
-def test_ternary_scales_beat_absmean_and_absmax(kind: str) -> None:
-    values = real_weights() if kind == "real" else twin.rows(kind, 64, 1024)
+@pytest.mark.parametrize("distribution", ["gaussian", "heavy", "real"])
+def test_ternary_scales_beat_absmean_and_absmax(distribution: str) -> None:
+    values = real_weights() if distribution == "real" else twin.rows(distribution, 64, 1024)
     sizes = np.abs(values.reshape(-1, 256).astype(np.float64))
     mean, largest = sizes.mean(axis=1), sizes.max(axis=1)
     found = twin.loss(values, twin.through("TQ2_0", values))
     absmean, absmax = ternary_loss(values, mean, mean / 2), ternary_loss(values, largest, largest / 2)
     best = sum(twin.best_ternary(block) for block in sizes) / float((sizes**2).sum())
-    print(f"{kind}: {found:.4f}, best {best:.4f}, absmean {absmean:.4f}, absmax {absmax:.4f}")
+    print(f"{distribution}: {found:.4f}, best {best:.4f}, absmean {absmean:.4f}, absmax {absmax:.4f}")
     assert found < absmean
     assert found < absmax
     assert found < 1.002 * best
-    if kind == "gaussian":
+    if distribution == "gaussian":
         assert found == pytest.approx(0.190, abs=0.002)  # three levels on a Gaussian (Max 1960)
 
 

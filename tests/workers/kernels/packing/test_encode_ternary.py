@@ -17,10 +17,10 @@ def fit(
     rule: str, values: twin.F32, weights: twin.F32 | None = None, name: str = "TQ2_0"
 ) -> tuple[twin.F64, twin.F64]:
     """Return codes -1..1 (blocks, 256) and scales (blocks,)."""
-    kind = TYPES_BY_NAME[name]
-    out = np.zeros(kind.nbytes(values.shape), np.uint8)
-    Encoder().encode(values, kind, out, weights, scales=rule)
-    codes, scales = ternary_codes(kind, out, values.shape)
+    file_type = TYPES_BY_NAME[name]
+    out = np.zeros(file_type.nbytes(values.shape), np.uint8)
+    Encoder().encode(values, file_type, out, weights, scales=rule)
+    codes, scales = ternary_codes(file_type, out, values.shape)
     return codes.reshape(-1, 256).astype(np.float64) - 1, scales.reshape(-1).astype(np.float64)
 
 
@@ -48,7 +48,7 @@ def test_rules_with_a_formula(rule: str, weighted: bool) -> None:
 
 
 def test_a_value_just_on_the_threshold_counts() -> None:
-    """The reference rounds |x| / mean half away from zero; sums here are exact."""
+    """The rule's source rounds |x| / mean half away from zero; sums here are exact."""
     values = np.zeros((1, 256), np.float32)
     values[0, :128], values[0, 128:] = 1.5, 0.5  # the mean is 1, but for the 1e-8 that float32 drops
     codes, _ = fit("absmean", values)
@@ -58,10 +58,10 @@ def test_a_value_just_on_the_threshold_counts() -> None:
     assert codes.sum() == 128
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "heavy"])
+@pytest.mark.parametrize("distribution", ["gaussian", "heavy"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_rule_loses_less_than_the_simpler_one(kind: str, weighted: bool) -> None:
-    values = twin.rows(kind, 32, 1024)
+def test_each_rule_loses_less_than_the_simpler_one(distribution: str, weighted: bool) -> None:
+    values = twin.rows(distribution, 32, 1024)
     weights = np.random.default_rng(3).uniform(0.1, 10, 1024).astype(np.float32)
     wide = np.broadcast_to(weights if weighted else np.float32(1), values.shape).reshape(-1, 256)
     losses = []
@@ -69,7 +69,7 @@ def test_each_rule_loses_less_than_the_simpler_one(kind: str, weighted: bool) ->
         codes, scales = fit(rule, values, weights if weighted else None)
         losses.append(float((wide * (codes * scales[:, None] - values.reshape(-1, 256)) ** 2).sum()))
     print(
-        f"{kind}: "
+        f"{distribution}: "
         + ", ".join(f"{rule} {loss / losses[-1]:.3f}" for rule, loss in zip(RULES, losses, strict=True))
     )
     assert losses[0] < losses[1] < losses[2]

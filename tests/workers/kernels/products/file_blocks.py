@@ -33,9 +33,9 @@ POISON = np.uint8(0xA5)
 def random_blocks(name: str, rows: int, columns: int, seed: int, size: float = 0.01) -> U8:
     """Return the bytes of a matrix, (rows, row bytes): any codes, scales up to `size` of either sign."""
     rng = np.random.default_rng(seed)
-    kind = TYPES_BY_NAME[name]
-    count = rows * columns // kind.block_elements
-    blocks = rng.integers(0, 256, (count, kind.block_bytes), np.uint8)
+    file_type = TYPES_BY_NAME[name]
+    count = rows * columns // file_type.block_elements
+    blocks = rng.integers(0, 256, (count, file_type.block_bytes), np.uint8)
     for at in SCALES_AT.get(name, ()):
         scales = rng.uniform(-size, size, (count, 1)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8)
@@ -49,7 +49,7 @@ def ternary_blocks(name: str, values: F32) -> U8:
 
     Every scale is 1 and every minimum 1 or 0; for IQ4_NL, which has no three such values, -127, 1, 113.
     """
-    kind = TYPES_BY_NAME[name]
+    file_type = TYPES_BY_NAME[name]
     scales = np.abs(values.reshape(-1, 256)).max(axis=1, keepdims=True).astype(np.float16)
     trits = np.sign(values).astype(np.int8).reshape(len(scales), 256)
     if name in ("Q4_0", "IQ4_NL"):
@@ -61,7 +61,7 @@ def ternary_blocks(name: str, values: F32) -> U8:
         fifths = np.packbits(codes.reshape(-1, 32) >> 4, axis=1, bitorder="little")
         nibbles = (codes[:, 0] & 15) | (codes[:, 1] << 4)
         return np.concatenate((scales.repeat(8, axis=0).view(np.uint8), fifths, nibbles), axis=1)
-    blocks = np.zeros((len(scales), kind.block_bytes), np.uint8)
+    blocks = np.zeros((len(scales), file_type.block_bytes), np.uint8)
     for at in SCALES_AT[name]:
         blocks[:, at : at + 2] = scales.view(np.uint8)
     if name in ("Q4_K", "Q5_K"):
@@ -117,7 +117,7 @@ def quantized(form: Format, count: int, columns: int, seed: int) -> Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix in an arena at an odd place, and its values as the gguf package reads them."""
+    """A matrix in an arena at an odd offset, and its values as the gguf package reads them."""
 
     shape: MatrixShape
     arena: U8
@@ -126,7 +126,7 @@ class Matrix:
 
     @classmethod
     def pack(cls, name: str, raw: U8, rows: int, columns: int, at: int = 64) -> Matrix:
-        """Pack the file's bytes; checks that nothing beside the matrix's place is written."""
+        """Pack the file's bytes; checks that nothing outside the matrix is written."""
         shape = MatrixShape(form=Format[name], rows=rows, columns=columns)
         arena = np.full(at + shape.nbytes + 64, POISON)
         contents = np.frombuffer(raw.tobytes(), np.uint8)
@@ -149,7 +149,7 @@ class Matrix:
         wide, gap, start = self.shape.groups * 16, 5, 3
         out = np.full((1, start + len(rows) * (wide + gap) + 16), np.float32(7.0))
         scratch = np.full(product_nbytes(self.shape.columns, len(rows)) + 64, POISON)
-        codes_at, scales_at = self.shape.place(self.at)
+        codes_at, scales_at = self.shape.offsets(self.at)
         products.kernel_of(self.shape.form)(
             int(self.shape.form), self.arena, codes_at, scales_at, self.shape.groups, self.shape.columns,
             np.zeros((1, 1), np.float32), tokens.q, tokens.scales, tokens.sums, np.array(rows, np.int32),

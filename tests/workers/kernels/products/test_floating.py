@@ -51,8 +51,8 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch(form: int) -> None:
     for count in range(1, 10):
         order = rng.integers(0, 9, count).tolist()
         together = multiply(matrix, tokens, order)
-        for place, row in enumerate(order):
-            assert same_bits(together[place], multiply(matrix, tokens, [row])[0])
+        for i, row in enumerate(order):
+            assert same_bits(together[i], multiply(matrix, tokens, [row])[0])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

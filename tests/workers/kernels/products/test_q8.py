@@ -114,8 +114,8 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(rows: list[int]
     tokens = Tokens.exact(random_bytes(rng, 7, 160), x_scales, BLOCK)
     matrix = pack_q8(random_bytes(rng, 18, 160), w_scales)
     together = multiply(matrix, tokens, rows)
-    for place, row in enumerate(rows):
-        assert same_bits(together[place], multiply(matrix, tokens, [row])[0])
+    for i, row in enumerate(rows):
+        assert same_bits(together[i], multiply(matrix, tokens, [row])[0])
 
 
 @pytest.mark.parametrize("count", COUNTS)

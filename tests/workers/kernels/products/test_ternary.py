@@ -124,8 +124,8 @@ def test_a_token_has_the_same_bits_alone_and_anywhere_in_a_batch(rows: list[int]
     tokens = Tokens.exact(random_activations(rng, 7, 768), x_scales, BLOCK)
     matrix = pack_ternary(codes, w_scales)
     together = multiply(matrix, tokens, rows)
-    for place, row in enumerate(rows):
-        assert same_bits(together[place], multiply(matrix, tokens, [row])[0])
+    for i, row in enumerate(rows):
+        assert same_bits(together[i], multiply(matrix, tokens, [row])[0])
 
 
 @pytest.mark.parametrize("count", COUNTS)

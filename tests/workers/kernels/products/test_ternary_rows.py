@@ -134,8 +134,8 @@ def test_a_token_has_the_same_bits_anywhere_in_a_batch(tokens: list[int], seed: 
     codes, q = random(rng, 18, 768, 7)
     matrix, x_scales = packed(codes, scales(rng, 18)), scales(rng, 7, 1)
     together = multiply(matrix, q, x_scales, tokens)
-    for place, token in enumerate(tokens):
-        assert same_bits(together[place], multiply(matrix, q, x_scales, [token])[0])
+    for i, token in enumerate(tokens):
+        assert same_bits(together[i], multiply(matrix, q, x_scales, [token])[0])
 
 
 @pytest.mark.parametrize("at", [1, 3, 17, 63, 129])
