@@ -149,7 +149,7 @@ class Choices:
             why = f"{self._ternary} bits, as set"
         else:
             plan, decision, why = self._by_size(budget, wants, largest)
-        if not any(form in TERNARY for _, form in plan.kinds):
+        if not any(form in TERNARY for _, form in plan.matrix_types):
             why = "no ternary weights"
         return ModelChoice(
             plan=plan,
