@@ -61,13 +61,11 @@ class Generate(Message, frozen=True, kw_only=True):
 
     `top_k` 0, `top_p` 1 and `min_p` 0 switch that filter off, `temperature` 0 is greedy. `logprobs` is how
     many alternatives to report for each token (0: only the chosen one). `add_bos` None: as the model says.
-    `special` reads control tokens out of the prompt, as one that a chat template wrote has them; where it
-    begins with BOS itself, none is added.
+    `special` reads control tokens out of the prompt; where it begins with BOS itself, none is added.
 
-    `quality_budget` is the fraction of perplexity that the answer may cost so that it needs fewer experts
-    that are not in memory; 0 is exact, None the daemon's default. `lost_mass` gives the mean share of the
-    gate mass that may be lost instead, for experiments. `stepped` computes the prompt one token per step, as
-    an answer is, and within the same budget: for scoring.
+    `quality_budget`: the fraction of perplexity that the answer may cost, None the daemon's default;
+    `lost_mass`: the mean share of the gate mass that may be lost instead. `stepped` computes the prompt one
+    token per step, as an answer is, and within the same budget: for scoring.
     """
 
     id: Id

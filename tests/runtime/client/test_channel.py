@@ -134,6 +134,8 @@ def test_all_that_wait_notice_a_daemon_that_dies(tmp_path: Path) -> None:
         with Peer(tmp_path) as peer:
             client = AsyncClient(peer.url)
             calls = [asyncio.ensure_future(client.generate("mute")) for _ in range(300)]
+            await asyncio.sleep(0)
+            await client.connect()  # calls find the connection one by one; this one is the last
             await asyncio.to_thread(peer.wait_for, m.Generate, 4)
         start_s = time.monotonic()
         found = await asyncio.gather(*calls, return_exceptions=True)
