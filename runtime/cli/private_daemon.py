@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from ...shm.errors import StartFailed, SternaError, error_of_exit
 from .render import for_terminal
 
@@ -45,10 +47,15 @@ def print_progress(what: str, done: int, total: int) -> None:
     print(f"{_LOADING}{what} {done} {total}", flush=True)
 
 
+def print_note(text: str) -> None:
+    """Show what a private daemon has to tell its user."""
+    click.echo(f"sterna: {text}", err=True)
+
+
 def announce(announcement: Announcement) -> None:
-    """Print for the parent that the daemon is ready, and before that if memory made the context shorter."""
-    if announcement.shortage:
-        print(f"{_NOTE}the context is {announcement.context} tokens{announcement.shortage}", flush=True)
+    """Print for the parent that the daemon is ready, and before that how it differs from what was wished."""
+    for note in announcement.notes:
+        print(f"{_NOTE}{note}", flush=True)
     announcement.print_ready()
 
 

@@ -22,6 +22,8 @@ class Announcement:
     """Tokens of prompt and answer together."""
     wished_context: int
     """What `context` would be with memory enough."""
+    unused_precision: str = ""
+    """The setting `precision` if it was given and changes nothing."""
 
     @property
     def is_default_socket(self) -> bool:
@@ -34,6 +36,19 @@ class Announcement:
         if self.context >= self.wished_context:
             return ""
         return f" instead of {self.wished_context}, for want of memory"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on how it differs from what was wished."""
+        lines = []
+        if self.shortage:
+            lines.append(f"the context is {self.context} tokens{self.shortage}")
+        if self.unused_precision:
+            lines.append(
+                f"precision {self.unused_precision} changes nothing: "
+                "experts are ternary or no larger in the file"
+            )
+        return tuple(lines)
 
     def print_ready(self) -> None:
         """Print the line that scripts wait for."""

@@ -190,6 +190,7 @@ class Daemon:
         self, serving: ServingPhase, model: ServedModel, supervisor: Supervisor, group: asyncio.TaskGroup
     ) -> None:
         self._serving = serving
+        precision = "" if self._config.precision == "off" else self._config.precision
         own_pids = {"daemon": os.getpid(), "nursery": supervisor.nursery_pid}
         watch = group.create_task(self._watch_nursery(supervisor), name="nursery.watch")
         try:
@@ -200,6 +201,7 @@ class Daemon:
                         name=model.facts.name,
                         context=model.context,
                         wished_context=wished_context(self._config, model.plan.hyper),
+                        unused_precision="" if model.plan.assignment else precision,
                     )
                 )
                 notify(f"READY=1\nSTATUS=serving {model.facts.name}")

@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, cast
 
-from ...shm.errors import SternaError
+from ...shm.errors import ConfigError, SternaError
 from . import nursery_wire as wire
 from .trim import trim
 
@@ -152,7 +152,8 @@ class Nursery:
         except (BrokenPipeError, ConnectionResetError):
             raise  # the daemon has gone
         except Exception as error:  # reported to the daemon, whatever a step raised
-            self._send(wire.Failed(op="warm", text=describe(error)))
+            wrong = isinstance(error, ConfigError)
+            self._send(wire.Failed(op="warm", text=describe(error), is_setting=wrong))
             return
         finally:
             if borrowed is not None:

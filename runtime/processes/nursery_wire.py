@@ -103,6 +103,8 @@ class Failed(Event, frozen=True, kw_only=True):
     op: str
     text: str
     key: int = -1
+    is_setting: bool = False
+    """Whether a setting of the environment is what is wrong: a ConfigError."""
 
 
 AnyRequest = Warm | Spawn | Kill

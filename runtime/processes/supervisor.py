@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ...shm.errors import StartFailed
+from ...shm.errors import ConfigError, StartFailed
 from . import nursery_wire as wire
 from .child import Child, ExitStatus, collect_orphan
 
@@ -122,8 +122,8 @@ class Supervisor:
     ) -> float:
         """Have the nursery run the steps of `request`; return the seconds it took.
 
-        `on_progress` is called in the loop after each step and must not raise. Raises StartFailed
-        when a step raises, when the nursery dies or when it takes longer than `timeout_s`.
+        `on_progress` is called in the loop after each step and must not raise. Raises ConfigError for a wrong
+        environment, StartFailed when a step or the nursery fails, or after `timeout_s`.
         """
         if "warm" in self._replies:
             raise RuntimeError("the nursery is warming up already")
@@ -135,7 +135,8 @@ class Supervisor:
             self._on_progress = None
         if isinstance(reply, wire.Warmed):
             return reply.seconds
-        raise StartFailed(f"warming up failed after step {self._last_step}: {_text(reply)}")
+        error = ConfigError if isinstance(reply, wire.Failed) and reply.is_setting else StartFailed
+        raise error(f"warming up failed after step {self._last_step}: {_text(reply)}")
 
     async def spawn(
         self,

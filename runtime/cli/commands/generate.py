@@ -195,20 +195,16 @@ def _daemon_for(socket: str | None, model: str | None, stats: bool, chat: bool =
     if stats:
         click.echo(f"sterna: {note}; starting one for this call", err=True)
     from ...client.client import Client
-    from ..private_daemon import private_daemon
+    from ..private_daemon import print_note, private_daemon
     from ..progress import StartProgress
 
     arguments = [] if path is None else [str(path)]
     with contextlib.ExitStack() as stack:
         with StartProgress() as progress:
             url = stack.enter_context(
-                private_daemon(arguments, config.start_timeout_s, progress.update, _print_note)
+                private_daemon(arguments, config.start_timeout_s, progress.update, print_note)
             )
         yield stack.enter_context(Client(url))
-
-
-def _print_note(text: str) -> None:
-    click.echo(f"sterna: {text}", err=True)
 
 
 def _as_prompt(client: Client, messages: list[dict[str, str]]) -> str:

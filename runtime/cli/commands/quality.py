@@ -344,7 +344,7 @@ def _scoring(
 ) -> Iterator[tuple[Client, str, Progress]]:
     """Yield a client of a daemon of our own with these settings, what the file `text` holds, and progress."""
     from ...client.client import Client
-    from ..private_daemon import private_daemon
+    from ..private_daemon import print_note, private_daemon
     from ..progress import StartProgress
 
     exit_on_sigterm()
@@ -355,7 +355,9 @@ def _scoring(
     given = [word for name, value in flags.items() if value is not None for word in (flag_of(name), value)]
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(StartProgress()).update
-        url = stack.enter_context(private_daemon([str(path), *given], config.start_timeout_s, progress))
+        url = stack.enter_context(
+            private_daemon([str(path), *given], config.start_timeout_s, progress, print_note)
+        )
         yield stack.enter_context(Client(url, timeout_s=ANSWER_TIMEOUT_S)), content, progress
 
 

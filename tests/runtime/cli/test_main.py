@@ -315,14 +315,19 @@ def test_private_daemon_is_stopped_at_the_end(tmp_path: Path, monkeypatch: pytes
 def test_what_a_private_daemon_has_to_tell_reaches_its_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    private_daemon.announce(Announcement(socket="x", name="m", context=512, wished_context=4096))
+    private_daemon.announce(
+        Announcement(socket="x", name="m", context=512, wished_context=4096, unused_precision="default")
+    )
     lines = capsys.readouterr().out.splitlines()
     told = "; ".join(f"echo {line}" for line in lines)
     monkeypatch.setattr(sys, "executable", script(tmp_path, f"{told}; exec sleep 60"))
     notes: list[str] = []
     with private_daemon.private_daemon([], 10, on_note=notes.append):
         pass
-    assert notes == ["the context is 512 tokens instead of 4096, for want of memory"]
+    assert notes == [
+        "the context is 512 tokens instead of 4096, for want of memory",
+        "precision default changes nothing: experts are ternary or no larger in the file",
+    ]
     private_daemon.announce(Announcement(socket="x", name="m", context=512, wished_context=512))
     assert capsys.readouterr().out == "ready socket=x\n"
 

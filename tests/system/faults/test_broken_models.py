@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,12 @@ def test_file_that_shrinks_under_a_running_daemon_harms_nobody(serve: Serve, tmp
 )
 def test_wrong_settings(serve: Serve, arguments: list[str], code: int, words: str) -> None:
     assert words in error_of(serve(*arguments, ready=False), code)
+
+
+def test_kernels_of_another_machine_are_a_wrong_setting(serve: Serve) -> None:
+    foreign = "avx2" if platform.machine() == "aarch64" else "neon"
+    line = error_of(serve(ready=False, env={"STERNA_KERNEL_TARGET": foreign}), 78)
+    assert f"STERNA_KERNEL_TARGET={foreign}: this machine has no such instructions; expected one of" in line
 
 
 def test_out_of_memory_for_the_streams_is_one_line(serve: Serve) -> None:
