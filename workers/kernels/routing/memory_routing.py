@@ -10,7 +10,7 @@ import numpy as np
 from ..kernel import kernel, merged
 from .activity import NUM_RATES, mark_token
 
-# Places in the settings, float32, behind the rates of activity.py.
+# Positions in the settings, float32, behind the rates of activity.py.
 BONUS, KEEP_TOP, MEMORY_AWARE, COMPAT = NUM_RATES, NUM_RATES + 1, NUM_RATES + 2, NUM_RATES + 3
 _HIGH, _LOW = NUM_RATES + 4, NUM_RATES + 5  # scratch
 
@@ -19,8 +19,8 @@ _HIGH, _LOW = NUM_RATES + 4, NUM_RATES + 5  # scratch
 #   SETTINGS  float32
 #   WORDS     uint64, bit e of the whole set if expert e is resident
 #   WANTED    ids to page in
-# XX
-#             bonus, the latter scores and the residents as floats, flags and the experts' ids
+#   _KEYS, _FLOATS, _FLAGS  scratch of one token: keys of the scores without and with the bonus; the latter
+#             scores and the residents as floats; flags and the experts' ids
 SETTINGS, WORDS, WANTED, _KEYS, _FLOATS, _FLAGS = range(6)
 STATE_ROWS, LEAST_WIDTH = 6, 16
 
