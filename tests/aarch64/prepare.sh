@@ -17,7 +17,7 @@ MIRROR=${STERNA_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 SUITE=bookworm # its Python is 3.11, its qemu (7.2) the first series that knows the Cortex-A76
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 PACKAGES=(python3.11-minimal libpython3.11-stdlib libstdc++6)
-WHEELS=(numba numpy llvmlite gguf hypothesis msgpack msgspec platformdirs psutil pytest pytest-timeout pyzmq)
+WHEELS=(numba numpy llvmlite gguf hypothesis msgpack msgspec platformdirs psutil pytest pytest-timeout pyzmq xxhash)
 
 die() {
   echo "aarch64 suite: $*" >&2
