@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -114,6 +115,18 @@ def test_every_make_target_that_is_named_exists() -> None:
     for page in NAMED:
         for target in re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{relative(page)}: make {target}"
+
+
+def test_make_check_finds_the_tests_of_rooms_that_have_none_of_their_name() -> None:
+    check = runpy.run_path(str(ROOT / ".ci/check.py"))
+    for room, places in check["ELSEWHERE"].items():
+        files = sorted((ROOT / room).glob("*.py"))
+        assert files, room
+        assert not (ROOT / "tests" / room).exists(), f"{room} has tests of its own now"
+        found = check["tests_of"](files[-1].relative_to(ROOT))
+        assert {ROOT / "tests" / place for place in places} <= set(found)
+        assert all(path.exists() for path in found)
+    assert all(path.exists() for path in check["ALWAYS"])
 
 
 # ---- commands ----
