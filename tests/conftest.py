@@ -56,7 +56,7 @@ ALONE = (
 LONG = (
     "aarch64/",
     "runtime/cli/test_kernels.py",
-    "runtime/processes/test_supervisor.py",
+    "runtime/processes/test_supervisor",
     "scheduler/lane/test_zeromq.py",
     "scheduler/test_precision_engine.py",
     "scheduler/test_warm.py",
