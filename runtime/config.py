@@ -205,7 +205,7 @@ SETTINGS: dict[str, SettingRule] = {
     ),
     "log_level": _choice("log_level", "Least severe event that is logged"),
     "shutdown_timeout_s": SettingRule("Time that running answers get after SIGTERM", "seconds", 0, _DAY_S),
-    "step_timeout_s": SettingRule("Time after which a step counts as hung", "seconds", 0.1, _DAY_S),
+    "step_timeout_s": SettingRule("Time after which a silent worker is replaced", "seconds", 0.1, _DAY_S),
     "start_timeout_s": SettingRule("Time for all processes to be ready", "seconds", 0.1, _DAY_S),
 }
 
