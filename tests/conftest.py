@@ -52,14 +52,18 @@ ALONE = (
     "scheduler/residency/test_timings.py",
     "workers/kernels/measure/test_bandwidth.py",
 )
-# Left out of `make test-fast`, as daemons are: they compile for other targets or start process after process.
+# Left out of `make test-fast`, as daemons are: files, or the tests of a file whose names begin so. They
+# compile for other targets, start process after process, or draw many examples.
 LONG = (
     "aarch64/",
     "runtime/cli/test_kernels.py",
     "runtime/processes/test_supervisor",
     "scheduler/lane/test_zeromq.py",
     "scheduler/test_precision_engine.py",
+    "scheduler/test_precisions.py",
+    "scheduler/test_serving.py::test_whoever_dies_whenever",
     "scheduler/test_warm.py",
+    "workers/kernels/test_formats.py",
     "workers/kernels/test_targets.py",
     "workers/paging/test_pager.py",
 )
@@ -75,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if file_of(item).startswith("system/"):
             item.add_marker(pytest.mark.daemon)
-        if file_of(item).startswith(LONG):
+        if f"{file_of(item)}::{item.name}".startswith(LONG):
             item.add_marker(pytest.mark.long)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
