@@ -84,9 +84,7 @@ class ServingPhase:
         endpoint = Endpoint(
             self._connections, self._service, self._model.tokenizer, self._welcome(), controls, self._group
         )
-        tasks = [
-            self._group.create_task(self._connections.probe(self._service.owners), name="connections.probe")
-        ]
+        tasks = [self._group.create_task(self._connections.probe(endpoint.owners), name="connections.probe")]
         if self._config.memory_pressure == "auto":
             tasks.append(self._group.create_task(self._control.watch(), name="memory.watch"))
         try:
