@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import sterna
-
+from ... import __version__
 from ...shm.errors import ShuttingDown, SternaError
 from ..config import Config
 from ..protocol import codec
@@ -114,7 +113,7 @@ class ServingPhase:
 
     def _welcome(self) -> Welcome:
         return Welcome(
-            version=sterna.__version__,
+            version=__version__,
             model=self._model.facts,
             limits=Limits(
                 max_frame_bytes=codec.MAX_FRAME_BYTES,
