@@ -24,7 +24,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def hello(process: subprocess.Popen[bytes]) -> Hello:
-    return Hello(index=0, generation=1, pid=process.pid)
+    return Hello(index=0, incarnation=1, pid=process.pid)
 
 
 class ReapedInBetween(PidfdPresence):
