@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,6 +52,26 @@ def test_without_a_daemon_one_is_started_for_the_call(home: Path, shared: Daemon
     assert (done.returncode, done.stdout) == (0, expected.text + "\n")
     assert done.stderr.startswith("sterna: no daemon at ipc://")
     assert "answer 12 tokens" in done.stderr.splitlines()[-1]
+
+
+def test_no_python_file_of_the_current_folder_is_run(home: Path) -> None:
+    """Neither by the command nor by a process of the daemon that it starts."""
+    downloads = home / "downloads"
+    downloads.mkdir()
+    for name in ("random", "numba", "zmq", "msgspec", "json"):
+        (downloads / f"{name}.py").write_text(f"open({str(home / 'ran')!r}, 'a').write({name!r})\n")
+    command = [sys.executable, "-P", "-m", "sterna.runtime.cli.main"]  # as the installed command starts
+    done = subprocess.run(
+        [*command, *GREEDY],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=clean_env(home),
+        cwd=downloads,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (home / "ran").exists(), (home / "ran").read_text()
 
 
 def test_chat_without_a_template_starts_no_daemon(home: Path) -> None:
