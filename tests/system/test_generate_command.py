@@ -134,7 +134,26 @@ def test_socket_that_was_named_must_have_its_daemon(home: Path) -> None:
 def test_wrong_option_is_refused_by_the_daemon_s_rules(home: Path, shared: Daemon) -> None:
     done = sterna(home, *GREEDY, "--socket", shared.url, "--top-p", "2")
     assert (done.returncode, done.stdout) == (64, "")
-    assert done.stderr.startswith("sterna: error: top_p: expected")
+    assert done.stderr.startswith("sterna: error: --top-p: expected")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--top-p", "2"], "--top-p: expected float <= 1.0, found 2.0"),
+        (["--max-tokens", "0"], "--max-tokens: expected int >= 1, found 0"),
+        (["--seed", "-1"], "--seed: expected int >= 0, found -1"),
+        (["--stop", "a", "--stop", "b" * 300], "--stop[1]: expected at most 256 bytes, found 300"),
+        (["--lost-mass", "0", "--quality-budget", "1%"],
+         "--quality-budget, --lost-mass: expected at most one of the two, found both"),
+    ],
+)  # fmt: skip
+def test_wrong_option_starts_no_daemon(home: Path, options: list[str], line: str) -> None:
+    start_s = time.monotonic()
+    done = sterna(home, "generate", "Once upon a time", *options)
+    print(f"refused after {time.monotonic() - start_s:.2f} s")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == f"sterna: error: {line}\n"  # no "starting one for this call"
 
 
 def test_too_long_prompt(home: Path, shared: Daemon) -> None:

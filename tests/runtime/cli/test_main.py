@@ -257,7 +257,7 @@ def test_wrong_command_line(arguments: list[str], exit_code: int, text: str) -> 
 
 def test_wrong_values_of_a_request(peer: Peer) -> None:
     code, _, err = sterna("generate", "a", "--socket", peer.url, "--temperature", "nan")
-    assert (code, error_line(err)) == (64, "temperature: expected a finite number, found nan")
+    assert (code, error_line(err)) == (64, "--temperature: expected a finite number, found nan")
     code, _, err = sterna("generate", os.fsdecode(b"a\xff"), "--socket", peer.url)
     assert code == 64
     assert "expected valid Unicode" in error_line(err)
