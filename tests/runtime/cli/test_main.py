@@ -69,6 +69,14 @@ def test_help_shows_every_setting() -> None:
     for name in SETTINGS:
         assert name == "model" or flag_of(name) in text
     assert "--exit-with-parent" not in text
+    words = text.split()  # the lines break anywhere
+    files = [
+        "/etc/sterna/config.toml,",
+        "/etc/sterna/conf.d/*.toml,",
+        "then",
+        "~/.config/sterna/config.toml.",
+    ]
+    assert words[words.index(files[0]) :][:4] == files
 
 
 # ---- with a daemon ----
