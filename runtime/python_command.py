@@ -13,7 +13,7 @@ import sys
 def python_command(*arguments: str) -> list[str]:
     """Return the command that runs this interpreter with `arguments`, such as "-m" and a module.
 
-    `-P` keeps the current folder out of the search for modules: a file random.py that lies there must not
+    `-P` keeps the current folder out of the search for modules: a module `random` that lies there must not
     become part of the process.
     """
     return [sys.executable, "-P", *arguments]
