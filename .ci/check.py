@@ -1,7 +1,8 @@
 """Check one source file: ruff, mypy, the rules of the whole, and the tests that belong to the file.
 
 Tests mirror the source: `runtime/config.py` is tested by `tests/runtime/test_config.py`. Where a file has no
-such twin, the tests that import it are run, and where there are none, those of its folder.
+such twin, the tests that import it are run, and where there are none, those of its folder. Rooms whose tests
+lie elsewhere are in ELSEWHERE.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-ALWAYS = (TESTS / "test_architecture.py", TESTS / "test_shape.py")
+ALWAYS = (TESTS / "test_architecture.py", TESTS / "test_rooms.py", TESTS / "test_shape.py")
+# room -> files and folders of tests that run what its files do.
+ELSEWHERE = {
+    "runtime/bench": ("runtime/cli/test_kernels.py",),
+    "runtime/cli/commands": ("runtime/cli", "system/test_generate_command.py"),
+    "scheduler/model/families": ("families",),
+}
 
 
 def tests_of(source: Path) -> list[Path]:
-    """Return the test files of `source`, a path relative to the root."""
+    """Return the files and folders of tests of `source`, a path relative to the root; [] without any."""
     if source.parts[0] == "tests":
         return [ROOT / source]
     folder = TESTS / source.parent
@@ -31,7 +38,9 @@ def tests_of(source: Path) -> list[Path]:
         lines = path.read_text().splitlines()
         if any(form in line or (line.startswith(plain) and name in line) for line in lines for form in forms):
             found.append(path)
-    return found or sorted(folder.glob("test_*.py"))
+    elsewhere = [TESTS / each for each in ELSEWHERE.get(source.parent.as_posix(), ())]
+    apart = [path for path in found if not any(path.is_relative_to(each) for each in elsewhere)]
+    return [*elsewhere, *apart] or sorted(folder.glob("test_*.py"))
 
 
 def main() -> int:
@@ -40,7 +49,10 @@ def main() -> int:
     if not (ROOT / source).is_file() or source.suffix != ".py":
         print(f"{source}: no Python file of this repository", file=sys.stderr)
         return 64
-    tests = [str(path.relative_to(ROOT)) for path in (*tests_of(source), *ALWAYS)]
+    own = tests_of(source)
+    if not own:
+        print(f"{source}: no test belongs to it; only the rules of the whole are checked", file=sys.stderr)
+    tests = [str(path.relative_to(ROOT)) for path in (*own, *ALWAYS)]
     python = sys.executable
     for command in (
         ["ruff", "check", str(source)],

@@ -152,7 +152,7 @@ SETTINGS: dict[str, SettingRule] = {
         "url",
         unset="sterna.sock in $XDG_RUNTIME_DIR/sterna, else in /run/sterna, else in a folder below /tmp",
     ),
-    "workers": SettingRule("Expert workers", "integer", 0, 256, unset="the machine's cores less one"),
+    "workers": SettingRule("Expert workers", "integer", 0, 256, unset="physical cores less one"),
     "ctx_size": SettingRule(
         "Tokens of prompt and answer together",
         "integer",
@@ -205,13 +205,13 @@ SETTINGS: dict[str, SettingRule] = {
     ),
     "log_level": _choice("log_level", "Least severe event that is logged"),
     "shutdown_timeout_s": SettingRule("Time that running answers get after SIGTERM", "seconds", 0, _DAY_S),
-    "step_timeout_s": SettingRule("Time after which a step counts as hung", "seconds", 0.1, _DAY_S),
+    "step_timeout_s": SettingRule("Time after which a silent worker is replaced", "seconds", 0.1, _DAY_S),
     "start_timeout_s": SettingRule("Time for all processes to be ready", "seconds", 0.1, _DAY_S),
 }
 
 
 def default_text(name: str) -> str:
-    """Return the default of a setting for a help text: "256", "0: the machine's cores less one"."""
+    """Return the default of a setting for a help text: "256", "0: physical cores less one"."""
     default = next(each.default for each in fields(Config) if each.name == name)
     unset = SETTINGS[name].unset
     if default is None or default is MISSING:

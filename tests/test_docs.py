@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import click
 import pytest
 
 from sterna.runtime.cli.main import cli
-from sterna.shm.errors import REQUEST_ERRORS, SternaError
+from sterna.shm.errors import REQUEST_ERRORS, OutOfResources, SternaError, error_of
 
 from .system.daemon_process import Daemon, clean_env
 from .system.test_chat import TEMPLATE, with_template
@@ -69,11 +70,19 @@ def leads_to_a_file(name: str) -> bool:
 
 @pytest.mark.parametrize("page", NAMED, ids=relative)
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    text = page.read_text()
+    assert names_without_a_file(page.read_text()) == []
+
+
+def names_without_a_file(text: str) -> list[str]:
+    """Return the files and folders in backquotes that are not there, but for folders "(to come)"."""
     lost = [name for name in re.findall(r"`([\w./-]+\.(?:py|md|sh))\b", text) if not leads_to_a_file(name)]
-    folders = re.findall(r"`((?:runtime|scheduler|workers|shm|tests|docs|benchmarks|deploy)/[\w./]*)`", text)
-    lost += [name for name in folders if not (ROOT / name).exists() and "(to come)" not in text]
-    assert lost == []
+    folders = r"`((?:runtime|scheduler|workers|shm|tests|docs|benchmarks|deploy)/[\w./]*)`(?!\s\(to come\))"
+    return lost + [name for name in re.findall(folders, text) if not (ROOT / name).exists()]
+
+
+def test_only_the_name_before_the_words_is_to_come() -> None:
+    text = "`runtime/later/` (to come)\nand `runtime/never/` and `runtime/cli/`, `runtime/gone.py` (to come)"
+    assert names_without_a_file(text) == ["runtime/gone.py", "runtime/never/"]
 
 
 def test_every_file_that_a_docstring_names_exists() -> None:
@@ -114,6 +123,18 @@ def test_every_make_target_that_is_named_exists() -> None:
     for page in NAMED:
         for target in re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{relative(page)}: make {target}"
+
+
+def test_make_check_finds_the_tests_of_rooms_that_have_none_of_their_name() -> None:
+    check = runpy.run_path(str(ROOT / ".ci/check.py"))
+    for room, places in check["ELSEWHERE"].items():
+        files = sorted((ROOT / room).glob("*.py"))
+        assert files, room
+        assert not (ROOT / "tests" / room).exists(), f"{room} has tests of its own now"
+        found = check["tests_of"](files[-1].relative_to(ROOT))
+        assert {ROOT / "tests" / place for place in places} <= set(found)
+        assert all(path.exists() for path in found)
+    assert all(path.exists() for path in check["ALWAYS"])
 
 
 # ---- commands ----
@@ -174,7 +195,14 @@ def test_exit_codes_and_error_codes_are_listed() -> None:
         classes.extend(cls.__subclasses__())
     assert {cls.exit_code for cls in classes} <= listed
     section = OPERATIONS.partition("## Error codes of requests")[2].partition("## ")[0]
-    assert set(REQUEST_ERRORS) <= set(re.findall(r"`(\w+)`", section))
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| .* \| (yes)? ?\|$", section, re.MULTILINE)
+    pairs = {code: (int(exit_code), bool(retryable)) for code, exit_code, retryable in rows}
+    classes_by_code = REQUEST_ERRORS | {OutOfResources.code: OutOfResources}
+    assert pairs == {code: (cls.exit_code, cls.retryable) for code, cls in classes_by_code.items()}
+    # Those that the text names.
+    named = re.findall(r"`(\w+)`, exit\scode (\d+)", OPERATIONS)
+    assert named
+    assert [(code, error_of(code, "").exit_code) for code, _ in named] == [(c, int(n)) for c, n in named]
 
 
 def logged() -> set[tuple[str, str]]:

@@ -145,6 +145,13 @@ def test_source_keeps_its_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_no_file_of_tests_is_too_long() -> None:
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
+    assert len(texts) > 100
+    lengths = {str(path.relative_to(ROOT)): len(text.splitlines()) for path, text in texts.items()}
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
 DOC = '"""Doc."""\n'
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,38 +14,20 @@ import pytest
 from click.testing import CliRunner
 
 from sterna import __version__
-from sterna.runtime.cli import main, private_daemon, render
+from sterna.runtime.cli import main
 from sterna.runtime.cli.commands import status as commands
-from sterna.runtime.client.results import Result
 from sterna.runtime.config import SETTINGS, flag_of
-from sterna.runtime.daemon.announcement import Announcement
 from sterna.runtime.protocol import messages as m
-from sterna.runtime.protocol.sockets import default_socket_url
-from sterna.shm.errors import REQUEST_ERRORS, ConfigError, ModelFileError, StartFailed, error_of_exit
+from sterna.shm.errors import REQUEST_ERRORS
 
 from ..client.peer import Peer
-
-COMMAND = [sys.executable, "-m", "sterna.runtime.cli.main"]
-ENV = {key: value for key, value in os.environ.items() if not key.startswith("STERNA_")}
+from .command import COMMAND, ENV, error_line, sterna
 
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[Peer]:
     with Peer(tmp_path) as peer:
         yield peer
-
-
-def sterna(*arguments: str, stdin: bytes = b"", **env: str) -> tuple[int, str, str]:
-    """Run the command and return its exit code, stdout and stderr."""
-    done = subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, env=ENV | env, timeout=30)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def error_line(stderr: str) -> str:
-    """Return the text of the one error line."""
-    assert stderr.startswith("sterna: error: ")
-    assert stderr.count("\n") == 1
-    return stderr.removeprefix("sterna: error: ").rstrip("\n")
 
 
 def test_version() -> None:
@@ -69,6 +49,14 @@ def test_help_shows_every_setting() -> None:
     for name in SETTINGS:
         assert name == "model" or flag_of(name) in text
     assert "--exit-with-parent" not in text
+    words = text.split()  # the lines break anywhere
+    files = [
+        "/etc/sterna/config.toml,",
+        "/etc/sterna/conf.d/*.toml,",
+        "then",
+        "~/.config/sterna/config.toml.",
+    ]
+    assert words[words.index(files[0]) :][:4] == files
 
 
 # ---- with a daemon ----
@@ -257,7 +245,7 @@ def test_wrong_command_line(arguments: list[str], exit_code: int, text: str) -> 
 
 def test_wrong_values_of_a_request(peer: Peer) -> None:
     code, _, err = sterna("generate", "a", "--socket", peer.url, "--temperature", "nan")
-    assert (code, error_line(err)) == (64, "temperature: expected a finite number, found nan")
+    assert (code, error_line(err)) == (64, "--temperature: expected a finite number, found nan")
     code, _, err = sterna("generate", os.fsdecode(b"a\xff"), "--socket", peer.url)
     assert code == 64
     assert "expected valid Unicode" in error_line(err)
@@ -281,166 +269,27 @@ def test_unexpected_exception_is_one_line(
     text = error_line(capsys.readouterr().err)
     assert text == "unexpected ValueError: one two (STERNA_DEBUG=1 shows where)"
     monkeypatch.setenv("STERNA_DEBUG", "1")
-    with pytest.raises(ValueError, match="one"):
-        main.run(["status"])
+    assert main.run(["status"]) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert ", in broken\n" in said
+    assert said.endswith("ValueError: one\ntwo\nsterna: error: unexpected ValueError: one two\n")
 
 
-# ---- a daemon for one call ----
-
-
-def script(folder: Path, text: str) -> str:
-    """Return an executable that stands where the interpreter would."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/sh\necho $$ >{folder}/pid\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def is_alive(folder: Path) -> bool:
-    return Path(f"/proc/{(folder / 'pid').read_text().strip()}").exists()
-
-
-def test_private_daemon_is_stopped_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys, "executable", script(tmp_path, "echo starting; echo ready socket=$5; exec sleep 60")
-    )
-    with private_daemon.private_daemon(["x.gguf"], 10) as url:
-        folder = Path(url.removeprefix("ipc://")).parent
-        assert folder.stat().st_mode & 0o777 == 0o700
-        assert is_alive(tmp_path)
-    assert not is_alive(tmp_path)
-    assert not folder.exists()
-
-
-def test_what_a_private_daemon_has_to_tell_reaches_its_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "where"), [(["inspect", "garbage.gguf"], 65, "gguf"), (["serv"], 64, "click")]
+)
+def test_debugging_adds_the_traceback_of_every_error(
+    tmp_path: Path, arguments: list[str], exit_code: int, where: str
 ) -> None:
-    private_daemon.announce(
-        Announcement(socket="x", name="m", context=512, wished_context=4096, unused_precision="default")
-    )
-    lines = capsys.readouterr().out.splitlines()
-    told = "; ".join(f"echo {line}" for line in lines)
-    monkeypatch.setattr(sys, "executable", script(tmp_path, f"{told}; exec sleep 60"))
-    notes: list[str] = []
-    with private_daemon.private_daemon([], 10, on_note=notes.append):
-        pass
-    assert notes == [
-        "the context is 512 tokens instead of 4096, for want of memory",
-        "precision default changes nothing: experts are ternary or no larger in the file",
-    ]
-    private_daemon.announce(Announcement(socket="x", name="m", context=512, wished_context=512))
-    assert capsys.readouterr().out == "ready socket=x\n"
-
-
-def test_private_daemon_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stubborn = "trap '' TERM; echo ready socket=x; while :; do sleep 0.1; done"
-    monkeypatch.setattr(sys, "executable", script(tmp_path, stubborn))
-    monkeypatch.setattr(private_daemon, "STOP_TIMEOUT_S", 0.3)
-    with private_daemon.private_daemon([], 10):
-        pass
-    assert not is_alive(tmp_path)
-
-
-def test_private_daemon_that_is_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", script(tmp_path, "echo loading the model >&2; exec sleep 60"))
-    start_s = time.monotonic()
-    text = r"^the daemon was not ready after 0\.5 s: loading the model$"
-    with pytest.raises(StartFailed, match=text), private_daemon.private_daemon([], 0.5):
-        pass
-    assert time.monotonic() - start_s < 5
-    assert not is_alive(tmp_path)
-
-
-def test_private_daemon_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", script(tmp_path, "kill -9 $$"))
-    text = r"^the daemon was killed by signal 9 before it was ready$"
-    with pytest.raises(StartFailed, match=text), private_daemon.private_daemon([], 10):
-        pass
-
-
-def test_private_daemon_that_refuses_its_settings() -> None:
-    text = r"^the daemon ended with exit code 78 before it was ready: --workers: expected an integer"
-    with pytest.raises(ConfigError, match=text), private_daemon.private_daemon(["--workers", "x"], 20):
-        pass
-
-
-def test_private_daemon_with_a_broken_model(tmp_path: Path) -> None:
-    path = tmp_path / "broken.gguf"
+    path = tmp_path / "garbage.gguf"
     path.write_bytes(b"GGUF" + bytes(40))
-    with (
-        pytest.raises(ModelFileError, match=r"broken\.gguf") as caught,
-        private_daemon.private_daemon([str(path)], 20),
-    ):
-        pass
-    assert caught.value.exit_code == 65
-    assert error_of_exit(65) is ModelFileError
-    assert error_of_exit(1) is error_of_exit(250) is StartFailed
-
-
-def test_private_daemon_whose_command_is_gone() -> None:
-    assert sterna("serve", "--exit-with-parent", "1")[0] == 143
-
-
-# ---- text for people ----
-
-
-def test_model_output_cannot_command_a_terminal() -> None:
-    assert render.for_terminal("a\x1b[2Jb\tc\n\r\x9b1m\x07ä") == "a\ufffd[2Jb\tc\n\ufffd\ufffd1m\ufffdä"
-
-
-def result(prompt: int, answer: int, reason: m.FinishReason, queue_s: float, seed: int) -> Result:
-    return Result(
-        text="",
-        token_ids=(),
-        logprobs=None,
-        prompt_token_ids=(),
-        prompt_logprobs=None,
-        routing=None,
-        finish_reason=reason,
-        usage=m.Usage(prompt_tokens=prompt, completion_tokens=answer),
-        timings=m.Timings(queue_s=queue_s, prefill_s=7.6, decode_s=1.36),
-        seed=seed,
-    )
-
-
-def test_statistics_fit_a_line() -> None:
-    line = render.statistics(result(1024, 256, "length", 12.34, 2**63 - 1))
-    assert line == (
-        "prompt 1024 tokens (135 tok/s), answer 256 tokens (188 tok/s), waited 12.3 s, length, "
-        "seed 9223372036854775807"
-    )
-    assert len(render.statistics(result(4096, 1024, "length", 0.0, 2**63 - 1))) <= 100
-
-
-def test_an_answer_that_was_cut_is_told() -> None:
-    whole = result(10, 20, "stop", 0.0, 1)
-    assert render.cut_line(whole, None, 512) == ""
-    cut = result(10, 256, "length", 0.0, 1)
-    assert render.cut_line(cut, None, 512) == "sterna: the answer is cut at 256 tokens; -n sets how many"
-    full = result(12, 500, "length", 0.0, 1)
-    assert render.cut_line(full, 800, 512) == "sterna: the answer is cut at the context of 512 tokens"
-    assert render.cut_line(full, 500, 512) == "sterna: the answer is cut at 500 tokens; -n sets how many"
-
-
-def test_ready_line_says_what_to_try_and_what_is_short() -> None:
-    whole = Announcement(socket="ipc:///none/s", name="tiny", context=512, wished_context=512)
-    assert render.ready_line(whole) == (
-        "sterna: ready: tiny, context 512 tokens; try in another terminal: "
-        "sterna generate --socket ipc:///none/s "
-        '"Once upon a time"; Ctrl-C stops'
-    )
-    short = dataclasses.replace(whole, wished_context=4096, socket=default_socket_url())
-    assert "context 512 tokens instead of 4096, for want of memory; try" in render.ready_line(short)
-    assert "--socket" not in render.ready_line(short)
-
-
-def test_table() -> None:
-    body = {"a": {"b": 1, "long": 0.123456789}, "list": [{"x": True}, {"x": None}], "c": ["p", "q"], "e": []}
-    assert render.table(body).splitlines() == [
-        "a.b        1",
-        "a.long     0.123457",
-        "list[0].x  yes",
-        "list[1].x  -",
-        "c          p, q",
-        "e          -",
-    ]
+    arguments = [str(path) if each == path.name else each for each in arguments]
+    code, out, plain = sterna(*arguments)
+    assert (code, out) == (exit_code, "")
+    error_line(plain)
+    code, out, err = sterna(*arguments, STERNA_DEBUG="1")
+    assert (code, out) == (exit_code, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert f"/{where}" in err.removesuffix(plain)
+    assert err.endswith(f"\n{plain}")

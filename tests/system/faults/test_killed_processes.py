@@ -250,6 +250,7 @@ def test_status_tells_that_nobody_computes(serve: Serve) -> None:
 def test_worker_that_dies_again_and_again_ends_the_daemon(serve: Serve) -> None:
     """With one error that says which worker, as often as it was started in vain."""
     daemon = serve("--workers", "1")
+    os.kill(daemon.pids("scheduler")[0], signal.SIGSTOP)  # it takes no worker in: none is ever ready
     until_s = time.monotonic() + 60
     while daemon.process.poll() is None and time.monotonic() < until_s:
         for process in processes_in(daemon.folder):
@@ -278,6 +279,7 @@ def test_stuck_worker_is_replaced(serve: Serve) -> None:
 def test_scheduler_that_dies_again_and_again_ends_the_daemon(serve: Serve) -> None:
     """One that cannot even start is no use: the daemon gives up with an error instead of trying for ever."""
     daemon = serve("--workers", "1")
+    os.kill(daemon.pids("scheduler")[0], signal.SIGSTOP)  # it takes no worker in: none is ever ready
     until_s = time.monotonic() + 60
     while daemon.process.poll() is None and time.monotonic() < until_s:
         for process in processes_in(daemon.folder):
