@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import time
 from typing import Any
 
@@ -232,6 +233,25 @@ def test_long_texts_of_a_client_that_goes_away_are_dropped(shared: Daemon) -> No
         start_s = time.monotonic()
         client.tokenize("a tale of old " * 1_000)  # its turn comes when the others are gone
         assert time.monotonic() - start_s < 10.0
+
+
+def test_long_texts_that_wait_when_the_daemon_stops_are_refused(serve: Serve) -> None:
+    daemon = serve("--workers", "1")
+    text = "a tale of old " * 74_000
+    with raw_client(daemon.url) as raw:
+        raw.hello()
+        for number in range(20):
+            raw.send(frame("tokenize", id=f"t{number}", text=text))
+        raw.send(frame("ping", nonce=1))
+        answers = [raw.receive()]
+        while answers[-1][0] != "pong":
+            answers.append(raw.receive())
+        daemon.signal(signal.SIGTERM)
+        while len({body["id"] for _, body in answers if body.get("id")}) < 20:
+            answers.append(raw.receive())
+    codes = {body["code"] for tag, body in answers if tag == "failed"}
+    assert codes == {"shutting_down"}
+    assert daemon.wait() == 0
 
 
 def test_frame_of_a_hundred_megabytes(shared: Daemon) -> None:
