@@ -152,7 +152,7 @@ SETTINGS: dict[str, SettingRule] = {
         "url",
         unset="sterna.sock in $XDG_RUNTIME_DIR/sterna, else in /run/sterna, else in a folder below /tmp",
     ),
-    "workers": SettingRule("Expert workers", "integer", 0, 256, unset="the machine's cores less one"),
+    "workers": SettingRule("Expert workers", "integer", 0, 256, unset="physical cores less one"),
     "ctx_size": SettingRule(
         "Tokens of prompt and answer together",
         "integer",
@@ -211,7 +211,7 @@ SETTINGS: dict[str, SettingRule] = {
 
 
 def default_text(name: str) -> str:
-    """Return the default of a setting for a help text: "256", "0: the machine's cores less one"."""
+    """Return the default of a setting for a help text: "256", "0: physical cores less one"."""
     default = next(each.default for each in fields(Config) if each.name == name)
     unset = SETTINGS[name].unset
     if default is None or default is MISSING:

@@ -47,8 +47,7 @@ FIRST = (
 )
 # They measure tenths of a second, or what a process may take of the machine.
 ALONE = (
-    "runtime/client/test_client.py",
-    "runtime/client/test_async_client.py",
+    "runtime/client/",
     "scheduler/residency/test_timings.py",
     "workers/kernels/measure/test_bandwidth.py",
 )
@@ -105,7 +104,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    alone = file_of(item) in ALONE or item.get_closest_marker("alone") is not None
+    alone = file_of(item).startswith(ALONE) or item.get_closest_marker("alone") is not None
     with (TESTS / "conftest.py").open() as turn, (TESTS / "oracles.py").open() as room:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)

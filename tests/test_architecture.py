@@ -203,3 +203,9 @@ def test_daemon_and_clients_never_import_numba(module: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, f"sterna.runtime.{module}: {result.stderr}"
+
+
+def test_one_place_starts_python() -> None:
+    """A second one could forget what keeps the files of the current folder out of our processes."""
+    found = [path for path in source_files() if "sys.executable" in (ROOT / path).read_text()]
+    assert found == ["runtime/python_command.py"]

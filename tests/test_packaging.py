@@ -246,3 +246,9 @@ def test_account_is_the_units() -> None:
     account = (DEPLOY / "sysusers.d/sterna.conf").read_text().splitlines()[-1].split()
     service = unit("Service")
     assert account[:2] == ["u", service["User"][0]] == ["u", service["Group"][0]]
+
+
+def test_example_says_what_the_help_says_of_workers_and_prompts() -> None:
+    text = EXAMPLE.read_text()
+    assert SETTINGS["workers"].unset in text
+    assert "# Prompts and answers are never logged.\n" in text

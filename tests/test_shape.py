@@ -1,4 +1,4 @@
-"""How long files and functions are, and that they say what they are for.
+"""How long files and functions are, that they say what they are for, and where attributes are made.
 
 The limits are design/style rules; the figures printed are those by which other code was judged
 (median file, median and 90th percentile function, share with docstring and return type).
@@ -72,6 +72,28 @@ def definitions(tree: ast.Module, path: str) -> Iterator[Definition]:
             stack.append((node, f"{prefix}{node.name}.", public and isinstance(node, ast.ClassDef)))
 
 
+def late_attributes(node: ast.ClassDef) -> list[str]:
+    """Return the attributes that a method makes though `__init__` does not; bases may make some, unseen."""
+    if node.bases:
+        return []
+    fields = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
+    made = {target.id for target in fields if isinstance(target, ast.Name)}
+    stored: set[str] = set()
+    for method in node.body:
+        if isinstance(method, Function):
+            found = {
+                each.attr
+                for each in ast.walk(method)
+                if isinstance(each, ast.Attribute)
+                and isinstance(each.ctx, ast.Store)
+                and isinstance(each.value, ast.Name)
+                and each.value.id == "self"
+            }
+            target = made if method.name in ("__init__", "__post_init__") else stored
+            target |= found
+    return sorted(stored - made)
+
+
 def problems(source: str, path: str) -> list[str]:
     """Return what breaks a limit in `source`, the file at `path` (relative to the repository)."""
     tree = ast.parse(source)
@@ -82,6 +104,9 @@ def problems(source: str, path: str) -> list[str]:
         found.append(f"{path}: no module docstring")
     limit = MAX_KERNEL_LINES if path.startswith(KERNELS) else MAX_FUNCTION_LINES
     for each in definitions(tree, path):
+        if isinstance(each.node, ast.ClassDef):
+            late = late_attributes(each.node)
+            found += [f"{each.where}.{name}: not made in __init__" for name in late]
         if isinstance(each.node, Function):
             if each.num_lines > limit:
                 found.append(f"{each.where}: {each.num_lines} lines, limit {limit}")
@@ -156,6 +181,11 @@ def body(lines: int) -> str:
             DOC + f"class A:\n    {DOC}    async def f(self) -> int:\n        return 1\n",
             "A.f: no docs",
         ),
+        (
+            "shm/a.py",
+            DOC + "class _A:\n    def f(self) -> None:\n        self.x = self.y = 1\n    y: int\n",
+            "_A.x: not made in __init__",
+        ),
     ],
 )
 def test_checker_sees_what_is_out_of_shape(path: str, source: str, text: str) -> None:
@@ -175,6 +205,11 @@ def test_checker_sees_what_is_out_of_shape(path: str, source: str, text: str) ->
         ("shm/a.py", DOC + "@overload\ndef f() -> int: ...\n"),
         ("shm/a.py", DOC + "class _A:\n    def f(self) -> int:\n        return 1\n"),
         ("shm/a.py", DOC + "def _f() -> int:\n    def g() -> int:\n        return 1\n    return g()\n"),
+        (
+            "shm/a.py",
+            DOC + "class _A:\n    def __init__(self) -> None:\n        self.x = 0\n"
+            "    def f(self) -> None:\n        self.x = 1\n",
+        ),
     ],
 )
 def test_checker_accepts_what_is_in_shape(path: str, source: str) -> None:

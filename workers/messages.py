@@ -16,10 +16,10 @@ class LaneMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Hello(LaneMessage, frozen=True, kw_only=True):
-    """A worker is there. `generation` counts how often its index was started."""
+    """A worker is there. `incarnation` is the number of its start, see `WorkerSpec`."""
 
     index: int
-    generation: int
+    incarnation: int
     pid: int
 
 

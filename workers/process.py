@@ -48,9 +48,9 @@ def run(spec: Mapping[str, object], fds: Mapping[str, int]) -> int:
     pager = Pager(serve.loader, worker.io_threads, calibrate)
     with zmq.Context() as context, context.socket(zmq.DEALER) as lane:
         lane.setsockopt(zmq.LINGER, 0)
-        lane.setsockopt(zmq.ROUTING_ID, f"w{worker.index}.{worker.generation}".encode())
+        lane.setsockopt(zmq.ROUTING_ID, f"w{worker.index}.{worker.incarnation}".encode())
         lane.connect(worker.lane_url)
-        lane.send(encode(Hello(index=worker.index, generation=worker.generation, pid=os.getpid())))
+        lane.send(encode(Hello(index=worker.index, incarnation=worker.incarnation, pid=os.getpid())))
         log.info("worker.started index=%d pid=%d reading=%s", worker.index, os.getpid(), pager.mode)
         both = zmq.Poller()
         both.register(lane, zmq.POLLIN)

@@ -9,8 +9,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What a worker is told when it is forked."""
 
     index: int
-    generation: int
-    """Another one at each start of a worker of this index."""
+    incarnation: int
+    """The number of this start: no other start of a process of the same engine has it."""
     lane_url: str
     """Where its scheduler listens."""
     slots: list[tuple[int, int]]

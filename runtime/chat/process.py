@@ -12,12 +12,12 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 from ...shm.errors import InternalError, OutOfResources, ShuttingDown, SternaError
+from ..python_command import python_command
 from .renderer import MAX_FRAME_BYTES, MEMORY_NBYTES, frame_of, read_frame
 
 # The process ends itself after its CPU time; this much later on the clock it is stuck, or the machine is.
@@ -82,7 +82,7 @@ class ChatProcess:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", f"{__package__}.renderer"],
+                python_command("-m", f"{__package__}.renderer"),
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from typing import Final, NoReturn
 
 import click
@@ -87,7 +88,7 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo(e.format_message(), err=True)
         return UsageError.exit_code
     except click.ClickException as e:
-        return _complain(UsageError(e.format_message()))
+        return _complain(UsageError(e.format_message()).with_traceback(e.__traceback__))
     except SternaError as e:
         return _complain(e)
     except _ClosedPipeError:
@@ -95,13 +96,19 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
     except Exception as e:
-        if os.environ.get("STERNA_DEBUG") == "1":
-            raise
-        return _complain(e, f"unexpected {type(e).__name__}: {e} (STERNA_DEBUG=1 shows where)")
+        hint = "" if _is_debugging() else " (STERNA_DEBUG=1 shows where)"
+        return _complain(e, f"unexpected {type(e).__name__}: {e}{hint}")
+
+
+def _is_debugging() -> bool:
+    return os.environ.get("STERNA_DEBUG") == "1"
 
 
 def _complain(error: Exception, text: str | None = None) -> int:
+    """Print one line about `error`, with STERNA_DEBUG=1 its traceback before it; return the exit code."""
     with contextlib.suppress(OSError):
+        if _is_debugging():
+            click.echo("".join(traceback.format_exception(error)), nl=False, err=True)
         click.echo(f"sterna: error: {one_line(text or str(error))}", err=True)
     return error.exit_code if isinstance(error, SternaError) else EXIT_INTERNAL
 

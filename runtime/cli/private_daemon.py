@@ -10,7 +10,6 @@ import contextlib
 import os
 import selectors
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...shm.errors import StartFailed, SternaError, error_of_exit
+from ..python_command import python_command
 from .render import for_terminal
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def private_daemon(
     with tempfile.TemporaryDirectory(prefix="sterna-", ignore_cleanup_errors=True) as folder:
         url = f"ipc://{folder}/sterna.sock"
         stderr_path = Path(folder) / "stderr"
-        command = [sys.executable, "-m", "sterna.runtime.cli.main", "serve", *arguments]
+        command = python_command("-m", "sterna.runtime.cli.main", "serve", *arguments)
         with stderr_path.open("wb") as stderr:
             child = subprocess.Popen(
                 [*command, "--socket", url, "--exit-with-parent", str(os.getpid())],

@@ -6,7 +6,6 @@ parts (`stream.py`), asyncio (`async_client.py`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
@@ -203,10 +202,8 @@ class Client:
         self._pool.run(requests.drain())
 
     def ping(self) -> float:
-        """Return the seconds that a round trip to the daemon takes."""
-        start_s = time.monotonic()
-        self._pool.run(requests.ping())
-        return time.monotonic() - start_s
+        """Return the seconds that a round trip to the daemon takes; connecting does not count."""
+        return self._pool.run_timed(requests.ping())
 
     def connect(self) -> Welcome:
         """Make a fresh connection and return the daemon's facts about its model and limits."""

@@ -32,12 +32,19 @@ class Embedding:
     """
 
     def __init__(self, texts: Text | Sequence[Text], pooling: str | None, normalize: bool) -> None:
-        # A row of token ids, also an array of NumPy: its items are whole numbers, and those have no length.
-        self._single = isinstance(texts, str) or (len(texts) > 0 and not hasattr(texts[0], "__len__"))
+        try:
+            # A row of token ids, also an array of NumPy: its items are whole numbers, which have no length.
+            self._single = isinstance(texts, str) or (len(texts) > 0 and not hasattr(texts[0], "__len__"))
+        except (TypeError, KeyError):
+            found = type(texts).__name__
+            raise BadRequest(f"texts: expected text, token ids or a list of them, found {found}") from None
         each: Sequence[Any] = [texts] if self._single else texts
         if not len(each):
             raise BadRequest("texts: expected at least one, found none")
-        self._requests = [embed_message(text, pooling, normalize) for text in each]
+        self._requests = [
+            embed_message(text, pooling, normalize, "token_ids" if self._single else f"texts[{i}]")
+            for i, text in enumerate(each)
+        ]
         self._vectors: list[bytes] = [b""] * len(each)
         self._waiting = deque(range(len(each)))
         self._window = WINDOW

@@ -21,7 +21,7 @@ from .connection import ClientConnection
 from .exchange import Exchange, T
 from .requests import check_process, new_id
 
-MAX_IDLE_WIRES = 8
+MAX_IDLE_CONNECTIONS = 8
 
 
 class ConnectionPool:
@@ -55,18 +55,17 @@ class ConnectionPool:
     def run(self, exchange: Exchange[T]) -> T:
         """Carry out a call over a connection of its own and return its result."""
         with self._borrowed() as connection:
-            until_s = time.monotonic() + self.timeout_s
-            while not exchange.done:
-                for message in exchange.due():
-                    connection.send(message)
-                events = wait_events(connection, until_s)
-                if not events:
-                    raise exchange.overdue(self.url, self.timeout_s)
-                for key, event in events:
-                    if key in exchange.keys:
-                        exchange.feed(event)
-                        until_s = time.monotonic() + self.timeout_s
+            self._carry_out(exchange, connection)
         return exchange.result()
+
+    def run_timed(self, exchange: Exchange[object]) -> float:
+        """Carry out a call and return the seconds from its request to its reply, without connecting."""
+        with self._borrowed() as connection:
+            start_s = time.monotonic()
+            self._carry_out(exchange, connection)
+            elapsed_s = time.monotonic() - start_s
+        exchange.result()  # raises what the daemon has against it
+        return elapsed_s
 
     def connect(self) -> Welcome:
         """Make a fresh connection and return what the daemon says of itself."""
@@ -91,7 +90,7 @@ class ConnectionPool:
     def give_back(self, connection: ClientConnection) -> None:
         """Return a connection on which nothing is under way; another call may take it."""
         with self._lock:
-            if not self._closed and len(self._idle) < MAX_IDLE_WIRES:
+            if not self._closed and len(self._idle) < MAX_IDLE_CONNECTIONS:
                 self._idle.append(connection)
                 self._num_in_use -= 1
                 return
@@ -115,6 +114,19 @@ class ConnectionPool:
                 connection.close()
             self._idle.clear()
             self._term_if_unused()
+
+    def _carry_out(self, exchange: Exchange[object], connection: ClientConnection) -> None:
+        until_s = time.monotonic() + self.timeout_s
+        while not exchange.done:
+            for message in exchange.due():
+                connection.send(message)
+            events = wait_events(connection, until_s)
+            if not events:
+                raise exchange.overdue(self.url, self.timeout_s)
+            for key, event in events:
+                if key in exchange.keys:
+                    exchange.feed(event)
+                    until_s = time.monotonic() + self.timeout_s
 
     @contextlib.contextmanager
     def _borrowed(self) -> Iterator[ClientConnection]:

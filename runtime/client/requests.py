@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -71,7 +71,7 @@ def generate_message(
     check_names(options, "generate")
     fields: dict[str, Any] = {"id": new_id(), "prompt": prompt, **options}
     if token_ids is not None:
-        fields["token_ids"] = plain_ids(token_ids)
+        fields["token_ids"] = plain_ids(token_ids, "token_ids")
     return codec.build(Generate, fields)
 
 
@@ -83,17 +83,32 @@ def chat_options(options: Mapping[str, object]) -> dict[str, object]:
     return checked
 
 
-def embed_message(text: Text, pooling: str | None, normalize: bool) -> Embed:
-    """Return the checked request for the vector of one text."""
+def embed_message(text: Text, pooling: str | None, normalize: bool, where: str) -> Embed:
+    """Return the checked request for the vector of one text, which errors call `where`."""
     fields: dict[str, Any] = {"id": new_id(), "pooling": pooling, "normalize": normalize}
     if isinstance(text, str):
         return codec.build(Embed, {**fields, "prompt": text})
-    return codec.build(Embed, {**fields, "token_ids": plain_ids(text)})
+    if not isinstance(text, Iterable):
+        raise BadRequest(f"{where}: expected text or token ids, found {ascii(text)[:60]}")
+    return codec.build(Embed, {**fields, "token_ids": plain_ids(text, where)})
 
 
-def plain_ids(token_ids: Sequence[int]) -> list[int]:
-    """Return ids as plain integers, so that an array of NumPy is as good as a list; raises TypeError."""
-    return [operator.index(t) for t in token_ids]
+def plain_ids(token_ids: Sequence[int], where: str) -> list[int]:
+    """Return ids as plain integers, so that an array of NumPy is as good as a list.
+
+    Raises BadRequest, which begins with `where` and the index of what is no integer.
+    """
+    try:
+        given = iter(token_ids)
+    except TypeError:
+        raise BadRequest(f"{where}: expected token ids, found {ascii(token_ids)[:60]}") from None
+    ids = []
+    for i, token_id in enumerate(given):
+        try:
+            ids.append(operator.index(token_id))
+        except TypeError:
+            raise BadRequest(f"{where}[{i}]: expected int, found {ascii(token_id)[:60]}") from None
+    return ids
 
 
 # ---- calls with one reply ----
@@ -107,7 +122,7 @@ def tokenize(text: str, *, add_bos: bool | None, special: bool) -> Call[Tokenize
 
 def detokenize(token_ids: Sequence[int]) -> Call[Detokenized]:
     """Ask for the text of token ids."""
-    request = Detokenize(id=new_id(), token_ids=plain_ids(token_ids))
+    request = Detokenize(id=new_id(), token_ids=plain_ids(token_ids, "token_ids"))
     return Call(request, request.id, Detokenized)
 
 

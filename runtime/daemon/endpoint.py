@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...shm.errors import ProtocolError, SternaError
+from ...shm.errors import BadRequest, ProtocolError, SternaError
 from ..protocol import codec
 from ..protocol.messages import (
     ApplyTemplate,
@@ -32,7 +32,7 @@ from ..protocol.messages import (
 )
 from ..text.tokenizer import Tokenizer
 from .connections import Connections
-from .conversions import MAX_CONVERTED_IN_LOOP, Conversions
+from .conversions import MAX_CONVERTED_IN_LOOP, Asker, Conversions
 from .service import Service
 from .tasks import TaskSet
 
@@ -77,11 +77,11 @@ class Endpoint:
         self._welcome = welcome
         self._controls = controls
         self._tasks = TaskSet(group)
-        self._conversions = Conversions(tokenizer, service, self._tasks)
+        self._conversions = Conversions(tokenizer, service, self._tasks, welcome.limits.max_queue)
         self._admitting: dict[tuple[str, str], bool] = {}  # (client, id) of long prompts: still wanted
         self._refused_frames = 0
         connections.on_frames = self._on_frames
-        connections.on_gone = service.forget_owner
+        connections.on_gone = self._on_gone
 
     def figures(self) -> DoorFigures:
         """Return how many connections there are, and how many frames were refused."""
@@ -89,7 +89,15 @@ class Endpoint:
 
     def close(self) -> None:
         """Give up what is still being answered."""
+        self._conversions.close()
         self._tasks.cancel()
+
+    def owners(self) -> set[bytes]:
+        """Return the connections that wait for an answer."""
+        return {*self._service.owners(), *self._conversions.owners()}
+
+    def _on_gone(self, identity: bytes) -> int:
+        return self._conversions.forget_owner(identity) + self._service.forget_owner(identity)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         identity = frames[0]
@@ -97,12 +105,12 @@ class Endpoint:
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"expected one frame, found {len(frames) - 1}")
-            self._handle(identity, codec.decode_request(frame))
+            self._handle(identity, codec.decode_request(frame), len(frame))
         except SternaError as error:
             self._refused_frames += isinstance(error, ProtocolError)
             self._connections.refuse(identity, codec.peek_id(frame), error)
 
-    def _handle(self, identity: bytes, message: Request) -> None:
+    def _handle(self, identity: bytes, message: Request, frame_bytes: int) -> None:
         connections = self._connections
         if isinstance(message, Hello):
             connections.enter(identity, message.client)
@@ -113,7 +121,7 @@ class Endpoint:
             raise ProtocolError("the first message of a connection must be hello")
         match message:
             case Generate() | Embed():
-                self._admit(identity, client, message)
+                self._admit(identity, client, message, frame_bytes)
             case Cancel() if (client, message.id) in self._admitting:
                 self._admitting[client, message.id] = False
             case Cancel():
@@ -123,8 +131,8 @@ class Endpoint:
             case Tokenize() | Detokenize() | ApplyTemplate():
                 self._conversions.answer(
                     message,
+                    self._asker(identity, message.id, frame_bytes),
                     lambda answer: connections.send(identity, answer),
-                    lambda error: connections.refuse(identity, message.id, error),
                 )
             case Status():
                 self._tasks.start(self._send_report(identity, message.id), "status")
@@ -133,13 +141,33 @@ class Endpoint:
             case Resize():
                 self._tasks.start(self._send_resized(identity, message), "resize")
 
-    def _admit(self, identity: bytes, client: str, message: Generate | Embed) -> None:
+    def _asker(self, identity: bytes, request_id: str, frame_bytes: int) -> Asker:
+        return Asker(
+            owner=identity,
+            frame_bytes=frame_bytes,
+            refuse=lambda error: self._connections.refuse(identity, request_id, error),
+        )
+
+    def _admit(self, identity: bytes, client: str, message: Generate | Embed, frame_bytes: int) -> None:
         """Hand a request to the service; a long prompt becomes tokens in a thread first."""
         if message.prompt is None or len(message.prompt) <= MAX_CONVERTED_IN_LOOP:
             self._hand_over(identity, client, message, None)
             return
-        self._conversions.check_room()
-        self._tasks.start(self._admit_long(identity, client, message), "admit")
+        key = (client, message.id)
+        if key in self._admitting:
+            raise BadRequest(f"id: a request {message.id!r} is running already")
+
+        def admit(ids: list[int]) -> None:
+            if self._connections.client_of(identity) is not None:  # who has gone wants no answer
+                self._hand_over(identity, client, message, ids)
+                if not self._admitting[key]:
+                    self._service.cancel(client, message.id)
+
+        task = self._conversions.convert_prompt(
+            message, self._asker(identity, message.id, frame_bytes), admit
+        )
+        self._admitting[key] = True
+        task.add_done_callback(lambda _: self._admitting.pop(key, None))
 
     def _hand_over(
         self, identity: bytes, client: str, message: Generate | Embed, ids: list[int] | None
@@ -148,20 +176,6 @@ class Endpoint:
             self._service.generate(client, identity, message, ids)
         else:
             self._service.embed(client, identity, message, ids)
-
-    async def _admit_long(self, identity: bytes, client: str, message: Generate | Embed) -> None:
-        key = (client, message.id)
-        self._admitting[key] = True
-        try:
-            ids = await self._conversions.prompt_ids(message)
-            if self._connections.client_of(identity) is not None:  # who has gone wants no answer
-                self._hand_over(identity, client, message, ids)
-                if not self._admitting[key]:
-                    self._service.cancel(client, message.id)
-        except SternaError as error:
-            self._connections.refuse(identity, message.id, error)
-        finally:
-            self._admitting.pop(key, None)
 
     async def _send_report(self, identity: bytes, request_id: str) -> None:
         self._connections.send(identity, Report(id=request_id, body=await self._controls.report()))

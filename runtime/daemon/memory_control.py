@@ -16,7 +16,7 @@ from ..config import read_size
 from ..memory.budget import BudgetTooSmall, SlotDecision, least_slots, spread
 from ..memory.pressure import Governor, Pressure, read_pressure
 from ..memory.room import Room, read_room
-from ..sizes import format_size
+from ..sizes import format_given, format_size
 from .engine.link import EngineLink
 from .model.model_memory import ModelMemory
 from .model.served_model import ServedModel
@@ -45,11 +45,11 @@ class MemoryControl:
     async def resize(self, text: str) -> dict[str, object]:
         """Use as much memory as `text` says ("auto": as at the start); return what is held then.
 
-        Raises BadRequest for what is no size, OutOfResources for one that the model does not fit into or that
-        is beyond the start's, Overloaded when there is no memory to grow into.
+        Raises BadRequest for what is no size, OutOfResources for one that the model does not fit into, that
+        is beyond the start's or more than the machine has, Overloaded when there is no memory to grow into.
         """
         try:
-            nbytes = self._model.budget.nbytes if text == "auto" else read_size(text, "memory")
+            nbytes = self._model.budget.nbytes if text == "auto" else self._read_size(text)
             decision = self._model.plan_resize(nbytes)
         except ConfigError as error:
             raise BadRequest(str(error)) from None
@@ -74,6 +74,15 @@ class MemoryControl:
             "share": round(decision.share, 4),
             "freed_bytes": freed,
         }
+
+    def _read_size(self, text: str) -> int:
+        """Return the bytes of a size; raises ConfigError, and OutOfResources if no such memory exists."""
+        nbytes = read_size(text, "memory")
+        room = read_room(self._root)
+        if nbytes > room.total:
+            owner = "the limit of its cgroup is" if room.limited else "this machine has"
+            raise OutOfResources(f"memory is {format_given(nbytes)}, but {owner} {format_size(room.total)}")
+        return nbytes
 
     async def watch(self) -> None:
         """Shrink and grow with the memory of the machine, for ever."""

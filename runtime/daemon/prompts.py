@@ -32,8 +32,8 @@ class Prompts:
             if len(text) > self._model.max_prompt_chars:
                 # Not worth the time of tokenizing it, in which nobody else would be served.
                 raise TooLong(
-                    f"the prompt has {len(text)} characters, at most {self._model.max_prompt_chars} "
-                    f"fit into the context of {self._model.context} tokens"
+                    f"the prompt has {len(text)} characters; for a context of {self._model.context} tokens "
+                    f"no more than {self._model.max_prompt_chars} are tokenized"
                 )
             tokenizer = self._model.tokenizer
             special = isinstance(request, Generate) and request.special

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import sterna
-
+from ... import __version__
 from ...shm.errors import ShuttingDown, SternaError
 from ..config import Config
 from ..protocol import codec
@@ -84,9 +83,7 @@ class ServingPhase:
         endpoint = Endpoint(
             self._connections, self._service, self._model.tokenizer, self._welcome(), controls, self._group
         )
-        tasks = [
-            self._group.create_task(self._connections.probe(self._service.owners), name="connections.probe")
-        ]
+        tasks = [self._group.create_task(self._connections.probe(endpoint.owners), name="connections.probe")]
         if self._config.memory_pressure == "auto":
             tasks.append(self._group.create_task(self._control.watch(), name="memory.watch"))
         try:
@@ -116,7 +113,7 @@ class ServingPhase:
 
     def _welcome(self) -> Welcome:
         return Welcome(
-            version=sterna.__version__,
+            version=__version__,
             model=self._model.facts,
             limits=Limits(
                 max_frame_bytes=codec.MAX_FRAME_BYTES,

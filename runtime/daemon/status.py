@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 
-import sterna
-
+from ... import __version__
 from ...scheduler.messages import Stats
 from ...scheduler.model.plan import by_precision
 from ..memory.budget import SlotDecision
@@ -58,7 +57,7 @@ def report(
     processes, measured_mib = _processes({**own_pids, **presence.pids})
     sizes = {name: round(nbytes / MIB, 1) for name, nbytes in memory.memory_bytes.items()}
     return StatusReport(
-        version=sterna.__version__,
+        version=__version__,
         uptime_s=round(now_s - started_s, 1),
         state=_state(service, presence),
         model=ServedModelReport(

@@ -56,6 +56,13 @@ class Wants:
     context: int = 0
     resident: str = "auto"
     value_nbytes: int = 2  # of the cache: 2 float16, 4 float32
+    local: bool = False
+    """Whether the scheduler is its own workers: their buffers are in its process, and none is theirs."""
+
+    @property
+    def processes_nbytes(self) -> int:
+        """What the processes of workers take beside their buffers."""
+        return 0 if self.local else self.workers * WORKER
 
 
 class BudgetTooSmall(OutOfResources):
@@ -132,7 +139,8 @@ def fixed_rows(
         "scheduler": SCHEDULER
         + scheduler_nbytes(plan, shape, wants.max_batch_tokens, wants.threads)
         + step_nbytes(plan, wants.max_batch_tokens),
-        "workers": wants.workers * (WORKER + worker_nbytes(plan, wants.max_batch_tokens, wants.workers)),
+        "workers": wants.processes_nbytes
+        + wants.workers * worker_nbytes(plan, wants.max_batch_tokens, wants.workers),
         "staging": wants.workers * IO_THREADS * (largest_read + _converted_nbytes(plan)),
     }
     kv = shape.layers * shape.layer_nbytes
@@ -232,7 +240,7 @@ def _with_batch(
     """
     if wants.max_batch_tokens:
         return wants
-    processes = DAEMON + NURSERY + SCHEDULER + wants.workers * WORKER
+    processes = DAEMON + NURSERY + SCHEDULER + wants.processes_nbytes
     left = budget - plan.dense_arena_nbytes - processes
     for tokens in BATCH_TOKENS:
         chosen = replace(wants, max_batch_tokens=tokens)

@@ -61,6 +61,7 @@ def wants_of(config: Config) -> Wants:
         context=config.ctx_size,
         resident=config.resident_experts,
         value_nbytes=4 if config.cache_type == "f32" else 2,
+        local=config.lane == "local",
     )
 
 

@@ -65,7 +65,10 @@ class Governor:
 
     def __init__(self, least: int, most: int, now_s: float) -> None:
         self._least = least
-        self.restart(most, now_s)
+        self._most = most
+        self._changed_s = now_s
+        self._stirred_s = now_s  # when it was last not calm
+        self.slots = most
 
     def restart(self, most: int, now_s: float) -> None:
         """Begin again with `most` slots in use."""

@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from ...scheduler import warm
 from ...shm.errors import StartFailed
 from ...workers.kernels import late
 from ..memory.room import read_room
+from ..python_command import python_command
 
 log = logging.getLogger("sterna.kernels")
 
@@ -99,15 +99,7 @@ class Compiler:
     def __init__(self, arguments: dict[str, object], numbers: list[int]) -> None:
         self._done = -1
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                COMPILER,
-                json.dumps(arguments),
-                json.dumps(numbers),
-                str(os.getpid()),
-            ],
+            python_command("-m", COMPILER, json.dumps(arguments), json.dumps(numbers), str(os.getpid())),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )

@@ -11,11 +11,11 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from ...shm.errors import ConfigError, StartFailed
 from ...workers.kernels.cache import cache_dir, cache_root, sources_digest
+from ..python_command import python_command
 
 VARIABLE = "STERNA_KERNEL_TARGET"
 TIMEOUT_S = 600.0  # it compiles
@@ -66,7 +66,7 @@ def _try(target: str) -> str:
     try:
         env = {**os.environ, "NUMBA_CACHE_DIR": str(cache_dir())}
         done = subprocess.run(
-            [sys.executable, "-c", _CODE],
+            python_command("-c", _CODE),
             env=env,
             capture_output=True,
             text=True,

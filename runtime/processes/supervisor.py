@@ -16,12 +16,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...shm.errors import ConfigError, StartFailed
+from ..python_command import python_command
 from . import nursery_wire as wire
 from .child import Child, ExitStatus, collect_orphan
 
@@ -370,8 +370,7 @@ def _start_nursery(
     except OSError as error:
         raise StartFailed(f"cannot start the nursery: {error.strerror}") from error
     ours.setblocking(False)
-    # -P: a file msgspec.py in the current folder must not become part of us.
-    command = [sys.executable, "-P", "-m", "sterna.runtime.processes.nursery", str(theirs.fileno())]
+    command = python_command("-m", "sterna.runtime.processes.nursery", str(theirs.fileno()))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     try:
         process = subprocess.Popen(

@@ -6,6 +6,7 @@ an end is decided in `roster`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -58,7 +59,8 @@ class PidfdPresence:
     def kill(self, peer: int) -> None:
         """See `Presence.kill`."""
         if not self.ended(peer):
-            signal.pidfd_send_signal(self._pidfds[peer], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its parent has reaped it just now
+                signal.pidfd_send_signal(self._pidfds[peer], signal.SIGKILL)
 
     def forget(self, peer: int) -> None:
         """See `Presence.forget`."""

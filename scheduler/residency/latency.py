@@ -40,7 +40,9 @@ class LatencyHistogram:
 
     def __init__(self) -> None:
         self._counts: npt.NDArray[np.int64] = np.zeros(_BUCKETS, np.int64)
-        self.reset()
+        self.count = 0
+        self.total_ns = 0
+        self.max_ns = 0
 
     def reset(self) -> None:
         """Forget everything."""
@@ -115,7 +117,13 @@ class RouterMetrics:
     def __init__(self) -> None:
         self.routing = LatencyHistogram()
         self.paging = LatencyHistogram()
-        self.reset()
+        self.hits = 0
+        self.misses = 0
+        self.experts_paged_in = 0
+        self.experts_paged_out = 0
+        self.prefetch_operations = 0
+        self.prefetch_hits = 0
+        self.affinity_evictions = 0
 
     def reset(self) -> None:
         """Set everything to zero."""

@@ -24,7 +24,10 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'sterna' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    except AttributeError as error:  # `from sterna import` would say that there is no such name, and no more
+        raise ImportError(f"{__name__}.{name} cannot be imported: {error}") from error
     globals()[name] = value
     return value
 

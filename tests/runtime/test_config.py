@@ -119,7 +119,7 @@ def test_defaults_of_a_caller_give_way_to_all_else(tmp_path: Path) -> None:
 
 def test_defaults_in_words() -> None:
     shown = [default_text(name) for name in ("max_queue", "lane", "step_timeout_s", "model", "workers")]
-    assert shown == ["256", "auto", "60", "the embedded model", "0: the machine's cores less one"]
+    assert shown == ["256", "auto", "60", "the embedded model", "0: physical cores less one"]
 
 
 def test_default_files_of_system_and_user(tmp_path: Path) -> None:

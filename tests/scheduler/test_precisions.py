@@ -15,7 +15,7 @@ from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.scheduler.model.precision_errors import measure
 from sterna.scheduler.residency.precision.classes import PRECISION_PRESETS
-from sterna.scheduler.residency.precision.plan import ExpertPrecisions, precision_plan, preset_precisions
+from sterna.scheduler.residency.precision.plan import ExpertPrecisions, preset_precisions
 from sterna.shm.errors import ConfigError
 from sterna.workers.checkpoint.file import names
 from sterna.workers.checkpoint.file.gguf import GgufFile
@@ -164,7 +164,7 @@ def test_a_budget_is_kept_and_used_for_the_experts_in_use(file: GgufFile, preset
     before = np.inf
     for share in (0.0, 0.25, 0.5, 1.0):
         budget = int(least + share * (most - least))
-        chosen = precision_plan(plan, counts, budget, preset, errors)
+        chosen = ExpertPrecisions(plan, preset, errors).rebalance(counts, budget)
         assert chosen.dtype == np.int8
         used = [
             plan.precision_nbytes[layer][p] for layer, p in zip(keys.tolist(), chosen.tolist(), strict=True)
@@ -176,7 +176,7 @@ def test_a_budget_is_kept_and_used_for_the_experts_in_use(file: GgufFile, preset
         assert chosen[7] == hot or not share
     assert (chosen == hot).all()
     with pytest.raises(ConfigError, match="budget"):
-        precision_plan(plan, counts, least - 1, preset, errors)
+        ExpertPrecisions(plan, preset, errors).rebalance(counts, least - 1)
 
 
 def test_hot_experts_are_not_held_finer_than_in_the_file(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_hot_experts_are_not_held_finer_than_in_the_file(tmp_path: Path) -> None
     with GgufFile.open(altered.write(tmp_path / "q3.gguf", change=change)) as opened:
         plan = read_plan(opened, precisions=preset_precisions("default"))
     errors = np.tile([0.0, 0.0, 0.0, 0.1], (5, 1))
-    assert (precision_plan(plan, np.ones(80), 10**9, "default", errors) == 0).all()
+    assert (ExpertPrecisions(plan, "default", errors).rebalance(np.ones(80), 10**9) == 0).all()
     least = sum(16 * sizes[3] for sizes in plan.precision_nbytes.values())
-    assert (precision_plan(plan, np.ones(80), least, "default", errors) == 3).all()
+    assert (ExpertPrecisions(plan, "default", errors).rebalance(np.ones(80), least) == 3).all()
 
 
 def test_settled_experts_do_not_take_turns(file: GgufFile) -> None:

@@ -100,7 +100,7 @@ def test_it_ends_in_time_with_its_sockets_open_and_says_why(
     """Garbage from a worker ends it inside its loop; it stood there for ever once, waiting for a socket."""
     stage = Stage(tmp_path)
     worker_socket.connect(stage.lane_url)
-    worker_socket.send(encode(Hello(index=0, generation=1, pid=stage.process.pid)))
+    worker_socket.send(encode(Hello(index=0, incarnation=1, pid=stage.process.pid)))
     assert worker_socket.poll(PATIENT_S * 1000)  # it is told the shapes
     worker_socket.send(b"no message")
     trouble = stage.hear(wire.Trouble)

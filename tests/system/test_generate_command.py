@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,6 +52,26 @@ def test_without_a_daemon_one_is_started_for_the_call(home: Path, shared: Daemon
     assert (done.returncode, done.stdout) == (0, expected.text + "\n")
     assert done.stderr.startswith("sterna: no daemon at ipc://")
     assert "answer 12 tokens" in done.stderr.splitlines()[-1]
+
+
+def test_no_python_file_of_the_current_folder_is_run(home: Path) -> None:
+    """Neither by the command nor by a process of the daemon that it starts."""
+    downloads = home / "downloads"
+    downloads.mkdir()
+    for name in ("random", "numba", "zmq", "msgspec", "json"):
+        (downloads / f"{name}.py").write_text(f"open({str(home / 'ran')!r}, 'a').write({name!r})\n")
+    command = [sys.executable, "-P", "-m", "sterna.runtime.cli.main"]  # as the installed command starts
+    done = subprocess.run(
+        [*command, *GREEDY],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=clean_env(home),
+        cwd=downloads,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (home / "ran").exists(), (home / "ran").read_text()
 
 
 def test_chat_without_a_template_starts_no_daemon(home: Path) -> None:
@@ -113,7 +134,26 @@ def test_socket_that_was_named_must_have_its_daemon(home: Path) -> None:
 def test_wrong_option_is_refused_by_the_daemon_s_rules(home: Path, shared: Daemon) -> None:
     done = sterna(home, *GREEDY, "--socket", shared.url, "--top-p", "2")
     assert (done.returncode, done.stdout) == (64, "")
-    assert done.stderr.startswith("sterna: error: top_p: expected")
+    assert done.stderr.startswith("sterna: error: --top-p: expected")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--top-p", "2"], "--top-p: expected float <= 1.0, found 2.0"),
+        (["--max-tokens", "0"], "--max-tokens: expected int >= 1, found 0"),
+        (["--seed", "-1"], "--seed: expected int >= 0, found -1"),
+        (["--stop", "a", "--stop", "b" * 300], "--stop[1]: expected at most 256 bytes, found 300"),
+        (["--lost-mass", "0", "--quality-budget", "1%"],
+         "--quality-budget, --lost-mass: expected at most one of the two, found both"),
+    ],
+)  # fmt: skip
+def test_wrong_option_starts_no_daemon(home: Path, options: list[str], line: str) -> None:
+    start_s = time.monotonic()
+    done = sterna(home, "generate", "Once upon a time", *options)
+    print(f"refused after {time.monotonic() - start_s:.2f} s")
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == f"sterna: error: {line}\n"  # no "starting one for this call"
 
 
 def test_too_long_prompt(home: Path, shared: Daemon) -> None:

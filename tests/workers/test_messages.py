@@ -50,7 +50,7 @@ TO_WORKER = (
     PageIn(seq=1, page=PAGE, urgent=False),
 )
 TO_SCHEDULER = (
-    Hello(index=1, generation=2, pid=3),
+    Hello(index=1, incarnation=2, pid=3),
     Outputs(seq=4, busy_ns=2**50),
     Paged(seq=5, nbytes=2**33, read_ns=2**50, busy_ns=0),
     Trouble(seq=7, code="model_read", text="the model file ends at byte 5, expected 9"),

@@ -57,7 +57,7 @@ class Stage:
         self.socket.bind(url)
         spec = WorkerSpec(
             index=0,
-            generation=1,
+            incarnation=1,
             lane_url=url,
             slots=[(self.bench.plan.num_experts, self.bench.slots.nbytes(0))],
             model_path=str(path),

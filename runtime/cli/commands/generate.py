@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
-from ....shm.errors import DaemonUnreachable, NoChatTemplate, UsageError
-from ...config import load_config
+from ....shm.errors import BadRequest, DaemonUnreachable, NoChatTemplate, UsageError
+from ...config import flag_of, load_config
 from ..options import (
     JSON_OPTION,
     SOCKET_OPTION,
@@ -80,6 +81,7 @@ def generate(
     text = _prompt(prompt)
     given = {name: value for name, value in options.items() if value is not None}
     sampling = cast("GenerateOptions", {**given, "stop": list(stop)})
+    _check(text, sampling)
     chat = chat or system is not None
     with _daemon_for(socket, model, stats, chat=chat) as client:
         if chat:
@@ -102,6 +104,19 @@ def _prompt(words: tuple[str, ...]) -> str:
     if not text:
         raise UsageError("stdin: expected a prompt, found nothing")
     return text
+
+
+def _check(text: str, sampling: GenerateOptions) -> None:
+    """Refuse a wrong value before a daemon is started for it; raises BadRequest, which names its flag."""
+    from ...client.requests import generate_message
+    from ...protocol.codec import encode
+
+    try:
+        encode(generate_message(text, None, sampling))
+    except BadRequest as error:
+        fields, colon, complaint = str(error).partition(":")
+        flags = re.sub(r"\w+", lambda name: flag_of(name[0]) if name[0] in sampling else name[0], fields)
+        raise BadRequest(f"{flags}{colon}{complaint}") from None
 
 
 def _told(result: Result) -> list[str]:

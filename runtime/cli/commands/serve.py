@@ -43,9 +43,9 @@ def serve(
     """Serve MODEL, a GGUF file, until it is told to stop.
 
     Without MODEL it is the embedded one. Settings come from flags, the variables named below, and TOML files:
-    /etc/sterna/config.toml, then ~/.config/sterna/config.toml. Ctrl-C or SIGTERM ends the daemon when the
-    answers that run are complete; the second one ends it at once. On a terminal the log begins at warnings
-    unless --log-level is given.
+    /etc/sterna/config.toml, /etc/sterna/conf.d/*.toml, then ~/.config/sterna/config.toml. Ctrl-C or SIGTERM
+    ends the daemon when the answers that run are complete; the second one ends it at once. On a terminal the
+    log begins at warnings unless --log-level is given.
     """
     if model and model_flag:
         raise UsageError("the model is given twice, as argument and with --model")

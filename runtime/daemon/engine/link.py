@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import zmq
 
@@ -24,9 +25,24 @@ RESIZE_TIMEOUT_S = 30.0
 # A generation that no scheduler has.
 NOBODY = 0
 
+Answer = TypeVar("Answer", wire.Stats, wire.Resized)
+
 
 def _nothing(*_: object) -> None:
     """Stand where nobody listens yet."""
+
+
+class _Question(Generic[Answer]):
+    """A question to the scheduler. Only the answer with its nonce counts: an earlier one may come late."""
+
+    def __init__(self, nonce: int, answer: asyncio.Future[Answer]) -> None:
+        self.nonce = nonce
+        self.answer: asyncio.Future[Answer] = answer
+
+    def take(self, answer: Answer) -> None:
+        """Note the answer if it is one to this question and the first."""
+        if answer.nonce == self.nonce and not self.answer.done():
+            self.answer.set_result(answer)
 
 
 class EngineLink:
@@ -51,8 +67,8 @@ class EngineLink:
         self._serving = False  # a scheduler is there and knows of the running streams
         self._quiet = True  # nothing of an earlier generation lives
         self._nonce = 0
-        self._stats: asyncio.Future[wire.Stats] | None = None
-        self._resizing: asyncio.Future[wire.Resized] | None = None
+        self._stats: _Question[wire.Stats] | None = None
+        self._resizing: _Question[wire.Resized] | None = None
         self._cancelled: dict[int, Callable[[], None]] = {}  # by the nonce of the query behind the cancel
         self.on_step: Callable[[wire.Step], None] = _nothing
         self.on_failed: Callable[[wire.StreamsFailed], None] = _nothing
@@ -86,8 +102,8 @@ class EngineLink:
         """The scheduler is gone, or is being ended; what it has begun may go on until `begin`."""
         self._serving = self._quiet = False
         self._generation = NOBODY
-        if self._resizing is not None and not self._resizing.done():
-            self._resizing.set_exception(EngineLost(why))
+        if self._resizing is not None and not self._resizing.answer.done():
+            self._resizing.answer.set_exception(EngineLost(why))
 
     def close(self) -> None:
         """Close the socket."""
@@ -114,14 +130,14 @@ class EngineLink:
 
     async def stats(self) -> wire.Stats | None:
         """Return the scheduler's figures, or None if it does not answer within a second."""
-        answer = self._stats
-        if answer is None or answer.done():  # whoever asks meanwhile shares the answer
-            answer = self._stats = self._loop.create_future()
-            self._send(wire.Query(nonce=self._next_nonce()))
-        done, _ = await asyncio.wait([answer], timeout=QUERY_TIMEOUT_S)
-        if not done and self._stats is answer:
+        query = self._stats
+        if query is None or query.answer.done():  # whoever asks meanwhile shares the answer
+            query = self._stats = _Question(self._next_nonce(), self._loop.create_future())
+            self._send(wire.Query(nonce=query.nonce))
+        done, _ = await asyncio.wait([query.answer], timeout=QUERY_TIMEOUT_S)
+        if not done and self._stats is query:
             self._stats = None
-        return answer.result() if done else None
+        return query.answer.result() if done else None
 
     async def resize(self, limits: list[int]) -> wire.Resized:
         """Limit the slots in use to `limits`, one number for each class, and return what that freed.
@@ -131,13 +147,13 @@ class EngineLink:
         """
         if not self._serving:
             raise EngineLost("the scheduler is being replaced")
-        answer = self._resizing = self._loop.create_future()
-        self._send(wire.Resize(nonce=self._next_nonce(), limits=limits))
-        done, _ = await asyncio.wait([answer], timeout=RESIZE_TIMEOUT_S)
+        resize = self._resizing = _Question(self._next_nonce(), self._loop.create_future())
+        self._send(wire.Resize(nonce=resize.nonce, limits=limits))
+        done, _ = await asyncio.wait([resize.answer], timeout=RESIZE_TIMEOUT_S)
         self._resizing = None
         if not done:
             raise EngineLost(f"the scheduler changed no slots within {RESIZE_TIMEOUT_S:.0f} s")
-        resized: wire.Resized = answer.result()
+        resized: wire.Resized = resize.answer.result()
         if resized.error is not None:
             raise OutOfResources(resized.error)
         return resized
@@ -166,8 +182,8 @@ class EngineLink:
             case wire.Stats():
                 self._on_stats(message)
             case wire.Resized():
-                if self._resizing is not None and not self._resizing.done():
-                    self._resizing.set_result(message)
+                if self._resizing is not None:
+                    self._resizing.take(message)
             case wire.Loading():
                 self.on_loading(message)
             case wire.Ready():
@@ -184,5 +200,5 @@ class EngineLink:
     def _on_stats(self, stats: wire.Stats) -> None:
         if (then := self._cancelled.pop(stats.nonce, None)) is not None:
             then()
-        elif self._stats is not None and not self._stats.done():
-            self._stats.set_result(stats)
+        elif self._stats is not None:
+            self._stats.take(stats)

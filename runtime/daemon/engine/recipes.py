@@ -80,7 +80,7 @@ class EngineRecipes:
         model = self._model
         return WorkerSpec(
             index=index,
-            generation=start.incarnation,
+            incarnation=start.incarnation,
             lane_url=self._lane_url(start.generation),
             slots=model.slots,
             model_path=model.paths[0],  # whichever part was named

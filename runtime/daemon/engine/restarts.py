@@ -113,11 +113,6 @@ class Restarts:
     # ---- what is known ----
 
     @property
-    def given_up(self) -> bool:
-        """Whether nothing is started any more."""
-        return self._phase == "given up"
-
-    @property
     def scheduler_ready(self) -> bool:
         """Whether the scheduler has loaded the model and lives."""
         return self._phase == "running" and self._seats[SCHEDULER].ready

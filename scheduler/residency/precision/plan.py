@@ -105,17 +105,6 @@ class ExpertPrecisions:
         return np.take_along_axis(self._precisions, chosen, axis=1)[:, 0]
 
 
-def precision_plan(
-    plan: ModelPlan,
-    counts: npt.ArrayLike,
-    budget_bytes: int,
-    preset: str,
-    errors: npt.NDArray[np.float64],
-) -> npt.NDArray[np.int8]:
-    """Return the precision of each expert by key so that the slots of all fit the budget; one-shot."""
-    return ExpertPrecisions(plan, preset, errors).rebalance(counts, budget_bytes)
-
-
 def _layer_classes(plan: ModelPlan, layer: int, config: PrecisionConfig) -> list[int]:
     """Return the precisions of hot, warm and cold on a layer: bytes never rise, the file's own is 0."""
     sizes = plan.precision_nbytes[layer]

@@ -49,6 +49,14 @@ def test_help_shows_every_setting() -> None:
     for name in SETTINGS:
         assert name == "model" or flag_of(name) in text
     assert "--exit-with-parent" not in text
+    words = text.split()  # the lines break anywhere
+    files = [
+        "/etc/sterna/config.toml,",
+        "/etc/sterna/conf.d/*.toml,",
+        "then",
+        "~/.config/sterna/config.toml.",
+    ]
+    assert words[words.index(files[0]) :][:4] == files
 
 
 # ---- with a daemon ----
@@ -237,7 +245,7 @@ def test_wrong_command_line(arguments: list[str], exit_code: int, text: str) -> 
 
 def test_wrong_values_of_a_request(peer: Peer) -> None:
     code, _, err = sterna("generate", "a", "--socket", peer.url, "--temperature", "nan")
-    assert (code, error_line(err)) == (64, "temperature: expected a finite number, found nan")
+    assert (code, error_line(err)) == (64, "--temperature: expected a finite number, found nan")
     code, _, err = sterna("generate", os.fsdecode(b"a\xff"), "--socket", peer.url)
     assert code == 64
     assert "expected valid Unicode" in error_line(err)
@@ -261,5 +269,27 @@ def test_unexpected_exception_is_one_line(
     text = error_line(capsys.readouterr().err)
     assert text == "unexpected ValueError: one two (STERNA_DEBUG=1 shows where)"
     monkeypatch.setenv("STERNA_DEBUG", "1")
-    with pytest.raises(ValueError, match="one"):
-        main.run(["status"])
+    assert main.run(["status"]) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):\n")
+    assert ", in broken\n" in said
+    assert said.endswith("ValueError: one\ntwo\nsterna: error: unexpected ValueError: one two\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "where"), [(["inspect", "garbage.gguf"], 65, "gguf"), (["serv"], 64, "click")]
+)
+def test_debugging_adds_the_traceback_of_every_error(
+    tmp_path: Path, arguments: list[str], exit_code: int, where: str
+) -> None:
+    path = tmp_path / "garbage.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    arguments = [str(path) if each == path.name else each for each in arguments]
+    code, out, plain = sterna(*arguments)
+    assert (code, out) == (exit_code, "")
+    error_line(plain)
+    code, out, err = sterna(*arguments, STERNA_DEBUG="1")
+    assert (code, out) == (exit_code, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert f"/{where}" in err.removesuffix(plain)
+    assert err.endswith(f"\n{plain}")

@@ -29,7 +29,7 @@ def is_alive(folder: Path) -> bool:
 
 def test_private_daemon_is_stopped_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys, "executable", script(tmp_path, "echo starting; echo ready socket=$5; exec sleep 60")
+        sys, "executable", script(tmp_path, "echo starting; echo ready socket=$7; exec sleep 60")
     )
     with private_daemon.private_daemon(["x.gguf"], 10) as url:
         folder = Path(url.removeprefix("ipc://")).parent

@@ -194,8 +194,8 @@ def test_waiting_for_a_turn_is_no_silence(tmp_path: Path) -> None:
         await asyncio.gather(*(client.generate("soon a") for _ in range(40)))
         assert time.monotonic() - start_s > 3 * client.timeout_s
 
-    with Peer(tmp_path, max_queue=2, max_sequences=2, soon_s=0.03) as peer:
-        run_async(peer, talk, timeout_s=0.3)
+    with Peer(tmp_path, max_queue=2, max_sequences=2, soon_s=0.08) as peer:
+        run_async(peer, talk, timeout_s=0.8)
 
 
 def test_a_request_behind_silent_ones_is_answered_when_they_are_given_up(peer: Peer) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +54,58 @@ def test_other_calls(client: Client) -> None:
     assert 0 < client.ping() < 5
     client.drain()
     assert client.connect().model == FACTS
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda client: client.embed(["a", 5]), "texts[1]: expected text or token ids, found 5"),
+        (lambda client: client.embed(["a", [5, "b"]]), "texts[1][1]: expected int, found 'b'"),
+        (lambda client: client.embed([5, "a"]), "token_ids[1]: expected int, found 'a'"),
+        (lambda client: client.embed(5), "texts: expected text, token ids or a list of them, found int"),
+        (lambda client: client.embed({"a": 1}),
+         "texts: expected text, token ids or a list of them, found dict"),
+        (lambda client: client.detokenize(["a"]), "token_ids[0]: expected int, found 'a'"),
+        (lambda client: client.detokenize([1, 2.5]), "token_ids[1]: expected int, found 2.5"),
+        (lambda client: client.detokenize(5), "token_ids: expected token ids, found 5"),
+        (lambda client: client.generate(token_ids=[1, None]), "token_ids[1]: expected int, found None"),
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_type_are_named(
+    client: Client, peer: Peer, call: Callable[[Client], object], complaint: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        call(client)
+    assert str(caught.value) == complaint
+    assert peer.seen == []
+
+
+def test_ping_measures_no_connecting(peer: Peer) -> None:
+    peer.pause()
+    resume = threading.Timer(0.5, peer.resume)
+    resume.start()
+    with Client(peer.url) as client:
+        start_s = time.monotonic()
+        seconds = client.ping()
+        assert time.monotonic() - start_s > 0.4
+        assert 0 < seconds < 0.3
+    resume.join(5)
+
+
+def test_a_fault_inside_a_lazy_import_is_told(tmp_path: Path) -> None:
+    """Python would turn it into "cannot import name", without a word on the fault."""
+    (tmp_path / "msgspec.py").write_text("import sys\nsys.no_such_thing\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "from sterna import Client"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        timeout=30,
+    )
+    assert done.returncode == 1
+    said = "sterna.Client cannot be imported: module 'sys' has no attribute 'no_such_thing'"
+    assert done.stderr.splitlines()[-1] == f"ImportError: {said}"
+    assert "msgspec.py" in done.stderr
 
 
 def test_cancel_of_what_does_not_run(client: Client) -> None:

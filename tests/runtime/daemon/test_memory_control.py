@@ -120,6 +120,8 @@ def test_a_size_is_carried_out_and_remembered(
             await each.resize("1MiB")
         with pytest.raises(BadRequest, match="memory: expected a size"):
             await each.resize("much")
+        with pytest.raises(OutOfResources, match=r"^memory is 1000 GiB, but this machine has 16 GiB$"):
+            await each.resize("1000GiB")
         meminfo(tmp_path, 2**19)
         with pytest.raises(Overloaded, match=r"1 MiB more are needed, but 512 KiB are free on this machine"):
             await each.resize("auto")

@@ -222,6 +222,18 @@ def test_text_to_embed_may_fill_the_context_and_no_more(model: ServedModel) -> N
         embed(Bench(model), token_ids=[5] * 65)
 
 
+def test_text_that_is_not_worth_tokenizing_is_refused_by_its_length(model: ServedModel) -> None:
+    """The limit is no promise: a text of that length is tokenized, and may be too long then."""
+    most = model.max_prompt_chars
+    with pytest.raises(TooLong, match=r"the prompt has \d+ tokens; the context has 64$"):
+        embed(Bench(model), token_ids=None, prompt="a" * most)
+    with pytest.raises(TooLong) as caught:
+        embed(Bench(model), token_ids=None, prompt="a" * (most + 1))
+    assert str(caught.value) == (
+        f"the prompt has {most + 1} characters; for a context of 64 tokens no more than {most} are tokenized"
+    )
+
+
 def test_text_to_embed_ends_as_the_tokenizer_says(
     model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

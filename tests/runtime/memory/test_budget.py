@@ -10,9 +10,18 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sterna.runtime.config import embedded_model
-from sterna.runtime.memory.budget import BudgetTooSmall, SlotDecision, Wants, decide, least_slots, spread
-from sterna.runtime.memory.choice import Choices
+from sterna.runtime.config import Config, embedded_model
+from sterna.runtime.memory.budget import (
+    SLACK,
+    WORKER,
+    BudgetTooSmall,
+    SlotDecision,
+    Wants,
+    decide,
+    least_slots,
+    spread,
+)
+from sterna.runtime.memory.choice import Choices, wants_of
 from sterna.scheduler.model.plan import ModelPlan
 from sterna.scheduler.model.planner import read_plan
 from sterna.shm.errors import ConfigError
@@ -181,3 +190,15 @@ def test_a_file_s_size_costs_no_room(tmp_path: Path) -> None:
     path = write_flash(tmp_path / "large.gguf", layers=47, expert_type=Type.Q4_K)
     assert path.stat().st_size > 15e9
     assert path.stat().st_blocks * 512 < 2**20
+
+
+def test_local_lane_counts_no_worker_processes(flash: ModelPlan) -> None:
+    settings = {"workers": 3, "threads": 2, "max_batch_tokens": 64, "max_num_seqs": 1, "ctx_size": 512}
+    among = wants_of(Config(**settings))  # type: ignore[arg-type]
+    alone = wants_of(Config(**settings, lane="local"))  # type: ignore[arg-type]
+    with_processes = decide(flash, among, 4000 * MIB, READ)
+    without = decide(flash, alone, 4000 * MIB, READ)
+    assert with_processes.rows["workers"] - without.rows["workers"] == 3 * WORKER
+    assert without.rows["workers"] > 0  # their buffers are in the scheduler
+    saved = with_processes.smallest - without.smallest
+    assert saved == pytest.approx(3 * WORKER * (1 + SLACK), abs=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import platformdirs
@@ -33,7 +34,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, *targets: str) -> None:
 
 def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a further child impossible: it would not start."""
-    monkeypatch.setattr(kernel_target.sys, "executable", "/nonexistent/python")  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
 
 
 def memories(root: Path) -> dict[str, str]:
@@ -113,6 +114,19 @@ def test_a_damaged_memory_is_no_memory(monkeypatch: pytest.MonkeyPatch, root: Pa
     memory.write_text(text)
     assert proven_target() == "avx2"
     assert memory.read_text() == "avx2"
+
+
+def test_no_file_of_the_current_folder_takes_part_in_the_proof(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "random.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(kernel_target, "_CODE", "import random; random.Random")
+    offer(monkeypatch, "generic")
+    assert proven_target() == "generic"
+    assert not (here / "ran").exists()
 
 
 @pytest.mark.parametrize("forced", ["generic", "avx2", "avx1024"])

@@ -55,10 +55,10 @@ class Stage:
         self.lane = ZmqLane(self.url, self.configure, D_MODEL, timeout_s, presence)
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, index: int, generation: int = 0) -> subprocess.Popen[bytes]:
+    def start(self, index: int, incarnation: int = 0) -> subprocess.Popen[bytes]:
         """Start a real worker; it joins when it has said hello."""
         spec = {
-            "index": index, "generation": generation, "lane_url": self.url,
+            "index": index, "incarnation": incarnation, "lane_url": self.url,
             "slots": self.plan.all_slots(), "model_path": str(self.file.path), "model_id": (0, 0, 0, 0),
             "cache_dir": "",
         }  # fmt: skip
@@ -176,7 +176,7 @@ class Peer:
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.setsockopt(zmq.ROUTING_ID, identity or f"peer {index}".encode())
         self.socket.connect(stage.url)
-        self.hello = Hello(index=index, generation=0, pid=self.process.pid)
+        self.hello = Hello(index=index, incarnation=0, pid=self.process.pid)
 
     def say(self, message: msgspec.Struct, *frames: bytes) -> None:
         self.socket.send_multipart([encode(message), *frames])

@@ -67,7 +67,7 @@ def test_a_killed_worker_is_noticed_and_its_successor_goes_on(stage: Stage) -> N
     assert stage.settle() == []
     with pytest.raises(WorkerLost, match="worker 0"):
         stage.exchange([batch])
-    stage.start(0, generation=1)
+    stage.start(0, incarnation=1)
     stage.join(0)
     (after,) = stage.exchange([batch])  # its experts are in the arena already
     assert after.tobytes() == kept

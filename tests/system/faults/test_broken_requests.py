@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import signal
+import time
 from typing import Any
 
 import msgpack
 import psutil
 import pytest
 
+from sterna import AsyncClient
+from sterna.runtime.client.results import Result
 from sterna.shm.errors import BadRequest, NotFound, Overloaded, TooLong
 
 from ..conftest import Serve
@@ -169,7 +174,7 @@ def test_long_text_to_tokenize_does_not_stop_the_others(shared: Daemon) -> None:
 
 
 def test_long_prompts_become_tokens_beside_the_loop(shared: Daemon) -> None:
-    """Sixteen at a time; whoever asks for more, or goes away, holds up nobody."""
+    """One at a time; whoever waits for that holds up nobody."""
     text = "a tale of old " * 2_000
     with shared.client() as client, raw_client(shared.url) as raw:
         raw.hello()
@@ -182,9 +187,71 @@ def test_long_prompts_become_tokens_beside_the_loop(shared: Daemon) -> None:
         assert len(codes) == 21
         assert codes["g0"][0] == "too_long"
         assert "tokens; the context has" in codes["g0"][1]
-        assert {code for code, _ in codes.values()} <= {"too_long", "overloaded"}
+        assert {code for code, _ in codes.values()} == {"too_long"}
         assert client.generate("Once upon a time", max_tokens=2).usage.completion_tokens == 2
     assert slowest_s < 5.0
+
+
+def test_second_long_prompt_of_the_same_id_is_refused(shared: Daemon) -> None:
+    text = "a tale of old " * 2_000
+    with raw_client(shared.url) as raw:
+        raw.hello()
+        for _ in range(2):
+            raw.send(frame("generate", id="twice", prompt=text))
+        answers = [raw.receive()[1] for _ in range(2)]
+    assert [(body["id"], body["code"]) for body in answers] == [
+        ("twice", "bad_request"),
+        ("twice", "too_long"),
+    ]
+
+
+def test_sixty_long_texts_gathered_over_one_client_wait_for_their_turn(shared: Daemon) -> None:
+    text = "a tale of old " * 7_200  # 100 kB
+
+    async def talk() -> tuple[list[list[int]], list[BaseException | Result]]:
+        async with asyncio.timeout(120), AsyncClient(shared.url, timeout_s=120) as client:
+            tokens = await asyncio.gather(*(client.tokenize(text) for _ in range(60)))
+            prompts = [client.generate(text, max_tokens=1) for _ in range(60)]
+            return tokens, await asyncio.gather(*prompts, return_exceptions=True)
+
+    tokens, refused = asyncio.run(talk())
+    assert len(tokens) == 60
+    assert all(ids == tokens[0] for ids in tokens)
+    assert [type(error) for error in refused] == [TooLong] * 60
+
+
+def test_long_texts_of_a_client_that_goes_away_are_dropped(shared: Daemon) -> None:
+    text = "a tale of old " * 74_000  # takes half a second
+    with shared.client() as client:
+        with raw_client(shared.url) as raw:
+            raw.hello()
+            for number in range(55):
+                raw.send(frame("tokenize", id=f"t{number}", text=text))
+            raw.send(frame("ping", nonce=1))
+            while raw.receive()[0] != "pong":  # all were taken before it
+                pass
+        start_s = time.monotonic()
+        client.tokenize("a tale of old " * 1_000)  # its turn comes when the others are gone
+        assert time.monotonic() - start_s < 10.0
+
+
+def test_long_texts_that_wait_when_the_daemon_stops_are_refused(serve: Serve) -> None:
+    daemon = serve("--workers", "1")
+    text = "a tale of old " * 74_000
+    with raw_client(daemon.url) as raw:
+        raw.hello()
+        for number in range(20):
+            raw.send(frame("tokenize", id=f"t{number}", text=text))
+        raw.send(frame("ping", nonce=1))
+        answers = [raw.receive()]
+        while answers[-1][0] != "pong":
+            answers.append(raw.receive())
+        daemon.signal(signal.SIGTERM)
+        while len({body["id"] for _, body in answers if body.get("id")}) < 20:
+            answers.append(raw.receive())
+    codes = {body["code"] for tag, body in answers if tag == "failed"}
+    assert codes == {"shutting_down"}
+    assert daemon.wait() == 0
 
 
 def test_frame_of_a_hundred_megabytes(shared: Daemon) -> None:

@@ -23,3 +23,6 @@ def test_one_process_gives_the_bytes_of_many(serve: Serve, shared: Daemon, resid
     status = daemon.status()
     assert [row["name"] for row in status["processes"] if row["name"].startswith("worker")] == []
     assert status["totals"]["worker_restarts"] == 0
+    used = status["memory"]
+    assert used["planned_mib"]["workers"] < 20  # two processes would take 50 MiB beside their buffers
+    assert used["measured_mib"]["total"] <= used["planned_total_mib"]
