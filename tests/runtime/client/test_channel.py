@@ -174,6 +174,7 @@ def test_a_queue_that_others_fill_is_overloaded_and_not_unreachable(tmp_path: Pa
                 held = [other.generate("mute", stream=True) for _ in range(3)]
                 for stream in held:
                     await stream.start()
+                await other.ping()
                 mine = client.generate("mute", stream=True)
                 await mine.start()
                 await client.ping()
