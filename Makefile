@@ -1,7 +1,7 @@
 # make demo    write a story with the model that comes along (the first run sets everything up)
 # make serve   run the daemon in the foreground
 # make test    all checks of .ci/run: ruff, mypy, pytest in two processes
-# make test-fast    the tests that start no daemon, without the slowest: about 100 s on two cores
+# make test-fast    the tests that start no daemon, without the slowest: 90 s on two idle cores
 # make check FILE=path    ruff, mypy and the tests that belong to one source file
 # make docs    write docs/cli.md anew from the commands' help
 # make test-aarch64    kernels, formats and shared memory on an emulated Raspberry Pi 5 (x86-64 only)

@@ -55,11 +55,13 @@ ALONE = (
 # compile for other targets, start process after process, or draw many examples.
 LONG = (
     "aarch64/",
+    "families/test_families.py",
     "runtime/cli/test_kernels.py",
     "runtime/processes/test_supervisor",
     "scheduler/lane/test_zeromq.py",
     "scheduler/test_precision_engine.py",
     "scheduler/test_precisions.py",
+    "scheduler/test_process.py",
     "scheduler/test_serving.py::test_whoever_dies_whenever",
     "scheduler/test_warm.py",
     "workers/kernels/test_formats.py",
